@@ -1,0 +1,2 @@
+_base_ = "./resnet20_2xb64.py"
+model = dict(type="ENCImageClassifier")

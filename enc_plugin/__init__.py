@@ -1,0 +1,32 @@
+"""Equivalent-norm-constrained (ENC) training for mmengine, mmpretrain and timm.
+
+Importing the package registers every part on mmengine's root registries; in a config:
+``custom_imports = dict(imports=['enc_plugin'])``.
+"""
+
+from ._environment import check_environment
+
+check_environment()
+
+from . import checkpoint, datasets, engine, models  # noqa: E402
+from .convert import Audit, ConversionReport, NoEffectWarning, audit, to_enc  # noqa: E402
+from .layers import ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear  # noqa: E402
+from .version import __version__  # noqa: E402
+
+checkpoint.allow_mmengine_checkpoints()
+
+__all__ = [
+    "Audit",
+    "ConversionReport",
+    "ENCConv1d",
+    "ENCConv2d",
+    "ENCConv3d",
+    "ENCLinear",
+    "NoEffectWarning",
+    "__version__",
+    "audit",
+    "datasets",
+    "engine",
+    "models",
+    "to_enc",
+]

@@ -1,0 +1,8 @@
+"""mmengine parts, registered on mmengine's root registries."""
+
+from .amp import BFloat16OptimWrapper
+from .audit_hook import ENCAuditHook
+from .optim import ENCOptimWrapperConstructor
+from .runner import ENCRunner
+
+__all__ = ["BFloat16OptimWrapper", "ENCAuditHook", "ENCOptimWrapperConstructor", "ENCRunner"]

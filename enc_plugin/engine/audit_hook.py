@@ -1,0 +1,63 @@
+"""Hook that states the constraint at the start and the end of training."""
+
+from __future__ import annotations
+
+import math
+
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from ..convert import audit, check_normalizable, enc_layers
+
+DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
+
+
+@HOOKS.register_module()
+class ENCAuditHook(Hook):
+    r"""Logs how many layers are ENC and the largest deviation of :math:`\lVert\hat W\rVert_F^2` from alpha.
+
+    Before training it refuses weights that cannot be normalised (after initialisation and loading, before the first step);
+    it reads the model and changes nothing. A model without ENC layers is reported as such.
+    """
+
+    priority = "VERY_LOW"
+
+    def before_train(self, runner: Runner) -> None:
+        """Check and report the weights that training starts from."""
+        model = unwrap(runner.model)
+        for name, layer in enc_layers(model):
+            check_normalizable(name, layer.weight, layer.variant)
+        self._report(runner, model)
+
+    def after_train(self, runner: Runner) -> None:
+        """Report the weights that training ended with."""
+        self._report(runner, unwrap(runner.model))
+
+    @master_only
+    def _report(self, runner: Runner, model: nn.Module) -> None:
+        table = audit(model)
+        if not table:
+            runner.logger.info("ENC: this model has no ENC layers")
+            return
+        kinds = sorted({f"{row.variant}, alpha {row.alpha:.4g}" for row in table})
+        norms = sum(layer.norm is not None for _, layer in enc_layers(model))
+        runner.logger.info(
+            f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with a batch norm "
+            f"of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"
+        )
+        if not table.max_deviation < DEVIATION_LIMIT:  # NaN too
+            worst = max(table, key=lambda row: math.inf if math.isnan(row.deviation) else row.deviation)
+            runner.logger.warning(
+                f"ENC: the constraint is violated; the worst layer is {worst.name!r} ({worst.deviation:.1e})"
+            )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a (distributed) model wrapper, or the model itself."""
+    while is_model_wrapper(model):
+        model = model.module
+    return model

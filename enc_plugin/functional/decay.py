@@ -1,0 +1,66 @@
+"""The epsilon-shifted L2 regularizer (Li et al., arXiv:1911.05920), which gives decay of a scale-free weight a minimum."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .weights import enc_weight, is_centered, num_rows
+
+
+def shift_direction(weight: Tensor, variant: str) -> Tensor:
+    r"""Direction U along which the shift pushes the weight outwards.
+
+    Row j of the norm variants is :math:`W_j / \lVert W_j \rVert`, of the centered ones
+    :math:`(W_j - \bar W_j) / \mathrm{std}\, W_j`: in both, the ENC weight with another ``alpha``. It is the
+    gradient of :math:`\sum_j \lVert W_j \rVert`, and of :math:`n \sum_j \mathrm{std}\, W_j`.
+
+    Args:
+        weight: Free weight W, as in :func:`enc_weight`.
+        variant: As in :func:`enc_weight`; the whole-layer variants use the layer's own norm or standard deviation.
+
+    Returns:
+        Tensor of the shape, dtype and device of ``weight``.
+    """
+    alpha = weight.numel() if is_centered(variant) else num_rows(weight, variant)
+    return enc_weight(weight, variant, float(alpha))
+
+
+def shifted_l2_grad(weight: Tensor, variant: str, eps: float) -> Tensor:
+    r"""Gradient of the eps-shifted L2 regularizer for lambda = 1.
+
+    ==========================  ====================================  ===========================================
+    variant                     gradient, row j                       of the regularizer
+    ==========================  ====================================  ===========================================
+    ``'fro'``, ``'wn'``         :math:`(1-\epsilon/\lVert W_j\rVert)  :math:`\tfrac12\sum_j
+                                W_j`                                  (\lVert W_j\rVert - \epsilon)^2`
+    ``'ws'``, ``'centered_fro'``  :math:`(1-\epsilon/\mathrm{std}_j)  :math:`\tfrac n2\sum_j [(\mathrm{std}_j
+                                (W_j-\bar W_j) + \bar W_j`           - \epsilon)^2 + \bar W_j^2]`
+    ==========================  ====================================  ===========================================
+
+    Both read :math:`W - \epsilon\, U` with U the :func:`shift_direction`; ``eps = 0`` is plain decay.
+
+    Args:
+        weight: Free weight W, as in :func:`enc_weight`.
+        variant: As in :func:`enc_weight`.
+        eps: Length towards which rows (norm variants: their norm, centered ones: their standard deviation) are
+            drawn, in units of W, not negative.
+
+    Returns:
+        Tensor of the shape, dtype and device of ``weight``.
+
+    Raises:
+        ValueError: If ``eps`` is negative, or as in :func:`enc_weight`.
+
+    Example:
+        >>> import torch
+        >>> shifted_l2_grad(torch.tensor([[3.0, 4.0]]), "wn", eps=5.0)
+        tensor([[0., 0.]])
+    """
+    check_shift_eps(eps)
+    return weight - eps * shift_direction(weight, variant)
+
+
+def check_shift_eps(eps: float) -> None:
+    """Raise ``ValueError`` unless ``eps`` is a finite number that is not negative."""
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}; 0 turns the shift off")

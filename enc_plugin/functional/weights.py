@@ -1,0 +1,103 @@
+"""The ENC reparameterizations, eq. 20-23: free weight in, effective weight out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VARIANTS = {
+    "fro": "eq. 20: the whole layer over its Frobenius norm",
+    "wn": "eq. 21: every row over its norm (weight normalization)",
+    "ws": "eq. 22: every row standardized (weight standardization)",
+    "centered_fro": "eq. 23: the whole layer, zero mean, over its Frobenius norm",
+}
+
+# Eq. 20 is eq. 21, and eq. 23 is eq. 22, of a matrix with a single row: two equations serve all four variants.
+_WHOLE_LAYER = ("fro", "centered_fro")
+_CENTERED = ("ws", "centered_fro")
+
+
+def check_variant(variant: str) -> None:
+    """Raise ``ValueError`` unless ``variant`` names one of eq. 20-23."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+
+
+def num_rows(weight: Tensor, variant: str) -> int:
+    """Number of rows that are normalised on their own: 1 for the whole-layer variants, else ``out``."""
+    return 1 if variant in _WHOLE_LAYER else weight.shape[0]
+
+
+def is_centered(variant: str) -> bool:
+    """Whether the variant removes the mean (eq. 22 and 23)."""
+    return variant in _CENTERED
+
+
+def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0) -> Tensor:
+    r"""Effective weight of an ENC layer: every layer gets squared Frobenius norm ``alpha`` (eq. 20-23).
+
+    .. math:: \lVert \hat W \rVert_F^2 = \alpha
+
+    ==================  ==========================================================================
+    ``'fro'``           eq. 20, :math:`\sqrt\alpha\, W / \lVert W \rVert_F`
+    ``'wn'``            eq. 21, row j: :math:`\sqrt{\alpha/m}\, W_j / \lVert W_j \rVert`
+    ``'ws'``            eq. 22, row j: :math:`\sqrt{\alpha/(mn)}\, (W_j - \bar W_j) / \mathrm{std}\, W_j`
+    ``'centered_fro'``  eq. 23, :math:`\sqrt\alpha\, (W - \bar W) / \lVert W - \bar W \rVert_F`
+    ==================  ==========================================================================
+
+    with m rows (``out``), n columns (``weight[0].numel()``) and the population standard deviation. Statistics are
+    taken in float32 at least; in float32 they hold for weights of magnitude 1e-18 to 1e17.
+
+    Args:
+        weight: Free weight W, ``(out, in)`` or ``(out, in / groups, *kernel)``, finite. A row (for the whole-layer
+            variants: the layer) that is constant under the centered variants, or zero under the others, has no
+            direction: the result is NaN there. :func:`enc_plugin.to_enc` and :func:`enc_plugin.audit` report such layers.
+        variant: ``'fro'``, ``'wn'``, ``'ws'`` or ``'centered_fro'``.
+        alpha: Squared Frobenius norm of the result, positive; a number, or a tensor of one element (learnable alpha).
+
+    Returns:
+        Tensor of the shape, dtype and device of ``weight``.
+
+    Raises:
+        ValueError: If ``variant`` is unknown, ``weight`` has fewer than two dimensions, or the number ``alpha`` is
+            not positive.
+
+    Example:
+        >>> enc_weight(torch.tensor([[3.0, 4.0]]), "fro")
+        tensor([[0.6000, 0.8000]])
+    """
+    check_variant(variant)
+    if weight.ndim < 2:
+        raise ValueError(
+            f"weight: expected (out, in) or (out, in / groups, *kernel), got shape {tuple(weight.shape)}; "
+            "a 1-D parameter has no rows to normalise"
+        )
+    check_alpha(alpha)
+    rows = num_rows(weight, variant)
+    w = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+    if is_centered(variant):
+        # One fused op: statistics per group of rows, the scale as its affine weight, only W kept for backward.
+        w = w.reshape(1, weight.shape[0], -1)
+        what = F.group_norm(w, rows, _scale(w, alpha, w.numel(), w.shape[1:2]), None, 0.0)
+    else:
+        # The kernel behind torch.nn.utils.parametrizations.weight_norm, which saves W and the row norms alone.
+        w = w.reshape(rows, -1)
+        what = torch._weight_norm(w, _scale(w, alpha, rows, (rows, 1)), 0)
+    return what.reshape(weight.shape).to(weight.dtype)
+
+
+def check_alpha(alpha: float | Tensor) -> None:
+    """Raise ``ValueError`` for a number that is not positive; a tensor is not read (that would wait for the device)."""
+    if isinstance(alpha, Tensor):
+        if alpha.numel() != 1:
+            raise ValueError(f"alpha: expected a number or a tensor of one element, got shape {tuple(alpha.shape)}")
+    elif not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha: expected a positive finite number, got {alpha!r}")
+
+
+def _scale(like: Tensor, alpha: float | Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
+    """``sqrt(alpha / count)`` as a tensor of ``shape``: what a unit row, or a row of unit variance, is multiplied by."""
+    if isinstance(alpha, Tensor):
+        return (alpha.to(like.dtype) / count).sqrt().expand(shape).contiguous()
+    return like.new_full(shape, (alpha / count) ** 0.5)

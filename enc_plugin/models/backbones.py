@@ -1,0 +1,33 @@
+"""Backbones that mmpretrain lacks."""
+
+from __future__ import annotations
+
+from mmengine.registry import MODELS
+from mmpretrain.models.backbones import ResNet_CIFAR
+from mmpretrain.models.backbones.resnet import BasicBlock
+
+
+@MODELS.register_module()
+class ResNetCIFAR6n(ResNet_CIFAR):
+    """The narrow three-stage CIFAR ResNets of He et al. (2016), section 4.2: ResNet-20, 32, 44, 56, 110.
+
+    mmpretrain's ``ResNet_CIFAR`` has the four-stage ImageNet depths alone. Stages have 16, 32 and 64 channels;
+    shortcuts that change shape are 1x1 convolutions (option B).
+
+    Args:
+        depth: 6n + 2 for n basic blocks a stage; 20, 32, 44, 56 or 110 (8 for tests).
+        **kwargs: As for ``ResNet_CIFAR``: ``conv_cfg``, ``norm_cfg``, ``zero_init_residual``, ...
+    """
+
+    arch_settings = {6 * n + 2: (BasicBlock, (n, n, n)) for n in (1, 3, 5, 7, 9, 18)}
+
+    def __init__(self, depth: int = 20, **kwargs):
+        kwargs = {
+            "num_stages": 3,
+            "strides": (1, 2, 2),
+            "dilations": (1, 1, 1),
+            "out_indices": (2,),
+            "stem_channels": 16,
+            "base_channels": 16,
+        } | kwargs
+        super().__init__(depth, **kwargs)

@@ -1,0 +1,15 @@
+"""Process settings that have to stand before torch is imported; every tool imports this first."""
+
+import os
+import sys
+from pathlib import Path
+
+# Run from a checkout as well as from an installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Idle OpenMP threads that spin starve every other process (data workers, other ranks): 3.4 s a step against 0.07 s were
+# seen on two busy cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _processes)))

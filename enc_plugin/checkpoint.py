@@ -20,7 +20,7 @@ def _history_statistic(owner: type, name: str):
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let ``weights_only`` loading read what mmengine's checkpoints hold besides tensors: the message hub's log histories.
+    """Let ``weights_only`` loading read what mmengine's checkpoints hold besides tensors: log histories.
 
     Only these types are admitted, so ``--resume``, ``load_from``, ``test.py`` and ``get_model(pretrained=...)`` work
     while files with other code in them stay refused.

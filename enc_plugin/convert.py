@@ -241,7 +241,7 @@ class AuditRow:
 
     @property
     def deviation(self) -> float:
-        r"""Relative deviation :math:`|\\lVert\\hat W\\rVert_F^2 / \\alpha - 1|`; NaN if the layer cannot be normalised."""
+        r"""Relative deviation :math:`|\lVert\hat W\rVert_F^2 / \alpha - 1|`; NaN if the layer has no direction."""
         return abs(self.sq_norm / self.alpha - 1)
 
 
@@ -250,7 +250,7 @@ class Audit(list[AuditRow]):
 
     @property
     def max_deviation(self) -> float:
-        """Largest relative deviation from alpha over the layers: float32 rounding when all is well; 0 without layers."""
+        """Largest relative deviation from alpha: float32 rounding when all is well, NaN if any is; 0 without layers."""
         deviations = torch.tensor([0.0, *(row.deviation for row in self)])
         return deviations.max().item()  # torch's max, unlike Python's, passes NaN on
 
@@ -273,7 +273,7 @@ class Audit(list[AuditRow]):
 
 @torch.no_grad()
 def audit(model: nn.Module) -> Audit:
-    r"""Check the constraint: per ENC layer :math:`\lVert\hat W\rVert_F^2`, :math:`\lVert W\rVert_F`, deviation from alpha.
+    r"""Check the constraint: :math:`\lVert\hat W\rVert_F^2`, :math:`\lVert W\rVert_F` and deviation, per ENC layer.
 
     Norms are summed in float64. The model is only read.
 

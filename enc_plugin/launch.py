@@ -24,5 +24,6 @@ def run_mmpretrain_tool(name: str) -> None:
             runpy.run_path(str(path), run_name="__main__")
             return
     raise FileNotFoundError(
-        f"mmpretrain's tools/{name} is at neither {places[0]} nor {places[1]}; reinstall it: pip install --force-reinstall mmpretrain"
+        f"mmpretrain's tools/{name} is at neither {places[0]} nor {places[1]}; "
+        "reinstall it: pip install --force-reinstall mmpretrain"
     )

@@ -13,8 +13,8 @@ class ENCLayer(nn.Module):
 
     Every layer computes with :math:`\hat W`, :math:`\lVert\hat W\rVert_F^2 = \alpha`
     (:func:`enc_plugin.functional.enc_weight`). The parameters keep their stock names and shapes, so that stock
-    checkpoints load. ``post_norm=True`` appends a batch norm (keys ``norm.*``) between the layer and whatever follows it; a
-    checkpoint without those keys leaves the batch norm as it is. ``alpha='learnable'`` owns one more parameter,
+    checkpoints load. ``post_norm=True`` appends a batch norm (keys ``norm.*``) between the layer and whatever follows
+    it; a checkpoint without those keys leaves the batch norm as it is. ``alpha='learnable'`` owns one more parameter,
     ``log_alpha`` (a scalar, 0 at the start), so that alpha stays positive.
 
     Args:
@@ -44,8 +44,8 @@ class ENCLayer(nn.Module):
             self.add_post_norm()
         if is_centered(variant) and self.weight[0].numel() < 2 and (variant == "ws" or self.weight.numel() < 2):
             raise ValueError(
-                f"weight: shape {tuple(self.weight.shape)} has rows of one element, which {variant!r} turns into 0 / 0; "
-                "use variant='wn' or 'fro' for this layer, or leave it out of ENC"
+                f"weight: shape {tuple(self.weight.shape)} has rows of one element, which {variant!r} turns into "
+                "0 / 0; use variant='wn' or 'fro' for this layer, or leave it out of ENC"
             )
 
     def add_post_norm(self) -> None:

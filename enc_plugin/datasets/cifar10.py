@@ -17,8 +17,8 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 class CIFAR10Folder(BaseDataset):
     """CIFAR-10 in an ImageFolder layout, ``<data_root>/{train,test}/<class>/*.{jpg,png}``.
 
-    The pictures are decoded once (about 150 MB for the training set), since decoding 50,000 small files each epoch costs
-    more than a small network's step. Each sample is ``dict(img=..., gt_label=...)`` with ``img`` a ``(32, 32, 3)`` BGR
+    The pictures are decoded once (about 150 MB for the training set), since decoding 50,000 small files each epoch
+    costs more than a small network's step. Each sample is ``dict(img=..., gt_label=...)`` with ``img`` a ``(32, 32, 3)`` BGR
     uint8 array in 0..255, so that pipelines start without a loading step, as for mmpretrain's CIFAR10.
 
     Args:

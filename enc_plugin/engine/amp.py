@@ -30,7 +30,7 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 
 def without_cuda(optim_wrapper, logger: Logger):
-    """Config of an ``AmpOptimWrapper`` turned into :class:`BFloat16OptimWrapper` where there is no CUDA; else unchanged."""
+    """``AmpOptimWrapper`` in a config becomes :class:`BFloat16OptimWrapper` where there is no CUDA; else unchanged."""
     if (
         torch.cuda.is_available()
         or not isinstance(optim_wrapper, dict)

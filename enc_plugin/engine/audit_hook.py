@@ -20,8 +20,8 @@ DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
 class ENCAuditHook(Hook):
     r"""Logs how many layers are ENC and the largest deviation of :math:`\lVert\hat W\rVert_F^2` from alpha.
 
-    Before training it refuses weights that cannot be normalised (after initialisation and loading, before the first step);
-    it reads the model and changes nothing. A model without ENC layers is reported as such.
+    Before training (after initialisation and loading) it refuses weights that cannot be normalised. It reads the model
+    and changes nothing. A model without ENC layers is reported as such.
     """
 
     priority = "VERY_LOW"
@@ -46,8 +46,8 @@ class ENCAuditHook(Hook):
         kinds = sorted({f"{row.variant}, alpha {row.alpha:.4g}" for row in table})
         norms = sum(layer.norm is not None for _, layer in enc_layers(model))
         runner.logger.info(
-            f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with a batch norm "
-            f"of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"
+            f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), "
+            f"{norms} with a batch norm of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"
         )
         if not table.max_deviation < DEVIATION_LIMIT:  # NaN too
             worst = max(table, key=lambda row: math.inf if math.isnan(row.deviation) else row.deviation)

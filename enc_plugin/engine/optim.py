@@ -44,8 +44,8 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Biases (they do not appear in the bound, eq. 10-13), learnable alphas and batch norm biases get no decay; batch norm
     weights keep theirs. ENC weights get the gradient of the epsilon-shifted regularizer,
     :math:`\lambda (W - \epsilon U)` (:func:`enc_plugin.functional.shifted_l2_grad`), once per optimizer step, after
-    unscaling and clipping. Works for any torch optimizer: with coupled decay (SGD, Adam) the shift joins the gradient; with
-    decoupled decay (AdamW) it joins the decay. Parameters with equal settings share one group.
+    unscaling and clipping. Works for any torch optimizer: with coupled decay (SGD, Adam) the shift joins the gradient;
+    with decoupled decay (AdamW) it joins the decay. Parameters with equal settings share one group.
 
     Args:
         optim_wrapper_cfg: As for mmengine's default constructor.
@@ -69,7 +69,8 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for option in self.paramwise_cfg:
             if option not in _STOCK_OPTIONS + _OWN_OPTIONS:
                 raise ValueError(
-                    f"paramwise_cfg: unknown option {option!r}; expected any of {', '.join(_STOCK_OPTIONS + _OWN_OPTIONS)}"
+                    f"paramwise_cfg: unknown option {option!r}; "
+                    f"expected any of {', '.join(_STOCK_OPTIONS + _OWN_OPTIONS)}"
                 )
         self.shift_eps = self.paramwise_cfg.get("shift_eps", 1e-3)
         for eps in (
@@ -190,8 +191,8 @@ def add_shift(optimizer: torch.optim.Optimizer, decoupled: bool | None = None) -
         decoupled = bool(names & _DECOUPLED)
         if not names & (_DECOUPLED | _COUPLED):
             print_log(
-                f"ENC: whether {type(optimizer).__name__} decays weights through the gradient is not known; taken as so. "
-                "Set paramwise_cfg=dict(decoupled_decay=True) if it shrinks the weights themselves (like AdamW).",
+                f"ENC: whether {type(optimizer).__name__} decays weights through the gradient is not known; taken as "
+                "so. Set paramwise_cfg=dict(decoupled_decay=True) if it shrinks the weights themselves (like AdamW).",
                 logger="current",
                 level=30,
             )
@@ -206,8 +207,8 @@ def add_shift(optimizer: torch.optim.Optimizer, decoupled: bool | None = None) -
 def _shift_decay(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """Step pre-hook: turns the decay ``lambda W`` that the optimizer will apply into ``lambda (W - eps U)``.
 
-    Runs within ``optimizer.step``, hence after gradients were unscaled and clipped, once however many backward passes were
-    accumulated, and not at all for a step that a gradient scaler skips.
+    Runs within ``optimizer.step``, hence after gradients were unscaled and clipped, once however many backward passes
+    were accumulated, and not at all for a step that a gradient scaler skips.
     """
     grad_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale within the step
     for group in optimizer.param_groups:

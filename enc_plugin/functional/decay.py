@@ -1,4 +1,4 @@
-"""The epsilon-shifted L2 regularizer (Li et al., arXiv:1911.05920), which gives decay of a scale-free weight a minimum."""
+"""The epsilon-shifted L2 regularizer (Li et al., arXiv:1911.05920): decay of a scale-free weight gets a minimum."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0)
     Args:
         weight: Free weight W, ``(out, in)`` or ``(out, in / groups, *kernel)``, finite. A row (for the whole-layer
             variants: the layer) that is constant under the centered variants, or zero under the others, has no
-            direction: the result is NaN there. :func:`enc_plugin.to_enc` and :func:`enc_plugin.audit` report such layers.
+            direction: the result is NaN there. :func:`enc_plugin.to_enc` refuses such layers, ``audit`` reports them.
         variant: ``'fro'``, ``'wn'``, ``'ws'`` or ``'centered_fro'``.
         alpha: Squared Frobenius norm of the result, positive; a number, or a tensor of one element (learnable alpha).
 
@@ -97,7 +97,7 @@ def check_alpha(alpha: float | Tensor) -> None:
 
 
 def _scale(like: Tensor, alpha: float | Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
-    """``sqrt(alpha / count)`` as a tensor of ``shape``: what a unit row, or a row of unit variance, is multiplied by."""
+    """``sqrt(alpha / count)`` as a tensor of ``shape``: the factor of a unit row, or of a row of unit variance."""
     if isinstance(alpha, Tensor):
         return (alpha.to(like.dtype) / count).sqrt().expand(shape).contiguous()
     return like.new_full(shape, (alpha / count) ** 0.5)

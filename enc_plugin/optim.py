@@ -1,0 +1,261 @@
+"""What decays, what does not, and the epsilon shift of the decay: on torch alone, for any training loop."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .functional.decay import check_shift_eps, shift_direction
+from .layers import ENCLayer
+
+DEFAULT_SHIFT_EPS = 1e-3
+
+_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+
+# torch optimizers that shrink the weight itself instead of adding decay to the gradient. Adam, NAdam and RAdam say
+# which they do in their groups ('decoupled_weight_decay').
+_DECOUPLED = {"AdamW", "Adafactor", "Muon"}
+_COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop"}
+
+
+@dataclass(frozen=True)
+class DecayRules:
+    """The paper's decay as a rule for each parameter: weights decay, biases do not, ENC weights by the shifted L2.
+
+    Biases, learnable alphas and norm biases get no decay, norm weights keep theirs, and ENC weights carry their variant
+    and the shift epsilon, which :func:`add_shift` reads.
+
+    Args:
+        lr: Learning rate of a parameter without a factor; None leaves it to the optimizer.
+        weight_decay: Decay of a parameter without a factor; None leaves it to the optimizer.
+        options: Any of :attr:`OPTIONS`, as documented at :class:`enc_plugin.engine.ENCOptimWrapperConstructor`.
+
+    Raises:
+        ValueError: If ``shift_eps`` is negative, here or in ``custom_keys``.
+    """
+
+    OPTIONS = (
+        "custom_keys",
+        "bias_lr_mult",
+        "bias_decay_mult",
+        "norm_decay_mult",
+        "dwconv_decay_mult",
+        "flat_decay_mult",
+        "lr_mult",
+        "decay_mult",
+        "shift_eps",
+    )
+
+    lr: float | None = None
+    weight_decay: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for settings in (self.options, *self.options.get("custom_keys", {}).values()):
+            check_shift_eps(settings.get("shift_eps", 0))
+
+    def groups(self, module: nn.Module, prefix: str = "") -> list[dict]:
+        """Sort all parameters of ``module`` into as few optimizer groups as their settings allow.
+
+        Args:
+            module: The model, or a part of it.
+            prefix: Qualified name of ``module``, put before its parameters' names.
+
+        Returns:
+            Groups in the form that torch optimizers take, in the order of their first parameter.
+
+        Raises:
+            ValueError: If an entry of ``custom_keys`` matches no parameter.
+        """
+        custom_keys = self.options.get("custom_keys", {})
+        by_length = sorted(sorted(custom_keys), key=len, reverse=True)  # the longest key wins, as in mmengine
+        unmatched = set(custom_keys)
+        groups: dict[tuple, dict] = {}
+        seen: set[nn.Parameter] = set()
+        names = []
+        for module_name, owner in module.named_modules(prefix=prefix):
+            for leaf, param in owner.named_parameters(recurse=False):
+                if param in seen:  # a shared parameter belongs to its first owner
+                    continue
+                seen.add(param)
+                name = f"{module_name}.{leaf}" if module_name else leaf
+                names.append(name)
+                hits = [key for key in by_length if key in name]
+                unmatched -= set(hits)
+                settings = self.settings(owner, leaf, param, custom_keys[hits[0]] if hits else {})
+                key = tuple(settings.items())
+                groups.setdefault(key, {"params": [], **settings})["params"].append(param)
+        if unmatched:
+            raise ValueError(
+                f"custom_keys: {', '.join(map(repr, sorted(unmatched)))} matches no parameter; "
+                f"a key is a part of a parameter's name, such as {', '.join(map(repr, names[:3]))}"
+            )
+        return list(groups.values())
+
+    def settings(self, owner: nn.Module, leaf: str, param: nn.Parameter, custom: Mapping[str, Any]) -> dict:
+        """Group settings of one parameter: lr, weight_decay, and for an ENC weight its variant and shift.
+
+        Args:
+            owner: The module that holds the parameter.
+            leaf: Its name there, such as ``'weight'``.
+            param: The parameter.
+            custom: The entry of ``custom_keys`` that applies to it, or an empty mapping.
+        """
+        option = self.options.get
+        is_enc = isinstance(owner, ENCLayer)
+        is_bias = leaf == "bias" or leaf.endswith("_bias")
+        is_norm = isinstance(owner, _NORMS)
+        lr_mult, decay_mult = option("lr_mult", 1.0), option("decay_mult", 1.0)
+        if is_bias and not is_norm:
+            lr_mult *= option("bias_lr_mult", 1.0)
+        if is_enc and leaf == "log_alpha":
+            decay_mult = 0.0
+        elif is_bias:
+            decay_mult *= option("bias_decay_mult", 0.0)
+        elif is_norm:
+            decay_mult *= option("norm_decay_mult", 1.0)
+        elif isinstance(owner, nn.Conv2d) and owner.in_channels == owner.groups > 1:
+            decay_mult *= option("dwconv_decay_mult", 1.0)
+        elif param.ndim == 1:
+            decay_mult *= option("flat_decay_mult", 1.0)
+        lr_mult *= custom.get("lr_mult", 1.0)
+        decay_mult = custom.get("decay_mult", decay_mult)
+        extra = {k: v for k, v in custom.items() if k not in ("lr_mult", "decay_mult", "shift_eps")}
+
+        settings = dict(extra)
+        if self.lr is not None:
+            settings["lr"] = self.lr * lr_mult
+        if self.weight_decay is not None:
+            settings["weight_decay"] = self.weight_decay * decay_mult
+        eps = custom.get("shift_eps", option("shift_eps", DEFAULT_SHIFT_EPS))
+        if is_enc and leaf == "weight" and eps > 0 and settings.get("weight_decay"):
+            settings["enc_variant"] = owner.variant
+            settings["shift_eps"] = eps
+        return settings
+
+
+def param_groups_enc(
+    model: nn.Module, weight_decay: float = 1e-4, *, lr: float | None = None, **options: Any
+) -> list[dict]:
+    """Parameter groups with the paper's decay for any torch optimizer: weights decay, biases do not.
+
+    ENC weights are in groups of their own, which carry their variant and the shift epsilon; :func:`add_shift` makes the
+    optimizer act on it. Unlike timm's ``param_groups_weight_decay``, norm weights decay, as in the paper.
+
+    Args:
+        model: Any ``nn.Module``; without ENC layers, no group carries a shift.
+        weight_decay: The decay lambda of the parameters that decay.
+        lr: Learning rate, needed for ``lr_mult`` and ``bias_lr_mult`` alone; None leaves it to the optimizer.
+        **options: ``shift_eps`` (default 1e-3; 0 is plain decay), ``custom_keys``, ``bias_decay_mult``, and the other
+            options that :class:`enc_plugin.engine.ENCOptimWrapperConstructor` takes as ``paramwise_cfg``.
+
+    Returns:
+        Groups in the form that torch optimizers take.
+
+    Raises:
+        ValueError: If an option is unknown, ``shift_eps`` is negative, an entry of ``custom_keys`` matches no
+            parameter, or a learning rate factor comes without ``lr``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+        >>> [(len(group["params"]), group["weight_decay"]) for group in param_groups_enc(model, 1e-4)]
+        [(2, 0.0001), (1, 0.0)]
+    """
+    for option in options:
+        if option not in DecayRules.OPTIONS:
+            raise ValueError(f"options: unknown option {option!r}; expected any of {', '.join(DecayRules.OPTIONS)}")
+    factors = [options, *options.get("custom_keys", {}).values()]
+    if lr is None and any(key.endswith("lr_mult") for settings in factors for key in settings):
+        raise ValueError("lr: a factor of the learning rate is given (lr_mult, bias_lr_mult), so pass lr=... too")
+    return DecayRules(lr, weight_decay, options).groups(model)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"{text} Pass decoupled=True if it shrinks the weights themselves (like AdamW).", stacklevel=3)
+
+
+def add_shift(
+    optimizer: torch.optim.Optimizer, decoupled: bool | None = None, *, warn: Callable[[str], None] = _warn
+) -> None:
+    """Make ``optimizer`` apply the epsilon shift to every group with ``enc_variant`` and ``shift_eps``, at each step.
+
+    Args:
+        optimizer: Any torch optimizer whose groups hold ``lr`` and ``weight_decay``.
+        decoupled: Whether its weight decay is decoupled from the gradient; None: known for torch's own optimizers,
+            taken as coupled, with a warning, for others.
+        warn: Called with the text of that warning.
+
+    Example:
+        >>> import enc_plugin
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> _ = enc_plugin.to_enc(model)
+        >>> optimizer = torch.optim.SGD(param_groups_enc(model, weight_decay=1e-4), lr=0.1, momentum=0.9)
+        >>> add_shift(optimizer)
+    """
+    if not any("shift_eps" in group for group in optimizer.param_groups):
+        return
+    known = decoupled is not None
+    if not known:
+        names = {cls.__name__ for cls in type(optimizer).__mro__}
+        decoupled = bool(names & _DECOUPLED)
+        if not names & (_DECOUPLED | _COUPLED):
+            warn(
+                f"ENC: whether {type(optimizer).__name__} decays weights through the gradient is not known; taken as "
+                "so."
+            )
+    for group in optimizer.param_groups:
+        if "shift_eps" in group:
+            # Adam, NAdam and RAdam carry the answer in their groups.
+            group["enc_decoupled"] = decoupled if known else group.get("decoupled_weight_decay", decoupled)
+    optimizer.register_step_pre_hook(_shift_decay)
+
+
+@torch.no_grad()
+def _shift_decay(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Step pre-hook: turns the decay ``lambda W`` that the optimizer will apply into ``lambda (W - eps U)``.
+
+    Runs within ``optimizer.step``, hence after gradients were unscaled and clipped, once however many backward passes
+    were accumulated, and not at all for a step that a gradient scaler skips.
+    """
+    grad_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale within the step
+    for group in optimizer.param_groups:
+        if "shift_eps" not in group:
+            continue
+        amount = group["weight_decay"] * group["shift_eps"]
+        if amount == 0:
+            continue
+        trained = [p for p in group["params"] if p.grad is not None]
+        directions = [shift_direction(p, group["enc_variant"]) for p in trained]
+        if not trained:
+            continue
+        if group["enc_decoupled"]:
+            # The step will multiply by (1 - lr lambda): divide by it beforehand, so that the shift is exact.
+            lr = group["lr"]
+            factor = lr * amount / (1 - lr * group["weight_decay"])
+            torch._foreach_add_(trained, torch._foreach_mul(directions, factor))
+        else:
+            if grad_scale is not None:
+                amount = amount * grad_scale
+            sign = 1.0 if group.get("maximize") else -1.0
+            torch._foreach_add_([p.grad for p in trained], torch._foreach_mul(directions, sign * amount))
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> str:
+    """One line: how many parameters (tensors and elements) decay, decay with the shift, and do not decay."""
+    counts = {"shifted decay": [0, 0], "decay": [0, 0], "no decay": [0, 0]}
+    for group in optimizer.param_groups:
+        kind = "shifted decay" if "shift_eps" in group else "decay" if group.get("weight_decay") else "no decay"
+        counts[kind][0] += len(group["params"])
+        counts[kind][1] += sum(math.prod(p.shape) for p in group["params"])
+    parts = (
+        f"{tensors} tensors ({elements:,} elements) {kind}" for kind, (tensors, elements) in counts.items() if tensors
+    )
+    return f"ENC optimizer: {', '.join(parts)}; {len(optimizer.param_groups)} groups"

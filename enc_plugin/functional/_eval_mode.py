@@ -1,0 +1,36 @@
+"""Guard of the measurements: a network is attacked and differentiated as it is used, in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+@contextmanager
+def require_eval_mode(forward: Callable) -> Iterator[None]:
+    """Raise ``ValueError`` if a module of ``forward`` runs in train mode within the block.
+
+    In train mode each image's output depends on its batch (batch norm) or on chance (dropout), and running changes
+    the model. A module is checked at once; of any other callable, each module is as it is called.
+    """
+    if isinstance(forward, nn.Module):
+        for name, module in forward.named_modules():
+            _check(module, name)
+        yield
+        return
+    handle = register_module_forward_pre_hook(lambda module, _: _check(module))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check(module: nn.Module, name: str = "") -> None:
+    if module.training:
+        where = f"{type(module).__name__} ({name!r})" if name else type(module).__name__
+        raise ValueError(
+            f"forward: expected a model in eval mode, but {where} is in train mode; call model.eval() first"
+        )

@@ -1,0 +1,214 @@
+r"""White-box attacks in the L-inf ball: FGSM (one gradient) and PGD (several)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._eval_mode import require_eval_mode
+
+Loss = str | Callable[[Tensor, Tensor], Tensor]
+
+
+def fgsm(
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    eps: float | Sequence[float],
+    *,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    loss: Loss = "cross_entropy",
+) -> Tensor | list[Tensor]:
+    r"""Fast gradient sign method (Goodfellow et al., arXiv:1412.6572): untargeted, one step to the corner of the ball.
+
+    .. math:: x' = \mathrm{clip}(x + \epsilon \, \mathrm{sign} \, \nabla_x \ell(f(x), y), \; lower, \; upper)
+
+    with sign(0) = 0. One gradient serves any number of ``eps``. Nothing but the returned tensors changes: gradients of
+    parameters, modes and random state stay as they were; it works within ``torch.no_grad()`` and autocast too.
+
+    Args:
+        forward: Maps images to logits ``(N, C)``; whatever normalises the images belongs within. In eval mode.
+        images: Pixels x, ``(N, ...)``, floating point, within ``[lower, upper]``.
+        labels: True classes y, ``(N,)`` integers.
+        eps: Largest change of a pixel, in the unit of ``images`` (8 / 255 for the range 0..1); a number, or a sequence.
+        lower: Smallest possible pixel value.
+        upper: Largest possible pixel value.
+        loss: ``'cross_entropy'``, or a callable that takes logits and labels and returns a loss, ``(N,)`` or summed.
+
+    Returns:
+        Adversarial images, of the shape, dtype and device of ``images``; for a sequence of ``eps`` a list of them.
+
+    Raises:
+        ValueError: If the model is in train mode, images lie outside the bounds, ``eps`` exceeds the range, or the
+            output is not a differentiable function of the images.
+        TypeError: If ``images`` are integers.
+
+    Example:
+        >>> images, labels = torch.tensor([[0.5, 0.9]]), torch.tensor([0])
+        >>> fgsm(lambda x: x @ torch.tensor([[1.0, 0.0], [0.0, 1.0]]), images, labels, eps=0.25)
+        tensor([[0.2500, 1.0000]])
+    """
+    budgets = _check_arguments(images, labels, eps, lower, upper)
+    gradient, _ = input_gradient(forward, images, labels, loss=loss)
+    adversarial = [sign_step(images, gradient, budget, lower=lower, upper=upper) for budget in budgets]
+    return adversarial[0] if isinstance(eps, Real) else adversarial
+
+
+def pgd(
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    eps: float | Sequence[float],
+    *,
+    steps: int = 10,
+    step_size: float | None = None,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    loss: Loss = "cross_entropy",
+) -> Tensor | list[Tensor]:
+    r"""Projected gradient descent (Madry et al., arXiv:1706.06083): FGSM in small steps, each projected onto the ball.
+
+    .. math:: x_{t+1} = \Pi_{\lVert x' - x \rVert_\infty \le \epsilon,\; lower \le x' \le upper}
+        (x_t + a \, \mathrm{sign} \, \nabla_{x_t} \ell(f(x_t), y))
+
+    A stronger attack than :func:`fgsm`, which is known to overrate robustness, at ``steps`` gradients for every
+    ``eps``. The last iterate is returned. It leaves no trace either.
+
+    Args:
+        forward: As in :func:`fgsm`.
+        images: As in :func:`fgsm`.
+        labels: As in :func:`fgsm`.
+        eps: As in :func:`fgsm`; each value of a sequence is attacked from the start.
+        steps: Number of gradients, at least 1.
+        step_size: Change of a pixel in one step (a), in the unit of ``images``; None: ``2.5 * eps / steps``, which lets
+            any point of the ball be reached.
+        random_start: Start from a uniformly random point of the ball, within the bounds; else from the images.
+        generator: Source of the random start, on the device of ``images``. None: one of its own, seeded with 0 for each
+            ``eps``, so that torch's global random state stays as it was.
+        lower: As in :func:`fgsm`.
+        upper: As in :func:`fgsm`.
+        loss: As in :func:`fgsm`.
+
+    Returns:
+        As :func:`fgsm`.
+
+    Raises:
+        ValueError: As :func:`fgsm`, and if ``steps`` or ``step_size`` is not positive.
+        TypeError: As :func:`fgsm`.
+
+    Example:
+        >>> images, labels = torch.tensor([[0.5, 0.9]]), torch.tensor([0])
+        >>> pgd(lambda x: x @ torch.tensor([[1.0, 0.0], [0.0, 1.0]]), images, labels, eps=0.25)
+        tensor([[0.2500, 1.0000]])
+    """
+    budgets = _check_arguments(images, labels, eps, lower, upper)
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps!r}")
+    if step_size is not None and not 0 < step_size < float("inf"):
+        raise ValueError(f"step_size: expected a positive finite number or None, got {step_size!r}")
+
+    images = images.detach()
+    adversarial = []
+    for budget in budgets:
+        step = 2.5 * budget / steps if step_size is None else step_size
+        x = images
+        if random_start:
+            source = torch.Generator(images.device).manual_seed(0) if generator is None else generator
+            # rand and not uniform_: it draws the same numbers however the images are laid out in memory.
+            offset = torch.rand(images.shape, generator=source, dtype=images.dtype, device=images.device) * 2 - 1
+            x = (images + budget * offset).clamp(lower, upper)
+        for _ in range(steps):
+            gradient, _ = input_gradient(forward, x, labels, loss=loss)
+            change = (x + step * _sign(gradient) - images).clamp(-budget, budget)
+            x = (images + change).clamp(lower, upper)
+        adversarial.append(x)
+    return adversarial[0] if isinstance(eps, Real) else adversarial
+
+
+def input_gradient(
+    forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, loss: Loss = "cross_entropy"
+) -> tuple[Tensor, Tensor]:
+    r"""Gradient of the summed loss with respect to the images: what every attack here is made of.
+
+    The loss is summed and not averaged, so that an image's gradient does not depend on the batch around it, and taken
+    in float32 at least, so that half precision does not flush it to zero.
+
+    Args:
+        forward: As in :func:`fgsm`.
+        images: As in :func:`fgsm`.
+        labels: As in :func:`fgsm`.
+        loss: As in :func:`fgsm`.
+
+    Returns:
+        The gradient, of the shape, dtype and device of ``images``, and the logits ``(N, C)`` that came with it.
+
+    Raises:
+        ValueError: If the model is in train mode, or the output is not a differentiable function of the images.
+    """
+    if loss != "cross_entropy" and not callable(loss):
+        raise ValueError(f"loss: expected 'cross_entropy' or a callable, got {loss!r}")
+    # Callers may be in no_grad or inference mode (validation loops are).
+    with torch.inference_mode(False), torch.enable_grad(), require_eval_mode(forward):
+        x, labels = (
+            images.detach().clone().requires_grad_(),
+            labels.clone(),
+        )  # clones: inference tensors cannot be saved
+        logits = forward(x)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"forward: expected logits of shape ({len(images)}, C), got {got}")
+        scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        total = loss(scores, labels).sum() if callable(loss) else F.cross_entropy(scores, labels, reduction="sum")
+        gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
+        if gradient is None:
+            raise ValueError(
+                "forward: its output does not depend on the images in a way that autograd sees; "
+                "look for no_grad, detach, NumPy or rounding within"
+            )
+    return gradient, logits.detach()
+
+
+def sign_step(images: Tensor, gradient: Tensor, eps: float, *, lower: float, upper: float) -> Tensor:
+    """``clip(images + eps * sign(gradient), lower, upper)``, with sign(0) = 0."""
+    return (images.detach() + eps * _sign(gradient)).clamp_(lower, upper)
+
+
+def _sign(gradient: Tensor) -> Tensor:
+    """Sign of each element; 0 for NaN as well, so that a network that has diverged leaves valid images."""
+    return gradient.sign().nan_to_num_(nan=0.0)
+
+
+def _check_arguments(
+    images: Tensor, labels: Tensor, eps: float | Sequence[float], lower: float, upper: float
+) -> list[float]:
+    """Refuse what would attack something else than meant; the values of ``eps`` as a list."""
+    if not images.is_floating_point():
+        raise TypeError(f"images: expected floating point pixels, got {images.dtype}; convert them with images.float()")
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels: expected {len(images)} class numbers, got shape {tuple(labels.shape)} of {labels.dtype}"
+        )
+    if not lower < upper:
+        raise ValueError(f"lower, upper: expected lower < upper, got {lower!r}, {upper!r}")
+    budgets = [eps] if isinstance(eps, Real) else list(eps)
+    for budget in budgets:
+        if not 0 <= budget <= upper - lower:
+            raise ValueError(
+                f"eps: expected numbers from 0 to upper - lower = {upper - lower:g}, got {budget!r}; eps has the unit "
+                "of the images (8 / 255 of the range is 8 / 255 for pixels in 0..1, and 8 for pixels in 0..255)"
+            )
+    if images.numel():
+        low, high = (bound.item() for bound in images.detach().aminmax())
+        if not (lower <= low and high <= upper):
+            raise ValueError(
+                f"images: expected pixels within [{lower:g}, {upper:g}], got [{low:g}, {high:g}]; attack pixels as "
+                "they are stored and put the normalisation into forward, or say what their range is with lower and upper"
+            )
+    return budgets

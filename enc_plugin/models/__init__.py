@@ -4,9 +4,20 @@ from mmengine.registry import MODELS
 
 from ..layers import ENC_LAYERS
 from .backbones import ResNetCIFAR6n
+from .baselines import DropoutLinearClsHead, WNConv2d
 from .classifier import ENCImageClassifier
+from .dropblock import DropBlock, DropBlockResNet, DropBlockResNetCIFAR6n, DropBlockScheduleHook
 
 for _layer in ENC_LAYERS.values():
     MODELS.register_module(module=_layer)
 
-__all__ = ["ENCImageClassifier", "ResNetCIFAR6n"]
+__all__ = [
+    "DropBlock",
+    "DropBlockResNet",
+    "DropBlockResNetCIFAR6n",
+    "DropBlockScheduleHook",
+    "DropoutLinearClsHead",
+    "ENCImageClassifier",
+    "ResNetCIFAR6n",
+    "WNConv2d",
+]

@@ -1,0 +1,67 @@
+"""The paper's baselines that mmpretrain lacks: weight normalization, and dropout before the classifier."""
+
+from __future__ import annotations
+
+import torch
+from mmengine.registry import MODELS
+from mmpretrain.models.heads import LinearClsHead
+from torch import Tensor, nn
+
+
+@MODELS.register_module()
+class WNConv2d(nn.Conv2d):
+    r""":class:`torch.nn.Conv2d` with weight normalization (Salimans & Kingma, 2016): a learnable gain for every row.
+
+    .. math:: \hat W_j = g_j\, W_j / \lVert W_j \rVert
+
+    The mathematics of :func:`torch.nn.utils.parametrizations.weight_norm` with the stock keys ``weight`` and ``bias``,
+    and one more, ``gain``. Gains start at 1, the paper's reading of weight normalization
+    (:math:`\lVert\hat W\rVert_F = \sqrt m`); the batch norm that follows restores the scale. A checkpoint without
+    gains sets them to its row norms, so that the layer computes what the stock one did. In a backbone,
+    ``conv_cfg=dict(type='WNConv2d')`` puts it in the place of every convolution.
+
+    Args:
+        *args, **kwargs: As for the stock layer.
+
+    Example:
+        >>> layer = WNConv2d(16, 32, kernel_size=3)
+        >>> round(layer.effective_weight.square().sum().item(), 3)
+        32.0
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones_like(self.weight[:, :1, :1, :1]))
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """The weight that the layer computes with, shaped like ``weight`` (differentiable)."""
+        return torch._weight_norm(self.weight, self.gain, 0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve with the effective weight: ``(N, C_in, H, W)`` to ``(N, C_out, H', W')``."""
+        return self._conv_forward(input, self.effective_weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and f"{prefix}gain" not in state_dict:
+            state_dict[f"{prefix}gain"] = weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@MODELS.register_module()
+class DropoutLinearClsHead(LinearClsHead):
+    """``LinearClsHead`` with dropout on its input: behind the last batch norm, where it shifts no statistics.
+
+    Args:
+        *args, **kwargs: As for ``LinearClsHead``.
+        dropout: Probability that a feature is dropped in training, 0 to 1.
+    """
+
+    def __init__(self, *args, dropout: float = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.dropout = nn.Dropout(dropout)
+
+    def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
+        """Features of the last stage after dropout, ``(N, in_channels)``."""
+        return self.dropout(super().pre_logits(feats))

@@ -1,3 +1,3 @@
-# The paper's baseline: the stock recipe, biases without decay.
-_base_ = ["mmpretrain::resnet/resnet50_8xb32_in1k.py", "./_base_/enc.py"]
-optim_wrapper = dict(constructor="ENCOptimWrapperConstructor")
+# The paper's baseline: Kaiming initialisation, no batch norm starts at zero (mmpretrain's default).
+_base_ = ["mmpretrain::_base_/models/resnet50.py", "./_base_/imagenet.py"]
+model = dict(backbone=dict(zero_init_residual=False))

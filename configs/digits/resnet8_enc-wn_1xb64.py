@@ -1,0 +1,2 @@
+_base_ = "./resnet8_enc-ws_1xb64.py"
+model = dict(enc=dict(variant="wn"))

@@ -1,0 +1,2 @@
+_base_ = "./resnet8_1xb64.py"
+model = dict(train_cfg=dict(augments=dict(type="Mixup", alpha=0.2)))

@@ -1,0 +1,2 @@
+_base_ = ["mmpretrain::_base_/models/resnet101.py", "./_base_/imagenet.py"]
+model = dict(backbone=dict(zero_init_residual=False))

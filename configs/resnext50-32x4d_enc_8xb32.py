@@ -1,0 +1,2 @@
+_base_ = "./resnext50-32x4d_8xb32.py"
+model = dict(type="ENCImageClassifier")

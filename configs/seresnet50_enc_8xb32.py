@@ -1,0 +1,2 @@
+_base_ = "./seresnet50_8xb32.py"
+model = dict(type="ENCImageClassifier")

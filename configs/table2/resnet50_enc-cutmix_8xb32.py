@@ -1,0 +1,2 @@
+_base_ = "./resnet50_cutmix_8xb32.py"
+model = dict(type="ENCImageClassifier")

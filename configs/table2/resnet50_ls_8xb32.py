@@ -1,0 +1,2 @@
+_base_ = "../resnet50_8xb32.py"
+model = dict(head=dict(loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1)))

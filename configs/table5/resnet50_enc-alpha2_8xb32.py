@@ -1,0 +1,2 @@
+_base_ = "../resnet50_enc_8xb32.py"
+model = dict(enc=dict(alpha=2.0))

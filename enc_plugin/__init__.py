@@ -9,14 +9,15 @@ from ._environment import check_environment
 check_environment()
 
 from . import checkpoint, datasets, engine, models  # noqa: E402
-from .convert import Audit, ConversionReport, NoEffectWarning, audit, to_enc  # noqa: E402
-from .layers import ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear  # noqa: E402
+from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc  # noqa: E402
+from .layers import CheckpointWarning, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear  # noqa: E402
 from .version import __version__  # noqa: E402
 
 checkpoint.allow_mmengine_checkpoints()
 
 __all__ = [
     "Audit",
+    "CheckpointWarning",
     "ConversionReport",
     "ENCConv1d",
     "ENCConv2d",
@@ -27,6 +28,7 @@ __all__ = [
     "audit",
     "datasets",
     "engine",
+    "fold",
     "models",
     "to_enc",
 ]

@@ -1,7 +1,10 @@
-"""Surgery on whole models: :func:`to_enc` converts any ``nn.Module`` in place, :func:`audit` checks the constraint."""
+"""Surgery on whole models: :func:`to_enc` converts any ``nn.Module`` in place, :func:`fold` undoes it for deployment,
+:func:`audit` checks the constraint."""
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .functional.weights import check_alpha, check_variant, is_centered, num_rows
-from .layers import ENC_LAYERS, ENCLayer
+from .layers import ENC_LAYERS, ENCLayer, enc_class
+from .preserve import Plan, Preservation
 
 # Squeeze-and-excitation blocks by their class names in mmpretrain, mmcv, timm and torchvision.
 _SE_BLOCK = re.compile(r"^(Effective)?SE(Layer|Module|Block|Unit)|SqueezeExcit")
@@ -40,6 +44,7 @@ class ConversionReport:
 
     layers: list[ConvertedLayer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    preserved: Preservation | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -52,7 +57,8 @@ class ConversionReport:
     def __str__(self) -> str:
         rows = [(x.name, x.type, x.variant, f"{x.alpha}", "yes" if x.post_norm else "") for x in self.layers]
         text = format_table(("layer", "type", "variant", "alpha", "post-norm"), rows)
-        return "\n".join([text, *(f"plain: {name} ({why})" for name, why in self.skipped.items())])
+        text = "\n".join([text, *(f"plain: {name} ({why})" for name, why in self.skipped.items())])
+        return text if self.preserved is None else f"{text}\n{self.preserved}"
 
 
 def to_enc(
@@ -62,12 +68,16 @@ def to_enc(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     post_norm: str | bool = "auto",
+    preserve: bool | Tensor = False,
 ) -> ConversionReport:
     """Turn the convolutions and linear layers of ``model`` into ENC layers, in place.
 
     Modules keep their identity, names, hooks, parameters and weight values (only their class changes), so that
     optimizers, references and checkpoints of the plain model stay valid. No random numbers are drawn.
     Layers that are ENC already are checked against the options and get a post-norm where one is due.
+
+    Subclasses of the stock layers (mmcv's wrappers, timm's ``Conv2dSame``, ...) are converted if they compute with
+    their weight as it is. They stay plain, with the reason in the report, if they normalise it themselves.
 
     Args:
         model: Any ``nn.Module``: of mmpretrain, timm, or plain torch; a single layer too.
@@ -79,17 +89,22 @@ def to_enc(
         post_norm: ``'auto'`` gives a batch norm of its own to every layer that the paper must give one: each linear
             layer and the convolutions of squeeze-and-excitation blocks, unless a batch norm follows at once.
             True: every layer; False: none.
+        preserve: Keep the function of a trained network (in eval mode): what the layers lose in scale goes into the
+            batch norms behind them, so that ``'fro'`` and ``'wn'`` change outputs by rounding alone. ``'ws'`` and
+            ``'centered_fro'`` remove means too; by how much that changes the outputs is measured, reported and warned
+            of. The network runs once for this: on a made-up batch (True), or on the batch given.
 
     Returns:
         The report: each ENC layer with its variant and whether it has a post-norm, and what stays plain.
 
     Raises:
         ValueError: If an option is unknown, a pattern matches no layer, a layer cannot be normalised (a row of one
-            element, a constant row), or a layer is ENC already with another variant or alpha. The model is then
-            unchanged.
+            element, a constant row), a layer is ENC already with another variant or alpha, or ``preserve`` finds a
+            layer whose scale no batch norm can take. The model is then unchanged.
 
     Warns:
         NoEffectWarning: If there is no layer to convert.
+        UserWarning: If ``preserve`` could not keep the outputs.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
@@ -105,7 +120,8 @@ def to_enc(
     if post_norm not in ("auto", True, False):
         raise ValueError(f"post_norm: expected 'auto', True or False, got {post_norm!r}")
 
-    names = [name for name, module in model.named_modules() if _is_layer(module)]
+    problems = _unconvertible(model)
+    names = [name for name, module in model.named_modules() if _is_layer(module) and name not in problems]
     selected = _select(names, include, exclude)
     modules = dict(model.named_modules())
     wants_norm = _layers_without_batch_norm(model) if post_norm == "auto" else None
@@ -118,17 +134,24 @@ def to_enc(
         elif module.weight.device.type != "meta":
             check_normalizable(name, module.weight, variant)
 
-    report = ConversionReport(skipped=_plain_weights(model, selected))
+    needs_norm = {modules[name] for name in selected if wants_norm is None and post_norm} | (wants_norm or set())
+    has_norm = needs_norm | {layer for _, layer in enc_layers(model) if layer.norm is not None}
+    plan = None
+    if selected and preserve is not False:
+        plan = Plan(model, {name: modules[name] for name in selected}, has_norm, preserve)
+
+    layers = []
     for name in selected:
         module = modules[name]
-        needs_norm = module in wants_norm if wants_norm is not None else bool(post_norm)
         if not isinstance(module, ENCLayer):
             # Changing the class keeps every reference, hook and shared module in place.
-            module.__class__ = ENC_LAYERS[type(module)]
-            module._init_enc(variant, alpha, needs_norm)
-        elif needs_norm and module.norm is None:
+            module.__class__ = enc_class(type(module))
+            module._init_enc(variant, alpha, module in needs_norm)
+        elif module in needs_norm and module.norm is None:
             module.add_post_norm()
-        report.layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, module.norm is not None))
+        layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, module.norm is not None))
+    _guard_fusers(model)
+    report = ConversionReport(layers, _plain_weights(model, selected, problems), _keep_function(plan, variant))
     if not report.layers:
         warnings.warn(
             f"to_enc changed nothing: {type(model).__name__} has no Conv1d/2d/3d or Linear layer"
@@ -168,8 +191,131 @@ def check_normalizable(name: str, weight: Tensor, variant: str) -> None:
         )
 
 
+def fold(model: nn.Module) -> nn.Module:
+    r"""The plain network that computes what an ENC network computes in eval mode: the inverse of :func:`to_enc`.
+
+    Weights become :math:`\hat W`; post-norms merge into weight and bias. Classes go back to the stock ones
+    (``ENCImageClassifier`` to ``ImageClassifier``). The state dict loads, strictly, into the stock model.
+
+    Args:
+        model: Any ``nn.Module`` with ENC layers; it is left as it is.
+
+    Returns:
+        A new model in the mode (train or eval) of ``model``. A layer that had a post-norm but no bias has got a bias:
+        only such a layer keeps the state dict from fitting the stock model.
+
+    Raises:
+        ValueError: If an effective weight is not defined (a constant row, NaN), or a post-norm keeps no running
+            statistics.
+
+    Warns:
+        NoEffectWarning: If there is no ENC layer; the result is then a copy.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10)).eval()
+        >>> _ = to_enc(model)
+        >>> plain = fold(model)
+        >>> type(plain[3]).__name__, list(plain[3].state_dict())
+        ('Linear', ['weight', 'bias'])
+    """
+    if next(enc_layers(model), None) is None:
+        warnings.warn(f"fold changed nothing: {type(model).__name__} has no ENC layer", NoEffectWarning, stacklevel=2)
+    for name, layer in enc_layers(model):
+        if not layer.weight.is_meta:
+            check_normalizable(name, layer.weight, layer.variant)
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name in [key for key, value in module.__dict__.items() if isinstance(value, _FoldFirst)]:
+            delattr(module, name)
+        if hasattr(module, "become_plain"):
+            module.become_plain()
+    return model
+
+
+class _FoldFirst:
+    """Stands in for a block's own ``fuse`` while the block is ENC: that would merge W, which the block does not use."""
+
+    def __init__(self, owner: str, method: str):
+        self.owner, self.method = owner, method
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError(
+            f"{self.owner}.{self.method} merges the weights of its layers, but they are ENC and compute with others; "
+            f"call enc_plugin.fold(model) first and use {self.method} on the plain model that it returns"
+        )
+
+
+def _guard_fusers(model: nn.Module) -> None:
+    """Let blocks that merge their layers' weights (RepVGG, MobileOne, LeViT, ...) ask for :func:`fold`."""
+    for module in model.modules():
+        if isinstance(module, ENCLayer) or next(enc_layers(module), None) is None:
+            continue
+        for method in ("fuse", "reparameterize", "switch_to_deploy"):
+            if callable(getattr(type(module), method, None)):
+                module.__dict__[method] = _FoldFirst(type(module).__name__, method)
+
+
+def _keep_function(plan: Plan | None, variant: str) -> Preservation | None:
+    if plan is None:
+        return None
+    preserved = plan.apply()
+    if not preserved.output_change < 1e-3:  # NaN too; rounding in float32 stays below 1e-4
+        why = f"{variant!r} removes means, 'wn' and 'fro' do not"
+        if not is_centered(variant):
+            why = "the forward pass reads a weight in a way that is not followed"
+        warnings.warn(f"to_enc could not keep the function ({why}); {preserved}", UserWarning, stacklevel=3)
+    return preserved
+
+
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, ENCLayer) or type(module) in ENC_LAYERS
+    return isinstance(module, ENCLayer) or enc_class(type(module)) is not None
+
+
+def _unconvertible(model: nn.Module) -> dict[str, str]:
+    """Layers that must stay plain, by name, with the reason."""
+    problems = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            reason = "nn.MultiheadAttention reads its weight without calling it"
+            problems[f"{name}.out_proj" if name else "out_proj"] = reason
+        elif _is_layer(module) and not isinstance(module, ENCLayer):
+            reason = _weight_problem(module)
+            if reason is not None:
+                problems.setdefault(name, reason)
+    return problems
+
+
+@torch.no_grad()
+def _weight_problem(layer: nn.Module) -> str | None:
+    """Why a layer cannot be ENC, or None: its output must be linear in the weight that it owns.
+
+    Subclasses are tried out on a copy: a layer that normalises its own weight does not double its output with it.
+    """
+    name = type(layer).__name__
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return f"the weight of this {name} is computed from other parameters (a parametrization)"
+    if isinstance(layer.weight, nn.UninitializedParameter):
+        return f"{name} has no weight before its first forward pass"
+    if type(layer) in ENC_LAYERS:
+        return None
+    trial = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
+    for tensor in (*trial.parameters(), *trial.buffers()):
+        tensor.zero_()
+    trial.__class__ = enc_class(type(layer))
+    weight = torch.arange(1.0, 1 + trial.weight.numel()).sin().view_as(trial.weight)
+    if isinstance(layer, nn.Linear):
+        shape = (2, layer.in_features)
+    else:
+        spatial = ((k - 1) * d + 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+        shape = (2, layer.in_channels, *spatial)
+    x = torch.arange(1.0, 1 + math.prod(shape)).cos().view(shape)
+    try:
+        once, twice = (trial.forward_with(factor * weight, x) for factor in (1, 2))
+    except Exception as error:
+        return f"{name} does not run on its own: {error}"
+    if not torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-5 * once.abs().max().item()) or not once.any():
+        return f"{name} transforms its weight itself"
+    return None
 
 
 def _select(names: list[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[str]:
@@ -206,13 +352,15 @@ def _layers_without_batch_norm(model: nn.Module) -> set[nn.Module]:
     return due - followed
 
 
-def _plain_weights(model: nn.Module, selected: list[str]) -> dict[str, str]:
+def _plain_weights(model: nn.Module, selected: list[str], problems: dict[str, str]) -> dict[str, str]:
     """Modules that hold a matrix-like weight of their own and are no ENC layers, with the reason."""
     plain = {}
     for name, module in model.named_modules():
         if name in selected or not any(p.ndim >= 2 for p in module.parameters(recurse=False)):
             continue
-        if type(module) in ENC_LAYERS or isinstance(module, ENCLayer):
+        if name in problems:
+            plain[name] = problems[name]
+        elif _is_layer(module):
             plain[name] = "left out by include / exclude"
         else:
             plain[name] = f"{type(module).__name__} has no ENC layer"

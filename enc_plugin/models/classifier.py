@@ -18,7 +18,8 @@ class ENCImageClassifier(ImageClassifier):
     Args:
         *args, **kwargs: As for mmpretrain's ``ImageClassifier``.
         enc: Options of :func:`enc_plugin.to_enc`: ``variant``, ``alpha``, ``include``, ``exclude``, ``post_norm``.
-            Patterns match names as in ``named_modules()``: ``'backbone'``, ``'head.fc'``.
+            Patterns match names as in ``named_modules()``: ``'backbone'``, ``'head.fc'``. ``preserve=True`` keeps the
+            function of plain weights whenever such are loaded (``load_from``, ``init_cfg``): fine-tuning with ENC.
 
     Attributes:
         enc_report: The :class:`enc_plugin.ConversionReport`.
@@ -26,10 +27,34 @@ class ENCImageClassifier(ImageClassifier):
 
     def __init__(self, *args, enc: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.enc_report = to_enc(self, **(enc or {}))
+        self.enc = dict(enc or {})
+        # There is no function to keep before weights are loaded.
+        self.enc_report = to_enc(self, **{**self.enc, "preserve": False})
+        for _, layer in enc_layers(self):
+            layer.keeps_function = bool(self.enc.get("preserve"))
+        self.register_load_state_dict_post_hook(_keep_plain_function)
 
     def init_weights(self) -> None:
         """Initialise as the stock model does, then refuse weights that cannot be normalised."""
+        for _, layer in enc_layers(self):
+            layer.holds_plain_weight = False
         super().init_weights()
         for name, layer in enc_layers(self):
             check_normalizable(name, layer.weight, layer.variant)
+        # A backbone that loads its own weights (init_cfg) does not call the hook of the whole.
+        _keep_plain_function(self)
+
+    def become_plain(self) -> None:
+        """Turn into the stock ``ImageClassifier``, in place: the part of :func:`enc_plugin.fold` that is its own."""
+        for name in ("enc", "enc_report"):
+            delattr(self, name)
+        for key, hook in list(self._load_state_dict_post_hooks.items()):
+            if hook is _keep_plain_function:
+                del self._load_state_dict_post_hooks[key]
+        self.__class__ = ImageClassifier
+
+
+def _keep_plain_function(model: ENCImageClassifier, incompatible_keys=None) -> None:
+    """Load hook: with ``preserve``, keep the function of the plain weights that have just been loaded."""
+    if model.enc.get("preserve") and any(layer.holds_plain_weight for _, layer in enc_layers(model)):
+        model.enc_report = to_enc(model, **model.enc)

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleave(candidates: dict[str, Callable[[], object]], rounds: int = 7, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call: ``rounds`` rounds in which every candidate runs once, after ``warmup`` rounds not counted."""
+    """Seconds of each call: every candidate runs once in each of ``rounds`` rounds; ``warmup`` rounds do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup + rounds):
         for name, call in candidates.items():
@@ -46,9 +46,9 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[st
 
 def machine() -> dict[str, object]:
     """What the figures depend on: processor, threads, versions."""
-    cpu = next(
-        (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.processor()
-    )
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),

@@ -18,8 +18,8 @@ class CIFAR10Folder(BaseDataset):
     """CIFAR-10 in an ImageFolder layout, ``<data_root>/{train,test}/<class>/*.{jpg,png}``.
 
     The pictures are decoded once (about 150 MB for the training set), since decoding 50,000 small files each epoch
-    costs more than a small network's step. Each sample is ``dict(img=..., gt_label=...)`` with ``img`` a ``(32, 32, 3)`` BGR
-    uint8 array in 0..255, so that pipelines start without a loading step, as for mmpretrain's CIFAR10.
+    costs more than a small network's step. Each sample is ``dict(img=..., gt_label=...)`` with ``img`` a
+    ``(32, 32, 3)`` BGR uint8 array in 0..255, so that pipelines start without a loading step, as for CIFAR10.
 
     Args:
         data_root: Folder that holds ``train`` and ``test``.
@@ -44,9 +44,7 @@ class CIFAR10Folder(BaseDataset):
         samples = []
         for label, name in enumerate(CLASSES):
             folder = Path(self.data_root, self.split, name)
-            files = (
-                sorted(p for p in folder.glob("*") if p.suffix.lower() in (".jpg", ".png")) if folder.is_dir() else []
-            )
+            files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".jpg", ".png"))
             if not files:
                 raise FileNotFoundError(
                     f"data_root: no pictures in {folder}; make them from cifar-10-python.tar.gz or cifar10.zip with: "

@@ -46,13 +46,13 @@ class ENCAuditHook(Hook):
         kinds = sorted({f"{row.variant}, alpha {row.alpha:.4g}" for row in table})
         norms = sum(layer.norm is not None for _, layer in enc_layers(model))
         runner.logger.info(
-            f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), "
-            f"{norms} with a batch norm of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"
+            f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with a "
+            f"batch norm of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"
         )
         if not table.max_deviation < DEVIATION_LIMIT:  # NaN too
             worst = max(table, key=lambda row: math.inf if math.isnan(row.deviation) else row.deviation)
             runner.logger.warning(
-                f"ENC: the constraint is violated; the worst layer is {worst.name!r} ({worst.deviation:.1e})"
+                f"ENC: the constraint is violated, worst in {worst.name!r} (deviation {worst.deviation:.1e})"
             )
 
 

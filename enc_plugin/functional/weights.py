@@ -81,10 +81,36 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0)
         w = w.reshape(1, weight.shape[0], -1)
         what = F.group_norm(w, rows, _scale(w, alpha, w.numel(), w.shape[1:2]), None, 0.0)
     else:
-        # The kernel behind torch.nn.utils.parametrizations.weight_norm, which saves W and the row norms alone.
         w = w.reshape(rows, -1)
-        what = torch._weight_norm(w, _scale(w, alpha, rows, (rows, 1)), 0)
+        what, _ = _UnitRows.apply(w, _scale(w, alpha, rows, (rows, 1)))
     return what.reshape(weight.shape).to(weight.dtype)
+
+
+class _UnitRows(torch.autograd.Function):
+    """``g_j v_j / ||v_j||`` by the kernel behind torch's weight_norm, which keeps v and the row norms alone.
+
+    ``torch._weight_norm`` itself takes the norms as constants in its second derivative, which is therefore wrong.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return torch._weight_norm_interface(v, g, 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        v, g, norms = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return torch.ops.aten._weight_norm_interface_backward(grad.contiguous(), v, g, norms, 0)
+        norms = torch.linalg.vector_norm(v, dim=1, keepdim=True)  # once more, as a function of v
+        grad_g = (grad * v).sum(1, keepdim=True) / norms
+        return g / norms * (grad - grad_g / norms * v), grad_g
 
 
 def check_alpha(alpha: float | Tensor) -> None:

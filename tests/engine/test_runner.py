@@ -1,0 +1,142 @@
+"""Real short runs: how ENC enters a config, alone and distributed, with mixed precision, resumed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers import CONFIGS, build_runner, digits_config, dist_train, scalars, train
+from mmengine.config import Config
+from mmengine.runner import load_checkpoint
+
+from enc_plugin import audit
+from enc_plugin.convert import enc_layers
+
+ENC_CONFIG = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"
+CONV_CFG = dict(type="ENCConv2d", variant="ws", alpha=1.0)
+
+
+def log_text(work_dir) -> str:
+    return next(work_dir.glob("*/*.log")).read_text()
+
+
+def weights(runner) -> dict[str, torch.Tensor]:
+    model = runner.model
+    return {key: value.clone() for key, value in getattr(model, "module", model).state_dict().items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def test_conv_cfg_and_classifier_train_to_identical_weights(tmp_path):
+    """The backbone by conv_cfg, by the classifier, or by both: the same network, ten iterations long."""
+    by_conv_cfg = digits_config(tmp_path / "a", "resnet8_1xb64", epochs=4, model__backbone__conv_cfg=CONV_CFG)
+    by_classifier = digits_config(
+        tmp_path / "b", epochs=4, model__enc=dict(include="backbone", variant="ws", alpha=1.0)
+    )
+    twice = digits_config(
+        tmp_path / "c", epochs=4, model__enc=dict(include="backbone"), model__backbone__conv_cfg=CONV_CFG
+    )
+    runs = [train(cfg) for cfg in (by_conv_cfg, by_classifier, twice)]
+    assert runs[0].iter == 12
+    assert len(list(enc_layers(runs[0].model))) == 9
+    assert_equal(weights(runs[0]), weights(runs[1]))
+    assert_equal(weights(runs[0]), weights(runs[2]))
+
+
+def test_the_classifier_completes_a_backbone_built_by_conv_cfg(tmp_path):
+    one = train(digits_config(tmp_path / "a", epochs=4))
+    both = train(digits_config(tmp_path / "b", epochs=4, model__backbone__conv_cfg=CONV_CFG))
+    assert len(list(enc_layers(both.model))) == 10
+    assert_equal(weights(one), weights(both))
+
+
+def test_the_log_states_layers_decay_and_constraint_at_start_and_end(tmp_path):
+    runner = train(digits_config(tmp_path))
+    text = log_text(tmp_path)
+    assert "ENC optimizer: 10 tensors (77,360 elements) shifted decay, 10 tensors" in text
+    lines = re.findall(
+        r"ENC: 10 layers \(ws, alpha 1\), 1 with a batch norm of their own, largest deviation.* (\S+)\n", text
+    )
+    assert len(lines) == 2
+    assert all(float(value) < 1e-5 for value in lines)
+    assert audit(runner.model).max_deviation < 1e-5
+
+
+def test_a_plain_model_is_reported_as_such(tmp_path):
+    train(digits_config(tmp_path, "resnet8_1xb64"))
+    assert log_text(tmp_path).count("ENC: this model has no ENC layers") == 2
+
+
+def test_stock_initialisation_reaches_enc_layers(tmp_path):
+    """mmengine initialises by class name or direct base: the free weights are those of the plain network."""
+    states = []
+    for name in ("resnet8_1xb64", "resnet8_enc-ws_1xb64"):
+        runner = build_runner(digits_config(tmp_path / name, name))
+        runner._init_model_weights()
+        states.append(weights(runner))
+    reference, own = states
+    assert all(torch.equal(own[key], value) for key, value in reference.items())
+
+
+def test_weights_that_cannot_be_normalised_stop_before_the_first_step(tmp_path):
+    cfg = digits_config(tmp_path, model__head__init_cfg=dict(type="Constant", layer="Linear", val=0.0))
+    with pytest.raises(ValueError, match="layer 'head.fc': 10 of its 10 rows are constant"):
+        train(cfg)
+
+
+def test_a_loaded_checkpoint_that_cannot_be_normalised_stops_before_the_first_step(tmp_path):
+    runner = build_runner(digits_config(tmp_path / "a"))
+    state = runner.model.state_dict()
+    state["backbone.conv1.weight"][3] = 0.25
+    torch.save({"state_dict": state, "meta": {}}, tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match="layer 'backbone.conv1': 1 of its 16 rows are constant"):
+        train(digits_config(tmp_path / "b", load_from=str(tmp_path / "broken.pth")))
+
+
+def test_mixed_precision_without_cuda_is_bfloat16_and_keeps_the_constraint(tmp_path):
+    runner = train(digits_config(tmp_path, optim_wrapper__type="AmpOptimWrapper", optim_wrapper__loss_scale="dynamic"))
+    assert type(runner.optim_wrapper).__name__ == "BFloat16OptimWrapper"
+    assert audit(runner.model).max_deviation < 1e-5
+    assert all(p.dtype == torch.float32 for p in runner.model.parameters())
+    assert scalars(tmp_path)[0]["loss"] > 0
+
+
+def test_a_run_resumes_from_its_checkpoint_under_weights_only_loading(tmp_path):
+    train(digits_config(tmp_path, epochs=1))
+    runner = train(digits_config(tmp_path, epochs=2, resume=True))
+    assert runner.epoch == 2
+    (group,) = [g for g in runner.optim_wrapper.optimizer.param_groups if "shift_eps" in g]
+    assert group["enc_variant"] == "ws"
+
+
+def test_checkpoints_that_ask_for_other_code_stay_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (getattr, (torch.nn.Module, "forward"))
+
+    torch.save({"state_dict": {}, "meta": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(Exception, match="no mmengine checkpoint needs|Unsupported"):
+        load_checkpoint(torch.nn.Linear(1, 1), str(tmp_path / "evil.pth"))
+
+
+def test_two_gloo_processes_train(tmp_path):
+    options = ["--cfg-options", "train_dataloader.dataset.indices=128", "val_dataloader.dataset.indices=63"]
+    options += ["train_cfg.max_epochs=2", "train_dataloader.batch_size=16"]
+    options += ["optim_wrapper.accumulative_counts=2"]
+    done = dist_train(ENC_CONFIG, 2, "--work-dir", str(tmp_path), *options)
+    text = done.stdout + done.stderr
+    assert "ENC: no CUDA, the distributed backend is gloo" in text
+    checkpoint = torch.load(tmp_path / "epoch_2.pth")
+    assert "accuracy/top1" in text
+    assert len(checkpoint["optimizer"]["param_groups"]) == 3
+
+
+def test_a_config_of_enc_names_its_plugin():
+    cfg = Config.fromfile(ENC_CONFIG)
+    assert cfg.custom_imports["imports"] == ["enc_plugin"]
+    assert cfg.runner_type == "ENCRunner"

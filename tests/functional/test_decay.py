@@ -1,0 +1,69 @@
+"""The epsilon-shifted L2 regularizer against literal formulas and against autograd on the regularizer itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from enc_plugin.functional import VARIANTS, shifted_l2_grad
+
+ALL = tuple(VARIANTS)
+
+
+def literal(weight: Tensor, variant: str, eps: float) -> Tensor:
+    """The gradient as the paper's authors write it, row by row; whole-layer variants are one row."""
+    rows = weight.reshape(1, -1) if variant in ("fro", "centered_fro") else weight.flatten(1)
+    out = []
+    for row in rows:
+        if variant in ("fro", "wn"):
+            out.append((1 - eps / row.norm()) * row)
+        else:
+            mean = row.mean()
+            out.append((1 - eps / row.std(correction=0)) * (row - mean) + mean)
+    return torch.stack(out).view_as(weight)
+
+
+def regularizer(weight: Tensor, variant: str, eps: float) -> Tensor:
+    rows = weight.reshape(1, -1) if variant in ("fro", "centered_fro") else weight.flatten(1)
+    if variant in ("fro", "wn"):
+        return 0.5 * (rows.norm(dim=1) - eps).square().sum()
+    spread = (rows.std(dim=1, correction=0) - eps).square() + rows.mean(1).square()
+    return 0.5 * rows.shape[1] * spread.sum()
+
+
+@given(st.tuples(st.integers(1, 6), st.integers(2, 6)), st.sampled_from(ALL), st.floats(0, 3), st.integers(0, 2**31))
+def test_equals_the_literal_formula_and_the_gradient_of_the_regularizer(shape, variant, eps, seed):
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.3
+    grad = shifted_l2_grad(weight, variant, eps)
+    torch.testing.assert_close(grad, literal(weight, variant, eps))
+    free = weight.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(regularizer(free, variant, eps), free)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_zero_shift_is_plain_decay(variant):
+    weight = torch.randn(4, 3, 3, 3)
+    assert torch.equal(shifted_l2_grad(weight, variant, 0.0), weight)
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_descent_settles_at_the_shift(variant):
+    """Weights whose length (row norm, or row standard deviation) is below eps grow, above it shrink, and stay at it."""
+    eps = 0.5
+    for start in (0.01, 5.0):
+        weight = start * torch.randn(4, 9, dtype=torch.float64)
+        for _ in range(400):
+            weight = weight - 0.1 * shifted_l2_grad(weight, variant, eps)
+        rows = weight.reshape(1, -1) if variant in ("fro", "centered_fro") else weight
+        length = rows.norm(dim=1) if variant in ("fro", "wn") else rows.std(dim=1, correction=0)
+        torch.testing.assert_close(length, torch.full_like(length, eps))
+
+
+@pytest.mark.parametrize("eps", [-1e-3, float("nan"), float("inf")])
+def test_a_bad_shift_is_refused(eps):
+    with pytest.raises(ValueError, match="eps: expected a finite number >= 0"):
+        shifted_l2_grad(torch.ones(2, 2), "fro", eps)

@@ -1,0 +1,233 @@
+"""Surgery on whole models: what is converted, what gets a batch norm, what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from mmengine.hub import get_config
+from mmpretrain.registry import MODELS
+from torch import nn
+
+from enc_plugin import ENCConv2d, ENCLinear, NoEffectWarning, audit, to_enc
+from enc_plugin.convert import enc_layers
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+
+
+def stock_classifier(config: str, **backbone) -> nn.Module:
+    cfg = get_config(f"mmpretrain::{config}").model
+    cfg.backbone.update(backbone)
+    return MODELS.build(cfg)
+
+
+# Layers as counted by hand from the architectures: convolutions + classifier; post-norms: classifier + SE convolutions.
+@pytest.mark.parametrize(
+    ("config", "layers", "post_norms"),
+    [
+        ("resnet/resnet18_8xb16_cifar10.py", 17 + 3 + 1, 1),
+        ("seresnet/seresnet50_8xb32_in1k.py", 53 + 32 + 1, 33),
+        ("resnext/resnext50-32x4d_8xb32_in1k.py", 53 + 1, 1),
+        ("densenet/densenet121_4xb256_in1k.py", 120 + 1, 1),
+    ],
+)
+def test_mmpretrain_models_are_converted_whole(config, layers, post_norms):
+    model = stock_classifier(config)
+    values = {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = list(model.parameters())
+    report = to_enc(model)
+    assert (len(report), report.num_post_norms, report.skipped) == (layers, post_norms, {})
+    assert all(any(p is q for q in model.parameters()) for p in parameters), "parameters are kept"
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in values.items()), "values and keys are kept"
+    assert {key.split(".norm.")[1] for key in after.keys() - values.keys()} == set(nn.BatchNorm2d(1).state_dict())
+    assert audit(model).max_deviation < 1e-5
+
+
+def test_post_norms_go_to_the_classifier_and_the_squeeze_excitation_layers():
+    report = to_enc(stock_classifier("seresnet/seresnet50_8xb32_in1k.py"))
+    with_norm = [layer.name for layer in report.layers if layer.post_norm]
+    assert all(".se_layer.conv" in name for name in with_norm[:-1])
+    assert with_norm[-1] == "head.fc"
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "resnet18", "regnety_002", "efficientnet_b0"])
+def test_timm_models_are_converted_whole(name):
+    model = timm.create_model(name, num_classes=7)
+    convs = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    in_se = [m for b in model.modules() if type(b).__name__.startswith(("SE", "Squeeze")) for m in b.modules()]
+    expected = sum(isinstance(m, nn.Linear) for m in convs) + sum(isinstance(m, nn.Conv2d) for m in in_se)
+    report = to_enc(model, variant="wn")
+    assert (len(report), report.num_post_norms) == (len(convs), expected)
+    assert model.eval()(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+def test_torchvision_squeeze_excitation_gets_post_norms():
+    report = to_enc(torchvision.models.mobilenet_v3_small(num_classes=5), variant="wn")
+    with_norm = {layer.name.rsplit(".", 1)[1] for layer in report.layers if layer.post_norm}
+    assert with_norm == {"fc1", "fc2", "0", "3"}  # of SqueezeExcitation, and the two linear layers of the classifier
+
+
+def test_a_linear_layer_that_a_batch_norm_follows_gets_no_second_one():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    report = to_enc(model)
+    assert [layer.post_norm for layer in report.layers] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("post_norm", "expected"), [(True, [True, True]), (False, [False, False]), ("auto", [False, True])]
+)
+def test_post_norm_option_gives_every_layer_or_none_a_batch_norm(post_norm, expected):
+    report = to_enc(small_net(), post_norm=post_norm)
+    assert [layer.post_norm for layer in report.layers] == expected
+
+
+def test_modules_keep_identity_hooks_and_references():
+    model = small_net()
+    conv, seen = model[0], []
+    conv.register_forward_hook(lambda *_: seen.append(1))
+    to_enc(model)
+    assert model[0] is conv
+    assert type(conv) is ENCConv2d
+    model(torch.randn(2, 3, 8, 8))
+    assert seen == [1]
+
+
+def test_conversion_draws_no_random_numbers():
+    model = small_net()
+    state = torch.get_rng_state()
+    to_enc(model, post_norm=True, alpha="learnable")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_single_layer_is_a_model_too():
+    layer = nn.Linear(4, 3)
+    report = to_enc(layer)
+    assert type(layer) is ENCLinear
+    assert [x.name for x in report.layers] == [""]
+
+
+def test_a_shared_layer_is_converted_once():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    assert len(to_enc(model)) == 1
+
+
+def test_include_and_exclude_take_names_and_globs():
+    def names(**kwargs):
+        return [x.name for x in to_enc(torchvision.models.resnet18(), **kwargs).layers]
+
+    assert names(include="fc") == ["fc"]
+    assert names(include=["layer1", "conv1"])[:2] == ["conv1", "layer1.0.conv1"]
+    assert all("downsample" in name for name in names(include="*.downsample.*"))
+    assert "fc" not in names(exclude=["fc"])
+    assert len(names(exclude=["layer?.?.conv1"])) == 21 - 8
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_without_a_match_is_an_error_that_shows_the_layers(argument):
+    with pytest.raises(ValueError, match=rf"{argument}: 'head' matches no layer; the layers are '0', '5'"):
+        to_enc(small_net(), **{argument: ["head"]})
+
+
+def test_nothing_to_convert_is_a_warning():
+    with pytest.warns(NoEffectWarning, match="to_enc changed nothing: ReLU has no Conv1d/2d/3d or Linear layer"):
+        report = to_enc(nn.ReLU())
+    assert len(report) == 0
+
+
+def test_converting_twice_with_the_same_options_changes_nothing():
+    model = small_net()
+    to_enc(model)
+    state = copy.deepcopy(model.state_dict())
+    report = to_enc(model)
+    assert (len(report), report.num_post_norms) == (2, 1)
+    assert model.state_dict().keys() == state.keys()
+
+
+def test_converting_twice_with_other_options_is_an_error():
+    model = small_net()
+    to_enc(model)
+    with pytest.raises(ValueError, match="layer '0' is ENC already with variant='ws', alpha=1.0, but variant='wn'"):
+        to_enc(model, variant="wn")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "variant", "message"),
+    [
+        (lambda m: m[0].weight.data[1].fill_(0.3), "ws", "layer '0': 1 of its 8 rows are constant.*exclude=\\['0'\\]"),
+        (lambda m: m[5].weight.data.fill_(1.0), "centered_fro", "layer '5': its weight is constant"),
+        (lambda m: m[5].weight.data[2].zero_(), "wn", "layer '5': 1 of its 10 rows are all zero"),
+        (lambda m: m[5].weight.data.zero_(), "fro", "layer '5': its weight is all zero"),
+        (lambda m: m[0].weight.data[0, 0, 0, 0].fill_(float("nan")), "fro", "layer '0': its weight holds NaN or Inf"),
+    ],
+)
+def test_a_layer_without_a_direction_is_refused_and_the_model_left_alone(break_it, variant, message):
+    model = small_net()
+    break_it(model)
+    with pytest.raises(ValueError, match=message):
+        to_enc(model, variant=variant)
+    assert not list(enc_layers(model))
+
+
+def test_rows_of_one_element_name_the_layer_and_the_way_out():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
+    with pytest.raises(ValueError, match="layer '0': 4 of its 4 rows are of one element.*variant='wn' or 'fro'"):
+        to_enc(model)
+    assert len(to_enc(model, variant="wn")) == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(variant="eq22"), "variant: expected one of"),
+        (dict(alpha=0.0), "alpha: expected a positive"),
+        (dict(alpha="auto"), "alpha: expected a positive number or 'learnable'"),
+        (dict(post_norm="always"), "post_norm: expected 'auto', True or False, got 'always'"),
+    ],
+)
+def test_bad_options_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        to_enc(small_net(), **kwargs)
+
+
+def test_weights_without_an_enc_layer_are_reported_as_plain():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "fc": nn.Linear(4, 2), "up": nn.ConvTranspose2d(2, 2, 2)})
+    report = to_enc(model)
+    assert report.skipped == {"embed": "Embedding has no ENC layer", "up": "ConvTranspose2d has no ENC layer"}
+    assert "plain: embed (Embedding has no ENC layer)" in str(report)
+
+
+def test_meta_models_are_converted():
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    assert len(to_enc(model)) == 54
+
+
+def test_audit_reads_norms_and_finds_the_layer_that_lost_its_direction():
+    model = small_net()
+    to_enc(model, alpha=2.0)
+    table = audit(model)
+    assert [row.name for row in table] == ["0", "5"]
+    assert table[0].free_norm == pytest.approx(model[0].weight.norm().item(), rel=1e-6)
+    assert all(row.sq_norm == pytest.approx(2.0, rel=1e-6) for row in table)
+    assert table.max_deviation < 1e-6
+    assert "largest deviation from alpha" in str(table)
+    model[5].weight.data[0].fill_(0.0)
+    assert torch.tensor(audit(model).max_deviation).isnan()
+
+
+def test_audit_of_a_plain_model_is_empty():
+    assert (list(audit(small_net())), audit(small_net()).max_deviation) == ([], 0.0)

@@ -1,0 +1,46 @@
+"""What the environment check says about real broken environments: module search paths made by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+# A process of its own in which some installed modules are hidden, or report another version.
+SCRIPT = """
+import importlib.metadata, importlib.util, sys
+hidden, versions = {hidden!r}, {versions!r}
+find_spec, version = importlib.util.find_spec, importlib.metadata.version
+importlib.util.find_spec = lambda name, *a: None if name in hidden else find_spec(name, *a)
+importlib.metadata.version = lambda name: versions.get(name) or version(name)
+import enc_plugin
+"""
+
+
+@pytest.mark.parametrize(
+    ("hidden", "versions", "message"),
+    [
+        (["pkg_resources"], {}, "pip install 'setuptools<80.9'"),
+        (["mmcv"], {}, "pip install 'enc-plugin[lite]' (or full mmcv)"),
+        (["mmpretrain"], {}, "enc_plugin needs mmpretrain, which is not installed"),
+        ([], {"mmcv": "2.5.1"}, "mmpretrain works with 2.0 <= mmcv < 2.4, found 2.5"),
+        ([], {"mmcv": "1.7.0"}, "pip install 'mmcv>=2.0,<2.4'"),
+    ],
+)
+def test_a_broken_environment_says_what_to_install(hidden, versions, message):
+    script = SCRIPT.format(hidden=hidden, versions=versions)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_functional_imports_torch_alone():
+    code = (
+        "import sys, types; package = types.ModuleType('enc_plugin'); package.__path__ = ['enc_plugin']; "
+        "sys.modules['enc_plugin'] = package; import enc_plugin.functional; "
+        "print([m for m in ('mmengine', 'mmcv', 'mmpretrain', 'timm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -2,7 +2,8 @@
 
 from .amp import BFloat16OptimWrapper
 from .audit_hook import ENCAuditHook
+from .fgsm_hook import FGSMHook
 from .optim import ENCOptimWrapperConstructor
 from .runner import ENCRunner
 
-__all__ = ["BFloat16OptimWrapper", "ENCAuditHook", "ENCOptimWrapperConstructor", "ENCRunner"]
+__all__ = ["BFloat16OptimWrapper", "ENCAuditHook", "ENCOptimWrapperConstructor", "ENCRunner", "FGSMHook"]

@@ -209,6 +209,6 @@ def _check_arguments(
         if not (lower <= low and high <= upper):
             raise ValueError(
                 f"images: expected pixels within [{lower:g}, {upper:g}], got [{low:g}, {high:g}]; attack pixels as "
-                "they are stored and put the normalisation into forward, or say what their range is with lower and upper"
+                "they are stored and put the normalisation into forward, or state their range with lower and upper"
             )
     return budgets

@@ -1,7 +1,22 @@
 """The paper's equations on plain tensors; imports torch alone."""
 
 from .attack import fgsm, pgd
+from .bounds import bound_chain, conv_map_sq_norm, robustness_delta, robustness_gap
 from .decay import shift_direction, shifted_l2_grad
+from .jacobian import gbr, gbr_penalty
 from .weights import VARIANTS, enc_weight
 
-__all__ = ["VARIANTS", "enc_weight", "fgsm", "pgd", "shift_direction", "shifted_l2_grad"]
+__all__ = [
+    "VARIANTS",
+    "bound_chain",
+    "conv_map_sq_norm",
+    "enc_weight",
+    "fgsm",
+    "gbr",
+    "gbr_penalty",
+    "pgd",
+    "robustness_delta",
+    "robustness_gap",
+    "shift_direction",
+    "shifted_l2_grad",
+]

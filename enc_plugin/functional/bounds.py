@@ -1,0 +1,197 @@
+"""The bounds that lead from robustness to the weights: theorems 1 and 2, and eq. 17."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
+    r"""The two upper bounds on the GBR of a bias-free network whose activations have slopes of at most 1 (eq. 17).
+
+    .. math:: \mathrm{GBR} \le \prod_{i=1}^L \lVert W^i \rVert_F^2
+        \le \Bigl( \frac1L \sum_{i=1}^L \lVert W^i \rVert_F^2 \Bigr)^L
+
+    The second step is the inequality of the arithmetic and geometric mean, and an equality if all norms are equal
+    (ENC). ``log_mean_power - log_product``, its slack, says how far from that a network is.
+
+    Args:
+        weights: The layers' linear maps: matrices ``(out, in)``, or tensors read as such, ``(out, in / groups,
+            *kernel)`` (for a convolution that is not the map that the inequality needs, see :func:`conv_map_sq_norm`).
+            A number, or a tensor without dimensions, is a squared norm already taken.
+
+    Returns:
+        ``product`` and ``mean_power`` (infinite or 0 where a float cannot hold them), ``log_product`` and
+        ``log_mean_power`` (natural logarithms, summed without overflow at any depth).
+
+    Raises:
+        ValueError: If there are no weights, or a squared norm is negative.
+
+    Example:
+        >>> chain = bound_chain([torch.eye(2), torch.eye(2) * 2])
+        >>> round(chain["product"], 6), round(chain["mean_power"], 6)
+        (16.0, 25.0)
+    """
+    logs = torch.tensor([_log_sq_norm(weight) for weight in weights], dtype=torch.float64)
+    if not len(logs):
+        raise ValueError("weights: expected at least one layer, got none")
+    log_product = logs.sum().item()
+    log_mean_power = len(logs) * (logs.logsumexp(0).item() - math.log(len(logs)))
+    # Rounding must not turn the inequality round when the norms are equal.
+    log_mean_power = max(log_product, log_mean_power) if not math.isnan(log_product) else log_mean_power
+    return {
+        "product": _exp(log_product),
+        "mean_power": _exp(log_mean_power),
+        "log_product": log_product,
+        "log_mean_power": log_mean_power,
+    }
+
+
+def _log_sq_norm(weight: Tensor | float) -> float:
+    if isinstance(weight, Tensor) and weight.ndim:
+        w = weight.detach().double()
+        largest = w.abs().amax() if w.numel() else w.new_zeros(())
+        if not 0 < largest < math.inf:
+            return w.square().sum().log().item()
+        # Scaled, so that squares neither overflow nor vanish.
+        return (2 * largest.log() + (w / largest).square().sum().log()).item()
+    value = float(weight)
+    if value < 0:
+        raise ValueError(f"weights: expected tensors or squared norms that are not negative, got {value!r}")
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709 else value * math.inf
+
+
+def conv_map_sq_norm(
+    weight: Tensor,
+    input_size: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    r"""Squared Frobenius norm of the linear map that a zero-padded convolution is on inputs of a given size.
+
+    .. math:: \lVert A \rVert_F^2 = \sum_k n_k \lVert W_{:,:,k} \rVert_F^2
+
+    where the tap k of the kernel meets a pixel, and not the padding, at :math:`n_k` output positions. This is the norm
+    that eq. 17 needs; the kernel's own norm, which weight decay and ENC see, counts each tap once.
+
+    Args:
+        weight: Kernel, ``(out, in / groups, *kernel)``, with any number of groups.
+        input_size: Size of the input without batch and channels, ``(H, W)`` for images.
+        stride: As in torch's convolutions, a number or one per dimension.
+        padding: As in torch's convolutions: ``'same'`` and ``'valid'`` too.
+        dilation: As in torch's convolutions.
+
+    Returns:
+        Scalar of the dtype of ``weight`` (float32 at least).
+
+    Raises:
+        ValueError: If the number of sizes does not fit the kernel.
+
+    Example:
+        >>> conv_map_sq_norm(torch.ones(1, 1, 3), (4,), padding=1)  # the tridiagonal 4 x 4 matrix of ones
+        tensor(10.)
+    """
+    kernel = weight.shape[2:]
+    if len(input_size) != len(kernel):
+        raise ValueError(
+            f"input_size: expected {len(kernel)} sizes for a kernel of shape {tuple(weight.shape)}, "
+            f"got {tuple(input_size)}"
+        )
+    per_tap = weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum((0, 1))
+    strides, dilations = (_per_dimension(v, len(kernel)) for v in (stride, dilation))
+    paddings = [None] * len(kernel) if isinstance(padding, str) else _per_dimension(padding, len(kernel))
+    for i, (size, taps) in enumerate(zip(input_size, kernel, strict=True)):
+        reach = dilations[i] * (taps - 1)
+        before, both = paddings[i], 2 * (paddings[i] or 0)
+        if isinstance(padding, str):
+            both = {"same": reach, "valid": 0}[padding]
+            before = both // 2
+        outputs = torch.arange((size + both - reach - 1) // strides[i] + 1) * strides[i] - before
+        pixels = outputs[:, None] + torch.arange(taps) * dilations[i]
+        hits = ((pixels >= 0) & (pixels < size)).sum(0)
+        per_tap = per_tap * hits.to(per_tap).reshape([-1 if j == i else 1 for j in range(len(kernel))])
+    return per_tap.sum()
+
+
+def _per_dimension(value: int | Sequence[int], count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value)
+
+
+def robustness_gap(delta_s: float, n: int, num_cells: int, loss_bound: float, confidence: float) -> float:
+    r"""Right side of theorem 1 (Xu & Mannor, 2012): bound on the gap between expected and empirical loss.
+
+    .. math:: d(s) + M \sqrt{\frac{2 K \ln 2 + 2 \ln(1/\delta)}{n}}
+
+    Args:
+        delta_s: d(s): how far the loss may vary within a cell, see :func:`robustness_delta`; not negative.
+        n: Number of training samples.
+        num_cells: K: number of cells that the sample space is divided into.
+        loss_bound: M: largest value of the loss.
+        confidence: Probability 1 - delta with which the bound holds, between 0 and 1.
+
+    Returns:
+        The bound, in the unit of the loss.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> round(robustness_gap(0.1, n=10_000, num_cells=10, loss_bound=1.0, confidence=0.95), 4)
+        0.1446
+    """
+    for name, value, low in (
+        ("delta_s", delta_s, 0),
+        ("n", n, 1),
+        ("num_cells", num_cells, 1),
+        ("loss_bound", loss_bound, 0),
+    ):
+        if not value >= low:
+            raise ValueError(f"{name}: expected at least {low}, got {value!r}")
+    if not 0 <= confidence < 1:
+        raise ValueError(f"confidence: expected a probability 1 - delta in [0, 1), got {confidence!r}")
+    log_inverse_delta = -math.log1p(-confidence)
+    return delta_s + loss_bound * math.sqrt((2 * num_cells * math.log(2) + 2 * log_inverse_delta) / n)
+
+
+def robustness_delta(
+    gradient_norm: float | Tensor, lipschitz: float, cell_diameter: float, *, task: str = "classification"
+) -> float | Tensor:
+    r"""Theorem 2 turned round: the robustness d(s) that a bound on the gradient of the prediction certifies.
+
+    .. math:: d(s) = L \epsilon \, \lVert \partial f / \partial x \rVert \quad\text{(classification)}, \qquad
+        L \epsilon \, \lVert \partial f / \partial x \rVert + \epsilon \quad\text{(regression)}
+
+    Args:
+        gradient_norm: Bound on the norm of the gradient everywhere in the cells, such as ``gbr(...).max().sqrt()``
+            (``output='label_prob'`` for the paper's A_s(x)); taken from samples, it certifies as much as they represent
+            their cells. Not squared; the mean over samples is no bound.
+        lipschitz: L: Lipschitz constant of the loss in the prediction.
+        cell_diameter: epsilon: diameter of a cell, in the unit of the inputs.
+        task: ``'classification'`` or ``'regression'``.
+
+    Returns:
+        d(s), in the unit of the loss, to be used in :func:`robustness_gap`; shaped like ``gradient_norm``.
+
+    Raises:
+        ValueError: If ``task`` is unknown, or ``lipschitz`` or ``cell_diameter`` is not positive.
+
+    Example:
+        >>> robustness_delta(2.0, lipschitz=1.0, cell_diameter=0.5)
+        1.0
+    """
+    if task not in ("classification", "regression"):
+        raise ValueError(f"task: expected 'classification' or 'regression', got {task!r}")
+    for name, value in (("lipschitz", lipschitz), ("cell_diameter", cell_diameter)):
+        if not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    offset = cell_diameter if task == "regression" else 0.0
+    return lipschitz * cell_diameter * gradient_norm + offset

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._table import format_table
+from .folded import FoldedAudit, audit_folded
 from .functional.weights import check_alpha, check_variant, is_centered, num_rows
 from .layers import ENC_LAYERS, ENCLayer, enc_class
 from .preserve import Plan, Preservation
@@ -420,13 +422,16 @@ class Audit(list[AuditRow]):
 
 
 @torch.no_grad()
-def audit(model: nn.Module) -> Audit:
+def audit(model: nn.Module, folded: bool = False, inputs: Tensor | None = None) -> Audit | FoldedAudit:
     r"""Check the constraint: :math:`\lVert\hat W\rVert_F^2`, :math:`\lVert W\rVert_F` and deviation, per ENC layer.
 
     Norms are summed in float64. The model is only read.
 
     Args:
         model: Any ``nn.Module``; layers that are not ENC have no row.
+        folded: List instead the norms of the weights that the bound is about, :math:`\mathrm{diag}(\gamma/\sigma) W`:
+            every layer, ENC or plain, with the batch norms behind it folded in, and the AM-GM slack.
+        inputs: For ``folded``: a batch that the model takes; adds the norms of the convolutions as linear maps.
 
     Returns:
         The table, in module order.
@@ -437,6 +442,8 @@ def audit(model: nn.Module) -> Audit:
         >>> audit(model).max_deviation < 1e-6
         True
     """
+    if folded:
+        return audit_folded(model, inputs)
     rows = Audit()
     for name, layer in enc_layers(model):
         rows.append(
@@ -450,11 +457,3 @@ def audit(model: nn.Module) -> Audit:
             )
         )
     return rows
-
-
-def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain-text table with left-aligned, padded columns."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
@@ -38,3 +42,60 @@ def allow_mmengine_checkpoints() -> None:
             (_history_statistic, "builtins.getattr"),
         ]
     )
+
+
+def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read a checkpoint from an untrusted file: tensors, and plain values beside them.
+
+    Args:
+        path: Checkpoint of mmengine, a pickled state dict, or a ``.safetensors`` file.
+        trust: Load other objects too. That can run any code that the file holds.
+
+    Returns:
+        The state dict (with its metadata, if there is any) and the rest of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, holds other objects than tensors and plain values, or no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=not trust)
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise ValueError(f"checkpoint: {path} needs the module {error.name!r}, which is not installed") from error
+        raise ModuleNotFoundError(
+            "safetensors is not installed; run: pip install safetensors", name=error.name
+        ) from error
+    except pickle.UnpicklingError as error:
+        # Torch says "Weights only load failed" for damaged pickles too; the part on globals is what tells them apart.
+        if "global" in str(error).lower() or isinstance(error.__cause__, ValueError):
+            reason = next((x.strip() for x in str(error).splitlines() if "GLOBAL" in x or "global" in x), str(error))
+            raise ValueError(
+                f"checkpoint: {path} holds more than tensors and plain values, and loading that could run code; it was "
+                f"not loaded. If you trust its source: --unsafe-load. ({reason[:200]})"
+            ) from error
+        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint ({_first_line(error)})") from error
+    except Exception as error:
+        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint ({_first_line(error)})") from error
+    state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state_dict, Mapping) or not state_dict:
+        raise ValueError(f"checkpoint: {path} holds no state dict (found {type(content).__name__})")
+    others = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(f"checkpoint: the state dict of {path} holds more than tensors: {others[0]!r}, ...")
+    broken = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"checkpoint: {path} holds NaN or Inf in {len(broken)} tensors: {broken[0]!r}, ...")
+    return state_dict, {k: v for k, v in content.items() if k != "state_dict"} if state_dict is not content else {}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

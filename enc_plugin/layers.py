@@ -312,6 +312,22 @@ ENC_LAYERS: dict[type[nn.Module], type[ENCLayer]] = {
 }
 
 
+def saved_settings(state_dict: dict[str, Tensor]) -> dict[str, dict[str, str | float | bool]] | None:
+    """What the ENC layers of a checkpoint were, by name; None if its state dict has lost its metadata.
+
+    Args:
+        state_dict: As of :meth:`torch.nn.Module.state_dict`; of a plain network, the result is empty.
+    """
+    metadata = getattr(state_dict, "_metadata", None)
+    if not metadata:
+        return None
+    return {
+        name.removeprefix("module."): module["enc"]
+        for name, module in metadata.items()
+        if isinstance(module, dict) and "enc" in module
+    }
+
+
 class _ENCSubclass(ENCLayer):
     """Base of the ENC classes that :func:`enc_class` derives from subclasses of the stock layers."""
 

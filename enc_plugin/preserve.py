@@ -57,7 +57,7 @@ class Preservation:
     removed_mean: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = f"function kept: outputs change by {self.output_change:.1e} (relative, eval mode, on the example)"
+        text = f"preserve: the outputs change by {self.output_change:.1e} (relative, eval mode, on the example)"
         if any(self.removed_mean.values()):
             name = max(self.removed_mean, key=self.removed_mean.__getitem__)
             average = sum(self.removed_mean.values()) / len(self.removed_mean)

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..convert import audit, check_normalizable, enc_layers
+from ..layers import ENCLayer, saved_settings
 
 DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
 
@@ -25,6 +26,18 @@ class ENCAuditHook(Hook):
     """
 
     priority = "VERY_LOW"
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse a checkpoint of ENC layers for plain ones: they would compute with the free weights."""
+        saved = saved_settings(checkpoint.get("state_dict", checkpoint)) or {}
+        modules = dict(unwrap(runner.model).named_modules())
+        plain = [name for name in saved if name in modules and not isinstance(modules[name], ENCLayer)]
+        if plain:
+            raise ValueError(
+                f"checkpoint: {len(plain)} of its layers are ENC where this model's are plain ({plain[0]!r}, ...), and "
+                "would give other outputs; fold it first, with the config it was trained with: "
+                "python tools/fold.py CONFIG CHECKPOINT OUT"
+            )
 
     def before_train(self, runner: Runner) -> None:
         """Check and report the weights that training starts from."""

@@ -1,0 +1,275 @@
+"""From a trained ENC checkpoint to a stock one: :func:`fold_checkpoint`, checked on real samples before writing."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, DefaultScope
+from mmpretrain import get_model
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .checkpoint import read_checkpoint
+from .convert import enc_layers, fold
+from .layers import ENC_LAYERS, saved_settings
+from .version import __version__
+
+_ENC_OPTIONS = ("variant", "alpha", "post_norm")
+_KEPT_META = ("epoch", "iter", "seed", "experiment_name", "dataset_meta", "mmengine_version")
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What :func:`fold_checkpoint` wrote, and how it was checked.
+
+    Attributes:
+        out: The file.
+        layers: Number of ENC layers that became plain.
+        settings: The kinds of ENC layers there were, such as ``'ws, alpha 1'``.
+        samples: Number of real samples that went through both networks.
+        error: Largest relative difference of a sample's outputs, ``||stock - ENC|| / ||ENC||``.
+        source: The checkpoint that was folded, and
+        source_sha256: the hash of its content.
+    """
+
+    out: str
+    layers: int
+    settings: list[str]
+    samples: int
+    error: float
+    source: str
+    source_sha256: str
+
+    def __str__(self) -> str:
+        return (
+            f"folded {self.layers} ENC layers ({'; '.join(self.settings)}); outputs differ by {self.error:.1e} "
+            f"(relative) on {self.samples} samples; wrote {self.out}"
+        )
+
+
+def fold_checkpoint(
+    config: str | Path | Config,
+    checkpoint: str | Path,
+    out: str | Path,
+    safetensors: bool = False,
+    images: Sequence[str] | None = None,
+    num_samples: int = 8,
+    tolerance: float = 1e-5,
+    trust: bool = False,
+) -> FoldReport:
+    """Fold a checkpoint of an ENC config into one of the stock config, or raise and write nothing.
+
+    The stock model loads the result strictly, and its outputs on real samples have to agree with the ENC model's. The
+    file appears at once and whole.
+
+    Args:
+        config: The config that the checkpoint was trained with.
+        checkpoint: Checkpoint of mmengine, a pickled state dict, or a ``.safetensors`` file.
+        out: File to write; an existing one is replaced.
+        safetensors: Write safetensors (``out`` ends in ``.safetensors``) in place of an mmengine checkpoint.
+        images: Image files for the check; None: samples of the config's test (else validation) dataset.
+        num_samples: How many samples of the dataset the check takes, evenly spaced.
+        tolerance: Largest relative difference of the outputs that passes.
+        trust: Load objects other than tensors from the checkpoint, which can run any code that it holds.
+
+    Returns:
+        The report, which the file carries as well (``meta['enc_fold']``, or safetensors' metadata).
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the checkpoint is damaged, holds code, is of a plain network or of other ENC settings, does not
+            fit the config, or the outputs differ.
+    """
+    out, checkpoint = Path(out), Path(checkpoint)
+    if safetensors != (out.suffix == ".safetensors"):
+        raise ValueError(f"out: {out.name!r}: files that end in .safetensors, and only they, go with --safetensors")
+    if out.is_dir() or (out.exists() and checkpoint.exists() and out.samefile(checkpoint)):
+        raise ValueError(f"out: {out} is {'a folder' if out.is_dir() else 'the checkpoint itself'}; name another file")
+    if not isinstance(config, Config):
+        if not Path(config).is_file():
+            raise FileNotFoundError(f"config: there is no file {config}")
+        config = Config.fromfile(config)
+
+    state_dict, rest = read_checkpoint(checkpoint, trust)
+    model = get_model(config, pretrained=False)
+    _load_enc(model, state_dict)
+    stock_cfg = stock_config(config)
+    stock = get_model(stock_cfg, pretrained=False)
+    folded = fold(model).state_dict()
+    _load_stock(stock, folded)
+
+    batch = pseudo_collate(_samples(config, images, num_samples))
+    error = _output_error(model, stock, batch)
+    if not error <= tolerance:
+        raise ValueError(
+            f"the folded network's outputs differ by {error:.1e} (relative) from the ENC network's, more than "
+            f"the tolerance of {tolerance:.0e}; nothing was written"
+        )
+
+    layers = [layer for _, layer in enc_layers(model)]
+    kinds = {f"{layer.variant}, alpha {layer.settings['alpha']}" for layer in layers}
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    report = FoldReport(str(out), len(layers), sorted(kinds), len(batch["inputs"]), error, checkpoint.name, digest)
+    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
+    meta["cfg"] = stock_cfg.pretty_text
+    meta["enc_fold"] = asdict(report) | {
+        "out": out.name,
+        "enc_plugin": __version__,
+        "torch": str(torch.__version__),  # a class of torch's own that safe loading refuses
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    _write(out, folded, meta, safetensors)
+    return report
+
+
+def stock_config(config: Config) -> Config:
+    """The un-converted config: what builds an ENC model in ``config.model`` builds the plain one.
+
+    Args:
+        config: Any config; one without ENC parts comes back as a copy.
+    """
+    config = copy.deepcopy(config)
+    config.model = _to_stock(config.model.to_dict())
+    return config
+
+
+def _to_stock(node: Any) -> Any:
+    if isinstance(node, (list, tuple)):
+        return type(node)(_to_stock(item) for item in node)
+    if not isinstance(node, dict):
+        return node
+    node = {key: _to_stock(value) for key, value in node.items()}
+    kind = node.get("type")
+    kind = kind.rsplit(".", 1)[-1] if isinstance(kind, str) else getattr(kind, "__name__", "")
+    plain = {cls.__name__: stock.__name__ for stock, cls in ENC_LAYERS.items()}
+    if kind in plain:
+        node = {key: value for key, value in node.items() if key not in _ENC_OPTIONS} | {"type": plain[kind]}
+    elif kind == "ENCImageClassifier":
+        node = {key: value for key, value in node.items() if key != "enc"} | {"type": "ImageClassifier"}
+    elif str(node.get("model_name", "")).startswith("enc_"):  # a model of enc_plugin.timm
+        node = {k: v for k, v in node.items() if k != "enc"} | {"model_name": node["model_name"].removeprefix("enc_")}
+    return node
+
+
+def _load_enc(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Load strictly, and only what was trained under the model's own settings."""
+    own = {name: layer.settings for name, layer in enc_layers(model)}
+    if not own:
+        raise ValueError("config: its model has no ENC layers, so there is nothing to fold")
+    saved = saved_settings(state_dict)
+    wanted = {f"{name}.norm.weight" for name, settings in own.items() if settings["post_norm"]}
+    if saved == {} or (wanted and not wanted & state_dict.keys()):
+        raise ValueError("checkpoint: it is of a plain network, not of an ENC one, so there is nothing to fold")
+    for name, settings in (saved or {}).items():
+        if name in own and settings != own[name]:
+            raise ValueError(
+                f"checkpoint: its layer {name!r} was trained with {_show(settings)}, the config's has "
+                f"{_show(own[name])}; use the config of the training run (a copy is in its work_dir)"
+            )
+    missing = sorted(wanted - state_dict.keys())
+    missing += sorted(
+        f"{name}.log_alpha"
+        for name, settings in own.items()
+        if settings["alpha"] == "learnable" and f"{name}.log_alpha" not in state_dict
+    )
+    if missing:
+        raise ValueError(f"checkpoint: it does not fit the config: {len(missing)} missing keys, such as {missing[0]!r}")
+    try:
+        model.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: it does not fit the config: {_summary(error)}") from error
+
+
+def _load_stock(stock: nn.Module, folded: dict[str, Tensor]) -> None:
+    try:
+        stock.load_state_dict(folded, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "the folded weights do not load into the stock model: a layer without a bias had a batch norm of its own "
+            f"(post_norm=True), or the config builds ENC layers in a way that cannot be undone: {_summary(error)}"
+        ) from error
+
+
+def _samples(config: Config, images: Sequence[str] | None, num_samples: int) -> list[dict]:
+    """Real samples that went through the test pipeline, each ``dict(inputs=..., data_samples=...)``."""
+    loader = config.get("test_dataloader") or config.get("val_dataloader")
+    if loader is None:
+        raise ValueError("config: no test_dataloader or val_dataloader, which say how samples are prepared")
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        if images is not None:
+            from mmengine.dataset import Compose
+
+            pipeline = list(loader.dataset.pipeline)
+            if not any("LoadImage" in str(step.get("type")) for step in pipeline):
+                pipeline.insert(0, {"type": "LoadImageFromFile"})
+            missing = [str(image) for image in images if not Path(image).is_file()]
+            if missing:
+                raise FileNotFoundError(f"images: there is no file {missing[0]}")
+            return [Compose(pipeline)({"img_path": str(image)}) for image in images]
+        try:
+            dataset = DATASETS.build(loader.dataset)
+        except (OSError, ValueError, AssertionError) as error:
+            raise ValueError(
+                f"the check needs real samples, and the config's dataset ({loader.dataset.get('type')}) is not here "
+                f"({_summary(error)}); give some image files: --images FILE ..."
+            ) from error
+        step = max(1, len(dataset) // num_samples)
+        return [dataset[i] for i in range(0, min(len(dataset), step * num_samples), step)]
+
+
+@torch.no_grad()
+def _output_error(model: nn.Module, stock: nn.Module, batch: dict) -> float:
+    """Largest over the samples of ``||stock - ENC|| / ||ENC||``; Inf if an output is not finite."""
+    outputs = []
+    for network in (model.eval(), stock.eval()):
+        inputs = network.data_preprocessor(copy.deepcopy(batch), training=False)["inputs"]
+        tensors = [t for t in tree_leaves(network(inputs, mode="tensor")) if isinstance(t, Tensor)]
+        outputs.append(torch.cat([t.flatten(1).double() for t in tensors], dim=1))
+    error = ((outputs[1] - outputs[0]).norm(dim=1) / outputs[0].norm(dim=1)).max().item()
+    return error if torch.stack(outputs).isfinite().all() else float("inf")
+
+
+def _write(out: Path, state_dict: dict[str, Tensor], meta: dict, safetensors: bool) -> None:
+    """Write to a file beside ``out``, read it back, and only then give it its name."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.stem}.{os.getpid()}.partial{out.suffix}")
+    try:
+        if safetensors:
+            from safetensors.torch import save_file
+
+            tensors = {key: value.contiguous().clone() for key, value in state_dict.items()}
+            save_file(tensors, partial, metadata={"format": "pt", "meta": json.dumps(meta, default=str)})
+        else:
+            torch.save({"meta": meta, "state_dict": state_dict}, partial)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # as a file written straight to its place; safetensors leaves it private
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        written, _ = read_checkpoint(partial)
+        if written.keys() != state_dict.keys() or not all(torch.equal(written[k], v) for k, v in state_dict.items()):
+            raise ValueError(f"out: {out} did not read back as written; is the disk full?")
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _summary(error: Exception) -> str:
+    """An error's text on one line, cut to a readable length: torch lists every key of a mismatch."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:400]} ..."
+
+
+def _show(settings: dict) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())

@@ -1,0 +1,44 @@
+"""Fold a trained ENC checkpoint into a stock one: same outputs (checked), plain layers, stock config."""
+
+import argparse
+import sys
+
+import _bootstrap  # noqa: F401
+from mmengine.config import Config, DictAction
+
+from enc_plugin.deploy import fold_checkpoint
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config that the checkpoint was trained with")
+    parser.add_argument("checkpoint", help="ENC checkpoint (.pth, or a state dict as .safetensors)")
+    parser.add_argument("out", help="stock checkpoint to write")
+    parser.add_argument("--safetensors", action="store_true", help="write safetensors (OUT ends in .safetensors)")
+    parser.add_argument(
+        "--images", nargs="+", metavar="FILE", help="images for the check (default: the test dataset's)"
+    )
+    parser.add_argument("--num-samples", type=int, default=8, help="samples of the check (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="largest relative difference of outputs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--unsafe-load", action="store_true", help="load pickled objects too: runs any code that the checkpoint holds"
+    )
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config, as in training")
+    args = parser.parse_args()
+    try:
+        config = Config.fromfile(args.config)
+        config.merge_from_dict(args.cfg_options or {})
+        report = fold_checkpoint(
+            config,
+            args.checkpoint,
+            args.out,
+            safetensors=args.safetensors,
+            images=args.images,
+            num_samples=args.num_samples,
+            tolerance=args.tolerance,
+            trust=args.unsafe_load,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"fold: {error}")
+    print(report)

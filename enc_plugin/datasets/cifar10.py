@@ -24,19 +24,22 @@ class CIFAR10Folder(BaseDataset):
     Args:
         data_root: Folder that holds ``train`` and ``test``.
         split: ``'train'`` or ``'test'``.
+        per_class: Take this many pictures of each class, evenly spaced in file-name order; None: all.
         **kwargs: As for mmpretrain's ``BaseDataset``: ``pipeline``, ``indices``, ``test_mode``, ...
 
     Raises:
-        ValueError: If ``split`` is unknown.
+        ValueError: If ``split`` is unknown, or a class has fewer than ``per_class`` pictures.
         FileNotFoundError: If a class folder is missing or empty; says which command makes it.
     """
 
     METAINFO = {"classes": list(CLASSES)}
 
-    def __init__(self, data_root: str = "data/cifar10", split: str = "train", **kwargs):
+    def __init__(self, data_root: str = "data/cifar10", split: str = "train", per_class: int | None = None, **kwargs):
         if split not in SPLITS:
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
-        self.split = split
+        if per_class is not None and per_class < 1:
+            raise ValueError(f"per_class: expected a positive number or None, got {per_class}")
+        self.split, self.per_class = split, per_class
         super().__init__(ann_file="", data_root=data_root, **kwargs)
 
     def load_data_list(self) -> list[dict]:
@@ -50,6 +53,10 @@ class CIFAR10Folder(BaseDataset):
                     f"data_root: no pictures in {folder}; make them from cifar-10-python.tar.gz or cifar10.zip with: "
                     f"python tools/prepare_cifar10.py ARCHIVE --out {self.data_root}"
                 )
+            if self.per_class is not None:
+                if self.per_class > len(files):
+                    raise ValueError(f"per_class: {folder} holds {len(files)} pictures, {self.per_class} are asked for")
+                files = [files[i * len(files) // self.per_class] for i in range(self.per_class)]
             samples += [{"img": mmcv.imread(str(path)), "gt_label": label} for path in files]
         return samples
 

@@ -92,3 +92,12 @@ def test_bad_archives_and_existing_folders_are_named(tmp_path):
 def test_missing_pictures_say_which_command_makes_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python tools/prepare_cifar10\.py ARCHIVE --out"):
         CIFAR10Folder(str(tmp_path))
+
+
+def test_a_balanced_part_of_the_pictures_can_be_taken(small, tmp_path):
+    out = prepare_cifar10(make_zip(tmp_path / "archive"), tmp_path / "cifar10")
+    part = CIFAR10Folder(str(out), "train", per_class=2)
+    assert [part[i]["gt_label"] for i in range(len(part))] == [label for label in range(10) for _ in range(2)]
+    assert np.array_equal(part[1]["img"], picture(20))  # evenly spaced: files 0 and 2 of five
+    with pytest.raises(ValueError, match="holds 5 pictures, 6 are asked for"):
+        CIFAR10Folder(str(out), "train", per_class=6)

@@ -3,7 +3,8 @@
 from .amp import BFloat16OptimWrapper
 from .audit_hook import ENCAuditHook
 from .fgsm_hook import FGSMHook
+from .gbr_hook import GBRHook
 from .optim import ENCOptimWrapperConstructor
 from .runner import ENCRunner
 
-__all__ = ["BFloat16OptimWrapper", "ENCAuditHook", "ENCOptimWrapperConstructor", "ENCRunner", "FGSMHook"]
+__all__ = ["BFloat16OptimWrapper", "ENCAuditHook", "ENCOptimWrapperConstructor", "ENCRunner", "FGSMHook", "GBRHook"]

@@ -1,0 +1,178 @@
+"""GBR of checkpoints: table, JSON and curve; the library behind ``tools/measure_gbr.py``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmpretrain import get_model
+from mmpretrain.registry import DATASETS
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ._table import format_table
+from .engine.gbr import FixedSamples, check_options, choose_samples, find_pipeline, measure_gbr
+
+UNITS = {
+    "normalized": "per squared standard deviation of the input",
+    "pixel": "per squared gray level, 1/255 of the pixel range",
+}
+NAMES = {"logits": "logits", "probs": "probabilities", "label_prob": "probability of the true class"}
+
+
+def measure_checkpoints(
+    config: str | Path | Config,
+    checkpoints: Sequence[str | Path],
+    *,
+    outputs: Sequence[str] = ("logits",),
+    num_samples: int | None = 512,
+    batch_size: int = 64,
+    projections: int | None = None,
+    space: str = "normalized",
+    seed: int = 0,
+    device: str = "cpu",
+    out: str | Path | None = None,
+    plot: str | Path | None = None,
+    show_progress: bool = True,
+) -> list[dict]:
+    """GBR of each checkpoint and output, on the training samples that :class:`enc_plugin.engine.GBRHook` would choose.
+
+    Args:
+        config: Training config: its model, its training dataset, and its validation (else test) pipeline.
+        checkpoints: Checkpoints of that model.
+        outputs: Any of ``'logits'``, ``'probs'``, ``'label_prob'``.
+        num_samples: How many training samples; None: all.
+        batch_size: Samples differentiated at a time.
+        projections: Random orthonormal output directions for each sample; None: exact.
+        space: ``'normalized'`` or ``'pixel'``, see :class:`enc_plugin.engine.GBRHook`.
+        seed: Of the choice of samples and of the directions.
+        device: Where to compute.
+        out: JSON file to write: the settings and one record for each checkpoint and output.
+        plot: PNG to draw the curve over the checkpoints to; None: ``out`` with the ending ``.png`` if there are several
+            checkpoints, else none.
+        show_progress: Draw a progress bar to stderr.
+
+    Returns:
+        One ``dict(checkpoint, epoch, output, gbr, sem, seconds)`` for each checkpoint and output; ``epoch`` is what the
+        checkpoint says (None if nothing).
+
+    Raises:
+        ValueError: If an option is out of range, or the config has no test pipeline.
+    """
+    for output in outputs:
+        check_options(output, projections, space, num_samples)
+    cfg = config if isinstance(config, Config) else Config.fromfile(config)
+    pipeline = next((p for key in ("val", "test") if (p := find_pipeline(_dataset(cfg, key))) is not None), None)
+    if pipeline is None:
+        raise ValueError("config: neither val_dataloader nor test_dataloader has a pipeline to read the samples with")
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        dataset = DATASETS.build(_dataset(cfg, "train"))
+        samples = FixedSamples(dataset, pipeline, choose_samples(len(dataset), num_samples, seed), batch_size)
+
+    records = []
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, disable=not show_progress, transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("samples", total=len(samples) * len(checkpoints) * len(outputs))
+        for checkpoint in checkpoints:
+            # The model is built anew, so that nothing of one checkpoint stays in the next.
+            model = get_model(cfg, pretrained=str(checkpoint), device=device)
+            for output in outputs:
+                found = measure_gbr(
+                    model,
+                    samples,
+                    output=output,
+                    projections=projections,
+                    space=space,
+                    seed=seed,
+                    progress=lambda count: bar.advance(task, count),
+                )
+                record = {"checkpoint": str(checkpoint), "epoch": _epoch(checkpoint), "output": output}
+                records.append(record | {"gbr": found.mean, "sem": found.sem, "seconds": found.seconds})
+    settings = {
+        "config": cfg.filename,
+        "num_samples": len(samples),
+        "projections": projections,
+        "space": space,
+        "unit": UNITS[space],
+        "seed": seed,
+    }
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps({**settings, "results": records}, indent=1) + "\n")
+        if plot is None and len(checkpoints) > 1:
+            plot = Path(out).with_suffix(".png")
+    if plot is not None:
+        plot_gbr({NAMES[output]: _curve(records, output) for output in outputs}, plot, space=space)
+    return records
+
+
+def describe(records: Sequence[dict]) -> str:
+    """The records as a plain-text table."""
+    rows = [
+        (
+            Path(r["checkpoint"]).name,
+            "-" if r["epoch"] is None else f"{r['epoch']}",
+            r["output"],
+            f"{r['gbr']:.6g}",
+            f"{r['sem']:.2g}",
+            f"{r['seconds']:.1f}",
+        )
+        for r in records
+    ]
+    return format_table(("checkpoint", "epoch", "output", "GBR", "± (sem)", "seconds"), rows)
+
+
+def plot_gbr(
+    curves: dict[str, Sequence[tuple[float, float, float]]], path: str | Path, *, space: str, step: str = "epoch"
+) -> None:
+    """Draw GBR against training time, with the standard error as a band, on a logarithmic axis.
+
+    Args:
+        curves: Points ``(step, gbr, sem)`` of each curve, by name.
+        path: PNG to write; its folder is made.
+        space: ``'normalized'`` or ``'pixel'``: what the axis names as the unit.
+        step: What the steps are.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, points in curves.items():
+        steps, values, sems = zip(*points, strict=True)
+        (line,) = axes.plot(steps, values, marker="o", markersize=3, label=name)
+        low, high = ([v + sign * s for v, s in zip(values, sems, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    if all(v > 0 and math.isfinite(v) for points in curves.values() for _, v, _ in points):
+        axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(step)
+    axes.set_ylabel(f"GBR = mean $\\Vert\\partial f/\\partial x\\Vert_F^2$\n({UNITS[space]})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _dataset(cfg: Config, key: str) -> dict | None:
+    return (cfg.get(f"{key}_dataloader") or {}).get("dataset")
+
+
+def _curve(records: Sequence[dict], output: str) -> list[tuple[float, float, float]]:
+    chosen = [r for r in records if r["output"] == output]
+    known = all(r["epoch"] is not None for r in chosen)
+    points = [(r["epoch"] if known else i, r["gbr"], r["sem"]) for i, r in enumerate(chosen, 1)]
+    return sorted(points)
+
+
+def _epoch(checkpoint: str | Path) -> int | None:
+    """The epoch that an mmengine checkpoint says it was saved after."""
+    loaded = torch.load(checkpoint, map_location="cpu")
+    return loaded.get("meta", {}).get("epoch") if isinstance(loaded, dict) else None

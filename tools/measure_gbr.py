@@ -1,0 +1,25 @@
+"""Measure the GBR (mean squared norm of the input-output Jacobian) of checkpoints on training samples."""
+
+import argparse
+
+import _bootstrap  # noqa: F401
+
+from enc_plugin.measure import describe, measure_checkpoints
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config that the checkpoints were trained with")
+    parser.add_argument("checkpoints", nargs="+", help="checkpoints; several give a curve")
+    parser.add_argument(
+        "--outputs", nargs="+", default=["logits"], choices=["logits", "probs", "label_prob"], help="default: logits"
+    )
+    parser.add_argument("--num-samples", type=int, default=512, help="training samples (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples at a time (default: %(default)s)")
+    parser.add_argument("--projections", type=int, help="random output directions a sample (default: exact)")
+    parser.add_argument("--space", default="normalized", choices=["normalized", "pixel"], help="what x is")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and directions (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--out", help="JSON file to write; with several checkpoints also a PNG beside it")
+    parser.add_argument("--plot", help="PNG to write the curve to")
+    args = vars(parser.parse_args())
+    print(describe(measure_checkpoints(args.pop("config"), args.pop("checkpoints"), **args)))

@@ -22,7 +22,8 @@ class ENCAuditHook(Hook):
     r"""Logs how many layers are ENC and the largest deviation of :math:`\lVert\hat W\rVert_F^2` from alpha.
 
     Before training (after initialisation and loading) it refuses weights that cannot be normalised. It reads the model
-    and changes nothing. A model without ENC layers is reported as such.
+    and changes nothing. A model without ENC layers is reported as such. Scalars: ``enc/layers`` and
+    ``enc/max_deviation``, by epoch.
     """
 
     priority = "VERY_LOW"
@@ -61,6 +62,9 @@ class ENCAuditHook(Hook):
         runner.logger.info(
             f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with a "
             f"batch norm of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"
+        )
+        runner.visualizer.add_scalars(
+            {"enc/layers": len(table), "enc/max_deviation": table.max_deviation}, step=runner.epoch
         )
         if not table.max_deviation < DEVIATION_LIMIT:  # NaN too
             worst = max(table, key=lambda row: math.inf if math.isnan(row.deviation) else row.deviation)

@@ -1,0 +1,12 @@
+"""Train a plain and an ENC network on scikit-learn's digits and write work_dirs/demo/report.html."""
+
+import argparse
+
+import _bootstrap  # noqa: F401
+
+from enc_plugin.demo import run_demo
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="work_dirs/demo", help="folder of the runs and the report")
+    run_demo(parser.parse_args().out)

@@ -7,6 +7,7 @@ from .backbones import ResNetCIFAR6n
 from .baselines import DropoutLinearClsHead, WNConv2d
 from .classifier import ENCImageClassifier
 from .dropblock import DropBlock, DropBlockResNet, DropBlockResNetCIFAR6n, DropBlockScheduleHook
+from .gbr_penalty import GBRImageClassifier, GBRPenalty
 
 for _layer in ENC_LAYERS.values():
     MODELS.register_module(module=_layer)
@@ -18,6 +19,8 @@ __all__ = [
     "DropBlockScheduleHook",
     "DropoutLinearClsHead",
     "ENCImageClassifier",
+    "GBRImageClassifier",
+    "GBRPenalty",
     "ResNetCIFAR6n",
     "WNConv2d",
 ]

@@ -6,17 +6,18 @@ from mmengine.registry import MODELS
 from mmpretrain.models.classifiers import ImageClassifier
 
 from ..convert import check_normalizable, enc_layers, to_enc
+from .gbr_penalty import GBRImageClassifier
 
 
 @MODELS.register_module()
-class ENCImageClassifier(ImageClassifier):
+class ENCImageClassifier(GBRImageClassifier):
     """``ImageClassifier`` whose convolutions and linear layers are ENC: one line turns a stock config into an ENC one.
 
     >>> _base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'  # doctest: +SKIP
     >>> model = dict(type='ENCImageClassifier', enc=dict(variant='ws'))  # doctest: +SKIP
 
     Args:
-        *args, **kwargs: As for mmpretrain's ``ImageClassifier``.
+        *args, **kwargs: As for mmpretrain's ``ImageClassifier``, and ``gbr_penalty`` (:class:`GBRImageClassifier`).
         enc: Options of :func:`enc_plugin.to_enc`: ``variant``, ``alpha``, ``include``, ``exclude``, ``post_norm``.
             Patterns match names as in ``named_modules()``: ``'backbone'``, ``'head.fc'``. ``preserve=True`` keeps the
             function of plain weights whenever such are loaded (``load_from``, ``init_cfg``): fine-tuning with ENC.
@@ -46,7 +47,7 @@ class ENCImageClassifier(ImageClassifier):
 
     def become_plain(self) -> None:
         """Turn into the stock ``ImageClassifier``, in place: the part of :func:`enc_plugin.fold` that is its own."""
-        for name in ("enc", "enc_report"):
+        for name in ("enc", "enc_report", "gbr_penalty"):
             delattr(self, name)
         for key, hook in list(self._load_state_dict_post_hooks.items()):
             if hook is _keep_plain_function:

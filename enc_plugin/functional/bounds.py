@@ -58,7 +58,7 @@ def _log_sq_norm(weight: Tensor | float) -> float:
             return w.square().sum().log().item()
         # Scaled, so that squares neither overflow nor vanish.
         return (2 * largest.log() + (w / largest).square().sum().log()).item()
-    value = float(weight)
+    value = weight.item() if isinstance(weight, Tensor) else float(weight)
     if value < 0:
         raise ValueError(f"weights: expected tensors or squared norms that are not negative, got {value!r}")
     return math.log(value) if value > 0 else -math.inf

@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from enc_plugin import to_enc
+from enc_plugin.functional import VARIANTS, bound_chain, conv_map_sq_norm, gbr, robustness_delta, robustness_gap
+
+
+@st.composite
+def mlps(draw):
+    """Bias-free ReLU or Sigmoid MLP in float64 of random widths, depth and scale, and inputs for it."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    widths = draw(st.lists(st.integers(2, 9), min_size=2, max_size=6))
+    activation = draw(st.sampled_from([nn.ReLU, nn.Sigmoid]))
+    layers = []
+    for size_in, size_out in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(size_in, size_out, bias=False), activation()]
+    net = nn.Sequential(*layers[:-1]).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(10 ** draw(st.floats(-2, 2)))
+    return net, torch.randn(8, widths[0], dtype=torch.float64) * draw(st.sampled_from([0.1, 1.0, 30.0]))
+
+
+@given(mlps())
+def test_gbr_is_at_most_the_product_which_is_at_most_the_mean_power(case):
+    net, x = case
+    chain = bound_chain(net.parameters())
+    assert gbr(net, x).max().item() <= chain["product"] * (1 + 1e-9)
+    assert chain["log_product"] <= chain["log_mean_power"]
+
+
+@given(mlps(), st.sampled_from(sorted(VARIANTS)), st.floats(0.1, 10))
+def test_equal_norms_make_the_second_step_an_equality(case, variant, alpha):
+    net, x = case
+    to_enc(net, variant=variant, alpha=alpha, post_norm=False)
+    weights = [layer.effective_weight for layer in net if isinstance(layer, nn.Linear)]
+    chain = bound_chain(weights)
+    assert chain["log_mean_power"] - chain["log_product"] == pytest.approx(0, abs=1e-9)
+    assert chain["log_product"] == pytest.approx(len(weights) * math.log(alpha), abs=1e-9)
+    assert gbr(net, x).max().item() <= chain["product"] * (1 + 1e-9)
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8))
+def test_the_chain_is_eq_17_written_out(norms):
+    weights = [torch.full((2, 3), math.sqrt(n / 6), dtype=torch.float64) for n in norms]
+    chain = bound_chain(weights)
+    assert chain["product"] == pytest.approx(math.prod(norms), rel=1e-9)
+    assert chain["mean_power"] == pytest.approx((sum(norms) / len(norms)) ** len(norms), rel=1e-9)
+    assert bound_chain(norms)["log_product"] == pytest.approx(chain["log_product"], rel=1e-9, abs=1e-9)
+    assert set(chain) == {"product", "mean_power", "log_product", "log_mean_power"}
+
+
+def test_ten_thousand_layers_do_not_overflow():
+    chain = bound_chain([torch.eye(10) * 10] * 10_000)
+    assert chain["log_product"] == pytest.approx(10_000 * math.log(1000))
+    assert chain["log_mean_power"] == pytest.approx(chain["log_product"])
+    assert chain["product"] == chain["mean_power"] == math.inf
+    assert bound_chain([torch.eye(10) / 10] * 10_000)["product"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_squares_that_float32_cannot_hold_are_counted(scale):
+    chain = bound_chain([torch.ones(2, 2) * scale])
+    assert chain["log_product"] == pytest.approx(math.log(4) + 2 * math.log(scale))
+
+
+def test_a_zero_layer_makes_the_product_zero_and_nan_stays_nan():
+    chain = bound_chain([torch.zeros(2, 2), torch.eye(2)])
+    assert chain["product"] == 0
+    assert chain["mean_power"] == pytest.approx(1)
+    assert math.isnan(bound_chain([torch.full((2, 2), math.nan), torch.eye(2)])["log_mean_power"])
+
+
+def test_a_chain_of_nothing_or_of_negative_norms_is_refused():
+    with pytest.raises(ValueError, match="weights: expected at least one layer"):
+        bound_chain([])
+    with pytest.raises(ValueError, match="weights: .*not negative, got -1"):
+        bound_chain([-1.0])
+
+
+@given(
+    kernel=st.integers(1, 4),
+    size=st.integers(5, 8),
+    stride=st.integers(1, 3),
+    padding=st.one_of(st.integers(0, 3), st.just("valid"), st.just("same")),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+)
+def test_the_map_norm_is_that_of_the_literal_matrix(kernel, size, stride, padding, dilation, groups):
+    if padding == "same":
+        stride = 1
+    weight = torch.randn(4, 4 // groups, kernel, 2, dtype=torch.float64)
+    options = dict(stride=stride, padding=padding, dilation=dilation)
+    if padding != "same" and size + 2 * (padding if padding != "valid" else 0) < dilation * (kernel - 1) + 1:
+        return
+    matrix = torch.autograd.functional.jacobian(
+        lambda x: F.conv2d(x, weight, groups=groups, **options), torch.zeros(1, 4, size, 6, dtype=torch.float64)
+    )
+    found = conv_map_sq_norm(weight, (size, 6), **options)
+    torch.testing.assert_close(found, matrix.square().sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_the_map_norm_holds_for_signals_and_volumes(dimensions):
+    conv = {1: F.conv1d, 3: F.conv3d}[dimensions]
+    weight, size = torch.randn(2, 3, *[3] * dimensions, dtype=torch.float64), [4, 5, 6][:dimensions]
+    matrix = torch.autograd.functional.jacobian(
+        lambda x: conv(x, weight, padding=1, stride=2), torch.zeros(1, 3, *size, dtype=torch.float64)
+    )
+    found = conv_map_sq_norm(weight, size, padding=1, stride=2)
+    torch.testing.assert_close(found, matrix.square().sum(), rtol=1e-12, atol=0)
+
+
+def test_the_bound_of_a_convolutional_network_needs_the_maps_and_not_the_kernels():
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Conv2d(4, 2, 1, bias=False)
+    with torch.no_grad():
+        first.weight.abs_()
+        second.weight.abs_()
+    found = gbr(nn.Sequential(first, nn.ReLU(), second), torch.rand(4, 3, 16, 16)).min()
+    kernels = bound_chain([first.weight, second.weight])["product"]
+    maps = bound_chain([conv_map_sq_norm(first.weight, (16, 16), padding=1), conv_map_sq_norm(second.weight, (16, 16))])
+    assert kernels < found < maps["product"]
+
+
+def test_a_size_that_does_not_fit_the_kernel_is_refused():
+    with pytest.raises(ValueError, match="input_size: expected 2 sizes"):
+        conv_map_sq_norm(torch.ones(1, 1, 3, 3), (4,))
+
+
+@given(
+    delta_s=st.floats(0, 10),
+    n=st.integers(1, 10**6),
+    cells=st.integers(1, 1000),
+    loss=st.floats(0, 10),
+    delta=st.floats(1e-6, 1),
+)
+def test_theorem_1_as_it_is_printed(delta_s, n, cells, loss, delta):
+    expected = delta_s + loss * math.sqrt((2 * cells * math.log(2) + 2 * math.log(1 / delta)) / n)
+    assert robustness_gap(delta_s, n, cells, loss, 1 - delta) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"delta_s": -1}, {"n": 0}, {"num_cells": 0}, {"loss_bound": -1}, {"confidence": 1.0}, {"confidence": -0.1}],
+)
+def test_theorem_1_names_an_argument_out_of_range(wrong):
+    arguments = {"delta_s": 0.1, "n": 10, "num_cells": 2, "loss_bound": 1.0, "confidence": 0.9} | wrong
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        robustness_gap(**arguments)
+
+
+@given(norm=st.floats(1e-3, 1e3), lipschitz=st.floats(1e-2, 10), diameter=st.floats(1e-3, 10))
+def test_theorem_2_holds_with_equality_for_the_certified_delta(norm, lipschitz, diameter):
+    classes = robustness_delta(norm, lipschitz, diameter)
+    assert classes / (lipschitz * diameter) == pytest.approx(norm)
+    values = robustness_delta(torch.tensor([norm], dtype=torch.float64), lipschitz, diameter, task="regression")
+    assert ((values - diameter) / (lipschitz * diameter)).item() == pytest.approx(norm, rel=1e-6, abs=1e-9)
+
+
+def test_the_certified_delta_bounds_the_change_of_a_loss_within_a_cell():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    cell = torch.rand(4000, 3, dtype=torch.float64) * 0.1
+    steepest = gbr(net, cell, batch_size=4000).max().sqrt()
+    delta = robustness_delta(steepest, lipschitz=1.0, cell_diameter=0.1 * math.sqrt(3))
+    loss = net(cell).detach().abs()  # 1-Lipschitz in the prediction
+    assert 0 < loss.max() - loss.min() <= delta
+
+
+@pytest.mark.parametrize(("wrong", "name"), [({"task": "ranking"}, "task"), ({"lipschitz": 0}, "lipschitz")])
+def test_theorem_2_names_a_wrong_argument(wrong, name):
+    with pytest.raises(ValueError, match=name):
+        robustness_delta(**{"gradient_norm": 1.0, "lipschitz": 1.0, "cell_diameter": 1.0, **wrong})

@@ -1,0 +1,326 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mmpretrain.models.backbones.densenet import DenseBlock
+from mmpretrain.models.backbones.resnet import BasicBlock
+from mmpretrain.models.backbones.seresnet import SEBottleneck
+from torch import nn
+
+from enc_plugin import to_enc
+from enc_plugin.functional import gbr, gbr_penalty
+
+
+class _DenseTail(nn.Module):
+    """A dense block as DenseNet runs it, its list of features joined."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.block = DenseBlock(2, channels, bn_size=2, growth_rate=3)
+
+    def forward(self, x):
+        return self.block(x)
+
+
+def network(block, classes=4, seed=0):
+    """conv, BN, ReLU, ``block``, pooling and a classifier in float64 eval mode, with statistics that say something."""
+    torch.manual_seed(seed)
+    bodies = {
+        "plain": lambda: (nn.Conv2d(8, 8, 3, 2, 1), 8),
+        "residual": lambda: (BasicBlock(8, 8), 8),
+        "se": lambda: (SEBottleneck(8, 8, expansion=2, se_ratio=4), 8),
+        "dense": lambda: (_DenseTail(8), 14),
+    }
+    body, channels = bodies[block]()
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        body,
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * channels, classes),
+    ).double()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_()
+    return net.eval()
+
+
+def literal(forward, inputs):
+    """The definition: one Jacobian after the other, in float64."""
+    norms = [torch.autograd.functional.jacobian(lambda x: forward(x)[0], x[None]).square().sum() for x in inputs]
+    return torch.stack(norms)
+
+
+def images(count=5, size=8):
+    return torch.randn(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("enc", [False, True])
+@pytest.mark.parametrize("block", ["plain", "residual", "se", "dense"])
+def test_exact_gbr_is_the_norm_of_the_literal_jacobian(block, enc):
+    net, x, labels = network(block), images(), torch.tensor([0, 3, 1, 2, 2])
+    if enc:
+        to_enc(net)
+        net.eval()
+    torch.testing.assert_close(gbr(net, x, batch_size=2), literal(net, x), rtol=1e-10, atol=0)
+    probs = lambda x: net(x).softmax(1)  # noqa: E731
+    torch.testing.assert_close(gbr(net, x, output="probs"), literal(probs, x), rtol=1e-10, atol=0)
+    of_label = torch.stack(
+        [literal(lambda x, k=k: probs(x)[:, k : k + 1], v[None])[0] for v, k in zip(x, labels, strict=True)]
+    )
+    torch.testing.assert_close(gbr(net, x, output="label_prob", labels=labels), of_label, rtol=1e-10, atol=0)
+
+
+def test_float32_agrees_with_float64():
+    net, x = network("residual"), images()
+    exact = gbr(net, x)
+    single = gbr(net.float(), x.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gbr_of_a_linear_layer_is_its_squared_norm_with_or_without_bias(bias):
+    layer = nn.Linear(7, 5, bias=bias).double()
+    found = gbr(layer, torch.randn(3, 7).double())
+    torch.testing.assert_close(found, layer.weight.detach().square().sum().expand(3), rtol=1e-12, atol=0)
+
+
+def test_gbr_of_one_hidden_layer_by_hand():
+    w1, w2 = torch.tensor([[1.0, 2.0], [3.0, -4.0]]), torch.tensor([[1.0, 1.0], [2.0, 0.0]])
+    x = torch.tensor([[1.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])  # hidden: (3, -1), (1, 3), (-1, -3)
+    # W2 diag(1, 0) W1 = [[1, 2], [2, 4]]; W2 W1 = [[4, -2], [2, 4]]; no unit is active.
+    assert gbr(lambda x: (x @ w1.T).relu() @ w2.T, x).tolist() == [25, 40, 0]
+
+
+@pytest.mark.parametrize("projections", [1, 2, 3])
+@pytest.mark.parametrize("output", ["logits", "probs"])
+def test_projections_are_unbiased(projections, output):
+    net, x = network("plain"), images(4)
+    exact = gbr(net, x, output=output)
+    generator = torch.Generator().manual_seed(5)
+    repeats = 400
+    many = x.repeat(repeats, 1, 1, 1)
+    draws = gbr(net, many, output=output, projections=projections, generator=generator, batch_size=400)
+    draws = draws.view(repeats, len(x))
+    error = (draws.mean(0) - exact) / (draws.std(0) / math.sqrt(repeats))
+    assert error.abs().max() < 4
+
+
+@pytest.mark.parametrize("projections", [4, 5, 100])
+def test_projections_are_exact_from_the_number_of_outputs_on(projections):
+    net, x = network("residual"), images()
+    assert torch.equal(gbr(net, x, projections=projections), gbr(net, x))
+
+
+def test_a_full_random_frame_is_exact_too():
+    from enc_plugin.functional.jacobian import _orthonormal
+
+    frame = _orthonormal(6, 6, seed=3)
+    torch.testing.assert_close(frame @ frame.T, torch.eye(6, dtype=torch.float64))
+    jacobian = torch.randn(6, 9, dtype=torch.float64)
+    torch.testing.assert_close((frame @ jacobian).square().sum(), jacobian.square().sum())
+
+
+@given(size=st.integers(2, 12), data=st.data())
+def test_one_orthonormal_probe_is_exact_where_all_directions_are_equal(size, data):
+    count = data.draw(st.integers(1, size))
+    rotation = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+    found = gbr(lambda x: x @ rotation, torch.randn(3, size, dtype=torch.float64), projections=count)
+    torch.testing.assert_close(found, torch.full((3,), float(size), dtype=torch.float64))
+
+
+def test_the_result_does_not_depend_on_the_batch_size():
+    net, x = network("se"), images(7)
+    draw = lambda size: gbr(net, x, projections=2, generator=torch.Generator().manual_seed(0), batch_size=size)  # noqa: E731
+    for size in (1, 2, 3, 6):
+        torch.testing.assert_close(draw(size), draw(7), rtol=1e-12, atol=0)
+
+
+def test_a_sample_with_a_seed_has_its_probes_wherever_it_stands():
+    net, x, seeds = network("plain"), images(6), torch.arange(6) * 1000
+    whole = gbr(net, x, projections=1, seeds=seeds)
+    order = torch.tensor([4, 1, 5])
+    torch.testing.assert_close(gbr(net, x[order], projections=1, seeds=seeds[order]), whole[order], rtol=1e-12, atol=0)
+    assert not torch.allclose(gbr(net, x, projections=1, seeds=seeds + 1), whole)
+
+
+def test_without_a_generator_the_probes_follow_from_the_global_seed():
+    net, x = network("plain"), images()
+    torch.manual_seed(3)
+    first = gbr(net, x, projections=1)
+    torch.manual_seed(4)
+    other = gbr(net, x, projections=1)
+    torch.manual_seed(3)
+    assert torch.equal(gbr(net, x, projections=1), first)
+    assert not torch.equal(other, first)
+
+
+def test_no_more_samples_than_the_batch_size_are_in_the_network_at_once():
+    net, sizes = network("plain"), []
+    net[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    gbr(net, images(50), batch_size=8)
+    assert max(sizes) == 8
+
+
+def test_nothing_but_the_result_changes():
+    net, x = network("residual"), images()
+    net[0].weight.requires_grad_(False)
+    net[-1].weight.grad = torch.ones_like(net[-1].weight)
+    net[3].train()  # a mode that has no batch norm of its own in train mode must survive as well
+    for module in net[3].modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    modes = [module.training for module in net.modules()]
+    wants = [p.requires_grad for p in net.parameters()]
+    state, copy = torch.get_rng_state(), x.clone()
+    gbr(net, x, projections=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert modes == [module.training for module in net.modules()]
+    assert wants == [p.requires_grad for p in net.parameters()]
+    assert [p.grad is None for p in net.parameters()].count(False) == 1
+    assert torch.equal(net[-1].weight.grad, torch.ones_like(net[-1].weight))
+    assert torch.equal(x, copy)
+    assert x.grad is None
+    assert not x.requires_grad
+
+
+def test_no_parameter_gradient_is_computed():
+    net, asked = network("plain"), []
+    for parameter in net.parameters():
+        parameter.register_hook(lambda grad: asked.append(grad))
+    found = gbr(net, images())
+    assert not asked
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_works_whatever_grad_mode_is_on_outside(context):
+    net, x = network("plain"), images()
+    expected = gbr(net, x)
+    with context():
+        inside = gbr(net, x.clone())
+        assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
+    assert torch.equal(inside, expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda x: net(x), lambda net: partial(net.forward)])
+def test_a_batch_norm_in_train_mode_is_refused_and_left_alone(wrap):
+    net = network("plain")
+    net[1].train()
+    before = net[1].running_mean.clone()
+    with pytest.raises(ValueError, match="BatchNorm2d is in train mode.*eval"):
+        gbr(wrap(net), images())
+    assert torch.equal(net[1].running_mean, before)
+    assert net[1].num_batches_tracked == 0
+
+
+def test_a_batch_norm_without_running_statistics_is_refused():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match="keeps no running statistics"):
+        gbr(net, torch.randn(5, 3))
+
+
+def test_active_dropout_is_refused_and_idle_dropout_is_not():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+    with pytest.raises(ValueError, match="Dropout is in train mode"):
+        gbr(net, torch.randn(5, 3))
+    assert gbr(net.eval(), torch.randn(5, 3)).shape == (5,)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize("projections", [None, 1])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x - x.mean(0),
+        lambda x: x / x.norm(),
+        lambda x: x.cumsum(0),
+        lambda x: x.flip(0).cumsum(0).flip(0),
+        lambda x: x.roll(1, 0) * x,
+        lambda x: torch.nn.functional.batch_norm(x, None, None, training=True),
+        lambda x: (x @ x.T).softmax(1) @ x,
+    ],
+)
+def test_samples_that_depend_on_each_other_are_refused(mix, projections, count):
+    with pytest.raises(ValueError, match="depends on other samples"):
+        gbr(mix, torch.randn(count, 4), projections=projections)
+
+
+def test_a_network_that_begins_in_place_or_with_a_view_works():
+    x = torch.randn(3, 2, 4, 4)
+    assert torch.equal(gbr(nn.ReLU(inplace=True), x), (x > 0).flatten(1).sum(1).float())
+    assert torch.equal(gbr(lambda x: x.view(len(x), -1) * 2, x), torch.full((3,), 128.0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_network_that_has_diverged_gives_nan_and_no_error(value):
+    net = network("residual")
+    with torch.no_grad():
+        net[3].conv1.weight.fill_(value)
+    assert not gbr(net, images()).isfinite().any()
+
+
+def test_no_samples_give_no_values():
+    assert gbr(nn.Linear(3, 2), torch.zeros(0, 3)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("forward", "options", "error", "message"),
+    [
+        (lambda x: x, {"output": "loss"}, ValueError, "output: expected one of 'logits'"),
+        (lambda x: x, {"output": "label_prob"}, ValueError, "labels: 'label_prob' needs 4 class numbers, got None"),
+        (lambda x: x, {"output": "label_prob", "labels": torch.zeros(4)}, ValueError, "labels: .*float32"),
+        (lambda x: x, {"projections": 0}, ValueError, "projections: expected None"),
+        (lambda x: x, {"projections": 1.5}, ValueError, "projections: expected None"),
+        (lambda x: x, {"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
+        (lambda x: x, {"seeds": torch.zeros(3, dtype=torch.long)}, ValueError, "seeds: expected 4 integers"),
+        (lambda x: (x, x), {}, TypeError, "forward: expected it to return a tensor .* got tuple"),
+        (lambda x: x.sum(), {}, ValueError, r"forward: expected outputs of shape \(4, C\), got \(\)"),
+        (lambda x: x.detach() * 2, {}, ValueError, "does not depend on the inputs in a way that autograd sees"),
+        (lambda x: torch.ones(4, 2, requires_grad=True), {}, ValueError, "does not depend on the inputs"),
+    ],
+)
+def test_wrong_arguments_are_named(forward, options, error, message):
+    with pytest.raises(error, match=message):
+        gbr(forward, torch.randn(4, 3), **options)
+
+
+def test_integer_inputs_are_refused():
+    with pytest.raises(TypeError, match="inputs: expected floating point"):
+        gbr(lambda x: x, torch.zeros(2, 3, dtype=torch.uint8))
+
+
+def test_the_penalty_is_the_mean_gbr_and_its_gradient_that_of_the_literal_norm():
+    net, x = network("residual"), images().requires_grad_()
+    penalty = gbr_penalty(x, net(x), projections=4)
+    torch.testing.assert_close(penalty, gbr(net, x).mean(), rtol=1e-10, atol=0)
+    weight = net[0].weight
+    (found,) = torch.autograd.grad(penalty, weight)
+
+    def norm(w):
+        jacobian = torch.func.vmap(
+            torch.func.jacrev(lambda v: torch.func.functional_call(net, {"0.weight": w}, v[None]))
+        )
+        return jacobian(x.detach()).square().sum() / len(x)
+
+    torch.testing.assert_close(found, torch.func.grad(norm)(weight.detach()), rtol=1e-8, atol=1e-12)
+
+
+def test_the_penalty_is_unbiased():
+    net, x = network("plain"), images(3)
+    many = x.repeat(300, 1, 1, 1).requires_grad_()
+    found = gbr_penalty(many, net(many), projections=1, generator=torch.Generator().manual_seed(2))
+    exact = gbr(net, x)
+    spread = gbr(net, many.detach(), projections=1, generator=torch.Generator().manual_seed(3)).std()
+    assert abs(found - exact.mean()) < 4 * spread / math.sqrt(len(many))

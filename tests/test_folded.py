@@ -1,0 +1,209 @@
+import copy
+
+import pytest
+import torch
+from mmpretrain.models import build_classifier
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from enc_plugin import audit, to_enc
+from enc_plugin.functional import bound_chain, gbr
+
+
+def disturb(model):
+    """Statistics and gains as after training, so that folding changes the weights."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.3, 3)
+            module.weight.data.uniform_(0.3, 3)
+    return model
+
+
+def classifier(backbone, channels, **options):
+    return disturb(
+        build_classifier(
+            dict(
+                type="ImageClassifier",
+                backbone=dict(type=backbone, **options),
+                neck=dict(type="GlobalAveragePooling"),
+                head=dict(type="LinearClsHead", num_classes=10, in_channels=channels),
+            )
+        )
+    )
+
+
+def fused_sq_norm(layer, norm):
+    fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+    return fuse(copy.deepcopy(layer).double().eval(), copy.deepcopy(norm).double().eval()).weight.square().sum().item()
+
+
+def test_resnet_rows_are_the_weights_that_torch_fuses():
+    model = classifier("ResNet_CIFAR", 512, depth=18)
+    table = audit(model, folded=True, inputs=torch.randn(1, 3, 16, 16))
+    modules = dict(model.named_modules())
+    assert len(table) == 21
+    assert not table.unfolded
+    for row in table[:-1]:
+        assert row.norms == (row.name.replace("conv", "bn").replace("downsample.0", "downsample.1"),)
+        expected = fused_sq_norm(modules[row.name], modules[row.norms[0]])
+        assert row.sq_norm == pytest.approx(expected, rel=1e-9)
+    assert table[-1].norms == ()
+    assert table[-1].sq_norm == pytest.approx(model.head.fc.weight.double().square().sum().item())
+
+
+def test_enc_rows_count_the_effective_weight_and_the_post_norm():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    to_enc(model)
+    disturb(model)
+    for row, layer in zip(audit(model, folded=True, inputs=torch.randn(2, 4)), model, strict=True):
+        plain = nn.Linear(layer.in_features, layer.out_features)
+        plain.weight = nn.Parameter(layer.effective_weight.detach())
+        assert row.norms == (f"{row.name}.norm",)
+        assert row.sq_norm == pytest.approx(fused_sq_norm(plain, layer.norm), rel=1e-6)
+        assert row.map_sq_norm == row.sq_norm
+
+
+def test_post_norm_and_batch_norm_behind_it_both_fold():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
+    to_enc(model, post_norm=True)
+    disturb(model)
+    (row,) = audit(model, folded=True)
+    gains = [(n.weight / (n.running_var + n.eps).sqrt()).detach() for n in (model[0].norm, model[1])]
+    expected = model[0].effective_weight * (gains[0] * gains[1])[:, None, None, None]
+    assert row.norms == ("0.norm", "1")
+    assert row.sq_norm == pytest.approx(expected.square().sum().item(), rel=1e-5)
+
+
+def test_densenet_folds_only_the_norms_that_follow_a_convolution_at_once():
+    table = audit(classifier("DenseNet", 1024, arch="121"), folded=True)
+    rows = {row.name: row.norms for row in table}
+    assert len(table) == 121
+    assert rows["backbone.stages.0.block.0.conv1"] == ("backbone.stages.0.block.0.norm2",)
+    assert rows["backbone.stages.0.block.0.conv2"] == ()  # concatenated before the next norm reads it
+    assert "backbone.stages.0.block.1.norm1" in table.unfolded
+    assert len(table.unfolded) == 62
+    assert "62 batch norms fold into no layer" in str(table)
+
+
+class _Net(nn.Module):
+    """Registers its norm before the layer that it follows; ``kind`` says what lies between or beside them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.norm, self.conv, self.kind = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), kind
+        self.between = {"inplace": nn.ReLU(inplace=True), "dropout": nn.Dropout(0.3), "pool": nn.MaxPool2d(1)}.get(kind)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.between is not None:
+            y = self.between(y)
+        out = self.norm(y)
+        if self.kind == "beside":
+            out = out + y
+        if self.kind == "shared":
+            out = self.conv(out.relu())
+        if self.kind == "twice":
+            out = self.norm(self.conv(out.relu()))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "folds"),
+    [
+        ("direct", True),
+        ("dropout", True),
+        ("twice", True),
+        ("inplace", False),
+        ("pool", False),
+        ("beside", False),
+        ("shared", False),
+    ],
+)
+def test_a_norm_folds_if_it_alone_reads_the_output_as_it_is(kind, folds):
+    table = audit(disturb(_Net(kind)), folded=True)
+    assert [row.norms for row in table] == [("norm",) if folds else ()]
+    assert table.unfolded == ([] if folds else ["norm"])
+
+
+def test_a_layer_that_does_not_run_is_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    table = audit(Net(), folded=True)
+    assert [row.name for row in table] == ["used"]
+    assert table.skipped == ["spare"]
+
+
+def test_the_model_is_only_read():
+    model = classifier("ResNet_CIFAR", 512, depth=18).train()
+    model.backbone.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    audit(model, folded=True, inputs=torch.randn(2, 3, 8, 8, generator=torch.Generator()))
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("variant", [None, "ws", "fro"])
+def test_the_maps_bound_the_gbr_of_a_network_with_batch_norms(variant):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 5),
+    )
+    if variant:
+        to_enc(model, variant=variant)
+    disturb(model).eval()
+    x = torch.randn(6, 3, 8, 8)
+    table = audit(model, folded=True, inputs=x)
+    assert gbr(model, x).max().item() <= table.map_chain["product"]
+    assert table.map_slack >= 0
+    assert table.kernel_chain == bound_chain(row.sq_norm for row in table)
+    assert "AM-GM slack" in str(table)
+    assert f"{table.map_slack:.4g} (linear maps)" in str(table)
+
+
+def test_slack_is_zero_for_equal_norms_and_grows_with_the_gains():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    to_enc(model, post_norm=False)
+    assert audit(model, folded=True).slack == pytest.approx(0, abs=1e-5)
+    model[1].weight.data.fill_(10)
+    # Squared norms 100 and 1: log(50.5^2) - log(100).
+    assert audit(model, folded=True).slack == pytest.approx(3.239, abs=1e-3)
+
+
+def test_positions_of_a_token_network_count_in_its_map():
+    model = nn.Linear(3, 2, bias=False).double()
+    (row,) = audit(model, folded=True, inputs=torch.randn(2, 7, 3, dtype=torch.float64))
+    assert row.map_sq_norm == pytest.approx(7 * row.sq_norm)
+    assert gbr(model, torch.randn(2, 7, 3, dtype=torch.float64))[0].item() == pytest.approx(row.map_sq_norm)
+
+
+def test_padding_that_is_not_with_zeros_has_no_map_norm():
+    table = audit(nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect"), folded=True, inputs=torch.randn(1, 3, 5, 5))
+    assert table[0].map_sq_norm is None
+    assert table.map_chain is None
+    assert table.map_slack is None
+
+
+def test_a_network_that_takes_no_made_up_input_asks_for_a_batch():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 4))
+    with pytest.raises(ValueError, match="does not run on a made-up input of shape .*pass a batch"):
+        audit(model, folded=True)
+    assert len(audit(model, folded=True, inputs=torch.randn(1, 3, 8, 8))) == 2

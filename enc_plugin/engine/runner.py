@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from .amp import without_cuda
+from .audit_hook import unwrap
 
 
 @RUNNERS.register_module()
@@ -55,6 +56,21 @@ class ENCRunner(Runner):
     def build_optim_wrapper(self, optim_wrapper):
         """Build the optimizer wrapper, mixed precision included, on any device."""
         return super().build_optim_wrapper(without_cuda(optim_wrapper, self.logger))
+
+    def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
+        """Load as mmengine does, which only logs what does not fit; a file of which nothing fits is an error.
+
+        Raises:
+            ValueError: If no key of the checkpoint is a key of the model.
+        """
+        checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        found, wanted = list(checkpoint.get("state_dict", checkpoint)), list(unwrap(self.model).state_dict())
+        if not set(found) & set(wanted):
+            raise ValueError(
+                f"load_from: nothing of {filename} fits the model; its keys are {', '.join(map(repr, found[:3]))}, "
+                f"..., the model's are {', '.join(map(repr, wanted[:3]))}, ...; is it a checkpoint of another codebase?"
+            )
+        return checkpoint
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Register mmengine's default hooks and the ENC audit."""

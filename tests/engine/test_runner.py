@@ -98,6 +98,14 @@ def test_a_loaded_checkpoint_that_cannot_be_normalised_stops_before_the_first_st
         train(digits_config(tmp_path / "b", load_from=str(tmp_path / "broken.pth")))
 
 
+def test_a_checkpoint_of_which_nothing_fits_stops_before_the_first_step(tmp_path):
+    torch.save({"state_dict": {"module.conv.weight": torch.ones(1)}}, tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match="its keys are 'module.conv.weight', ..., the model's are 'backbone.conv1.weight'"
+    ):
+        train(digits_config(tmp_path / "run", load_from=str(tmp_path / "other.pth")))
+
+
 def test_mixed_precision_without_cuda_is_bfloat16_and_keeps_the_constraint(tmp_path):
     runner = train(digits_config(tmp_path, optim_wrapper__type="AmpOptimWrapper", optim_wrapper__loss_scale="dynamic"))
     assert type(runner.optim_wrapper).__name__ == "BFloat16OptimWrapper"

@@ -358,7 +358,8 @@ def _plain_weights(model: nn.Module, selected: list[str], problems: dict[str, st
     """Modules that hold a matrix-like weight of their own and are no ENC layers, with the reason."""
     plain = {}
     for name, module in model.named_modules():
-        if name in selected or not any(p.ndim >= 2 for p in module.parameters(recurse=False)):
+        has_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
+        if name in selected or not (has_matrix or name in problems):
             continue
         if name in problems:
             plain[name] = problems[name]

@@ -164,25 +164,25 @@ def _to_stock(node: Any) -> Any:
 
 def _load_enc(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Load strictly, and only what was trained under the model's own settings."""
-    own = {name: layer.settings for name, layer in enc_layers(model)}
-    if not own:
+    layers = dict(enc_layers(model))
+    if not layers:
         raise ValueError("config: its model has no ENC layers, so there is nothing to fold")
+    # Layers fill in what a plain checkpoint lacks; here it has to be complete. Keys by tensor: some models rename them.
+    keys = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+    norms = [
+        keys[id(t)] for x in layers.values() if x.norm is not None for t in x.norm.state_dict(keep_vars=True).values()
+    ]
+    alphas = [keys[id(layer.log_alpha)] for layer in layers.values() if layer.log_alpha is not None]
     saved = saved_settings(state_dict)
-    wanted = {f"{name}.norm.weight" for name, settings in own.items() if settings["post_norm"]}
-    if saved == {} or (wanted and not wanted & state_dict.keys()):
+    if saved == {} or (norms and not set(norms) & state_dict.keys()):
         raise ValueError("checkpoint: it is of a plain network, not of an ENC one, so there is nothing to fold")
     for name, settings in (saved or {}).items():
-        if name in own and settings != own[name]:
+        if name in layers and settings != layers[name].settings:
             raise ValueError(
                 f"checkpoint: its layer {name!r} was trained with {_show(settings)}, the config's has "
-                f"{_show(own[name])}; use the config of the training run (a copy is in its work_dir)"
+                f"{_show(layers[name].settings)}; use the config of the training run (a copy is in its work_dir)"
             )
-    missing = sorted(wanted - state_dict.keys())
-    missing += sorted(
-        f"{name}.log_alpha"
-        for name, settings in own.items()
-        if settings["alpha"] == "learnable" and f"{name}.log_alpha" not in state_dict
-    )
+    missing = [key for key in (*norms, *alphas) if key not in state_dict]
     if missing:
         raise ValueError(f"checkpoint: it does not fit the config: {len(missing)} missing keys, such as {missing[0]!r}")
     try:

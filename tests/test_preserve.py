@@ -1,0 +1,234 @@
+"""to_enc(preserve=True): a trained network keeps its function, or says what changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from functional.test_weights import ALL
+from mmengine.config import Config
+from mmengine.runner import load_checkpoint
+from mmpretrain.registry import MODELS
+from test_fold import outputs, randomize_norms, relative_error
+from torch import nn
+
+from enc_plugin import CheckpointWarning, ENCConv2d, fold, to_enc
+
+NORM_ONLY = ("fro", "wn")
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """In eval mode, with statistics and gains of a network that has been trained."""
+    torch.manual_seed(0)
+    randomize_norms(model)
+    return model.eval()
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
+
+
+def densenet() -> nn.Module:
+    cfg = dict(type="DenseNet", arch="121", drop_rate=0.1, num_classes=5)
+    backbone = {key: value for key, value in cfg.items() if key != "num_classes"}
+    return MODELS.build(
+        dict(
+            type="ImageClassifier",
+            backbone=backbone,
+            neck=dict(type="GlobalAveragePooling"),
+            head=dict(type="LinearClsHead", num_classes=5, in_channels=1024),
+        )
+    )
+
+
+@pytest.mark.parametrize("variant", NORM_ONLY)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: timm.create_model("seresnet50", num_classes=5, layers=(1, 1, 1, 1)),
+        # Kernels reach their batch norms through concatenation and pooling, many each.
+        densenet,
+        lambda: timm.create_model("repvgg_a0", num_classes=5),
+        lambda: timm.create_model("tf_efficientnet_b0", num_classes=5),
+    ],
+    ids=["seresnet", "densenet121", "repvgg", "efficientnet"],
+)
+def test_norm_only_variants_keep_the_function_of_real_networks(make, variant):
+    model = trained(make()).double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = outputs(model, x)
+        report = to_enc(model, variant, preserve=torch.randn(2, 3, 48, 48, dtype=torch.float64))
+        assert relative_error(outputs(model, x), expected) < 1e-8
+        assert relative_error(outputs(fold(model), x), expected) < 1e-8
+    assert report.preserved.output_change < 1e-8
+    assert not any(report.preserved.removed_mean.values())
+
+
+@pytest.mark.parametrize("variant", NORM_ONLY)
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_function_is_kept_in_train_mode_too_where_no_post_norm_is_added(variant, affine):
+    # eps would swallow the small variances of norm-1 layers if the gain did not make up for it.
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=affine)).double()
+    x = torch.randn(64, 3, 9, 9, dtype=torch.float64)
+    model[1].momentum = None
+    model(x)  # running statistics become the batch's
+    expected = copy.deepcopy(model)(x)
+    to_enc(model, variant, preserve=x)
+    torch.testing.assert_close(model.eval()(x), copy.deepcopy(model).eval()(x))
+    if affine:
+        torch.testing.assert_close(model.train()(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_preserve_keeps_mode_random_state_and_makes_up_its_input():
+    model = trained(small_net()).train()
+    state = torch.get_rng_state()
+    report = to_enc(model, "wn", preserve=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert report.preserved.output_change < 1e-5
+    assert "the outputs change by" in str(report)
+
+
+@pytest.mark.parametrize("variant", ["ws", "centered_fro"])
+def test_centered_variants_say_how_much_the_means_were(variant):
+    model = trained(small_net())
+    with torch.no_grad():
+        model[0].weight.add_(0.5)
+    w = model[0].weight.detach().double().flatten(1)
+    mean = w.mean(1, keepdim=True) if variant == "ws" else w.mean()
+    share = (mean.square().expand_as(w).sum() / w.square().sum()).item()
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="removes means, 'wn' and 'fro' do not"):
+        report = to_enc(model, variant, preserve=x)
+    assert report.preserved.removed_mean["0"] == pytest.approx(share, rel=1e-6)
+    assert report.preserved.output_change == pytest.approx(relative_error(model(x), expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_a_network_without_means_keeps_its_function_under_every_variant(variant):
+    model = trained(small_net())
+    with torch.no_grad():
+        for layer in (model[0], model[5]):
+            layer.weight -= layer.weight.flatten(1).mean(1).view(-1, *[1] * (layer.weight.ndim - 1))
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    to_enc(model, variant, preserve=x)
+    assert relative_error(model(x), expected) < 1e-5
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(x) + x)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.a(x)) + self.norm(self.b(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Residual(), r"'conv' \(its output goes into 'add'\)"),
+        (Twice(), r"'a' \(its batch norm serves several places\)"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.BatchNorm2d(4)), r"'0' \(its output goes into 'hardtanh'\)"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), r"'0' \(its output goes into 'native_group_norm'\)"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), r"'0' \(it is an output of the network\)"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+            "keeps no running statistics",
+        ),
+        (nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)), "cannot be made up; pass a batch"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 2)), "does not run on a made-up input"),
+    ],
+)
+def test_a_scale_that_cannot_be_moved_is_an_error_and_the_model_unchanged(model, message):
+    before, classes = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        to_enc(model, "wn", preserve=True)
+    assert [type(module) for module in model.modules()] == classes
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+BACKBONE = dict(type="ResNetCIFAR6n", depth=8)
+CLASSIFIER = dict(
+    type="ImageClassifier",
+    backbone=BACKBONE,
+    neck=dict(type="GlobalAveragePooling"),
+    head=dict(type="LinearClsHead", num_classes=10, in_channels=64),
+)
+
+
+def build(**options) -> nn.Module:
+    return MODELS.build(Config({**CLASSIFIER, **options}).to_dict())
+
+
+@pytest.fixture
+def stock_checkpoint(tmp_path):
+    stock = trained(build())
+    torch.save({"state_dict": stock.state_dict()}, tmp_path / "stock.pth")
+    return stock, str(tmp_path / "stock.pth")
+
+
+@pytest.mark.filterwarnings("error::enc_plugin.CheckpointWarning")
+def test_fine_tuning_with_enc_is_a_config_option(stock_checkpoint):
+    stock, path = stock_checkpoint
+    x = torch.randn(2, 3, 16, 16)
+    model = build(type="ENCImageClassifier", enc=dict(variant="wn", preserve=True)).eval()
+    load_checkpoint(model, path)
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+
+    # What was trained since then is ENC: loading it is no second conversion.
+    again = build(type="ENCImageClassifier", enc=dict(variant="wn", preserve=True)).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    assert torch.equal(fold(again).state_dict()["head.fc.weight"], fold(model).state_dict()["head.fc.weight"])
+
+
+@pytest.mark.parametrize("part", ["whole", "backbone"])
+def test_init_cfg_keeps_the_function_of_pretrained_weights(stock_checkpoint, part):
+    stock, path = stock_checkpoint
+    init_cfg = dict(type="Pretrained", checkpoint=path)
+    options = dict(type="ENCImageClassifier", enc=dict(variant="fro", preserve=True))
+    if part == "whole":
+        model = build(**options, init_cfg=init_cfg)
+    else:
+        model = build(**options, backbone=BACKBONE | dict(init_cfg=init_cfg | dict(prefix="backbone.")))
+    model.init_weights()
+    model.eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = stock.extract_feat(x)[-1]
+    torch.testing.assert_close(model.extract_feat(x)[-1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_preserve_a_stock_checkpoint_loads_and_warns(stock_checkpoint):
+    _, path = stock_checkpoint
+    model = build(type="ENCImageClassifier")
+    with pytest.warns(CheckpointWarning, match=r"of a plain network: .* enc=dict\(preserve=True\)"):
+        load_checkpoint(model, path)
+
+
+def test_layers_that_are_enc_from_the_start_keep_their_function_too():
+    model = trained(nn.Sequential(ENCConv2d(3, 8, 3, variant="wn"), nn.BatchNorm2d(8)))
+    plain = copy.deepcopy(model)
+    plain[0].__class__ = nn.Conv2d
+    x = torch.randn(2, 3, 9, 9)
+    expected = plain(x)
+    to_enc(model, "wn", preserve=x)
+    assert relative_error(model(x), expected) < 1e-5

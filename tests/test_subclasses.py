@@ -1,0 +1,136 @@
+"""Subclasses of the stock layers: converted if they use their weight as it is, left plain with a reason if not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import mmcv.cnn.bricks.wrappers as wrappers
+import pytest
+import timm.layers
+import torch
+import torchvision
+from functional.test_weights import ALL, literal
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, ConvAWS2d, ConvWS2d
+from mmengine.model import kaiming_init
+from mmengine.model.weight_init import KaimingInit
+from mmpretrain.models.heads.margin_head import NormProduct
+from mmpretrain.models.utils.sparse_modules import SparseConv2d
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from enc_plugin import NoEffectWarning, fold, to_enc
+from enc_plugin.layers import ENCLayer, enc_class
+
+CONVERTED = {
+    "mmcv Conv2d": (lambda: wrappers.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 7)),
+    "mmcv Conv3d": (lambda: wrappers.Conv3d(4, 6, 3), (2, 4, 5, 5, 5)),
+    "mmcv Linear": (lambda: wrappers.Linear(4, 6), (2, 4)),
+    "mmcv adaptive padding": (lambda: Conv2dAdaptivePadding(4, 6, 3, stride=2), (2, 4, 7, 7)),
+    "timm Conv2dSame": (lambda: timm.layers.Conv2dSame(4, 6, 3, stride=2, groups=2), (2, 4, 7, 7)),
+    "timm Linear": (lambda: timm.layers.Linear(4, 6, bias=False), (2, 5, 4)),
+    "torchvision Conv3DNoTemporal": (
+        lambda: torchvision.models.video.resnet.Conv3DNoTemporal(4, 6),
+        (2, 4, 3, 5, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_subclass_computes_its_own_forward_with_the_effective_weight(name, variant):
+    make, shape = CONVERTED[name]
+    model = nn.Sequential(make().double())
+    plain = copy.deepcopy(model)
+    stock, x = type(model[0]), torch.randn(shape, dtype=torch.float64)
+    report = to_enc(model, variant, alpha=2.0, post_norm=False)
+    assert (len(report), report.skipped) == (1, {})
+    assert isinstance(model[0], (ENCLayer, stock))
+    with torch.no_grad():
+        plain[0].weight.copy_(literal(plain[0].weight, variant, 2.0))
+    torch.testing.assert_close(model(x), plain(x))
+    model(x).square().sum().backward()
+    assert model[0].weight.grad.any()
+
+    folded = fold(model)
+    assert type(folded[0]) is stock
+    torch.testing.assert_close(folded(x), plain(x))
+    plain.load_state_dict(folded.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_subclass_is_copied_pickled_and_given_a_post_norm(name):
+    make, shape = CONVERTED[name]
+    layer = make()
+    to_enc(layer, post_norm=True)
+    layer.norm.running_mean.normal_()
+    layer.eval()
+    x = torch.randn(shape)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(other) is type(layer)
+        assert torch.equal(other(x), layer(x))
+    torch.testing.assert_close(fold(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert "variant='ws'" in repr(layer)
+
+
+def test_each_subclass_has_one_enc_class_and_mmengine_still_initialises_it():
+    assert enc_class(Conv2dAdaptivePadding) is enc_class(Conv2dAdaptivePadding)
+    assert issubclass(enc_class(Conv2dAdaptivePadding), Conv2dAdaptivePadding)
+    model = nn.Sequential(Conv2dAdaptivePadding(4, 6, 3))
+    to_enc(model)
+    before = model[0].weight.clone()
+    KaimingInit(layer=["Conv2d"])(model)
+    assert not torch.equal(model[0].weight, before)
+    kaiming_init(model[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: timm.layers.StdConv2d(4, 6, 3), "StdConv2d transforms its weight itself"),
+        (lambda: timm.layers.ScaledStdConv2d(4, 6, 3), "ScaledStdConv2d transforms its weight itself"),
+        (lambda: timm.layers.ScaledStdConv2dSame(4, 6, 3), "ScaledStdConv2dSame transforms its weight itself"),
+        (lambda: ConvWS2d(4, 6, 3), "ConvWS2d transforms its weight itself"),
+        (lambda: ConvAWS2d(4, 6, 3), "ConvAWS2d transforms its weight itself"),
+        (lambda: NormProduct(4, 6), "NormProduct transforms its weight itself"),
+        (lambda: SparseConv2d(4, 6, 3), "SparseConv2d does not run on its own"),
+        (lambda: nn.LazyConv2d(6, 3), "LazyConv2d has no weight before its first forward pass"),
+        (lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), "computed from other parameters"),
+        (lambda: parametrizations.spectral_norm(nn.Linear(4, 6)), "computed from other parameters"),
+    ],
+)
+def test_a_layer_that_makes_its_own_weight_stays_plain_with_the_reason(make, reason):
+    model = nn.Sequential(make())
+    before = type(model[0])
+    with pytest.warns(NoEffectWarning):
+        report = to_enc(model)
+    assert type(model[0]) is before
+    assert reason in report.skipped["0"]
+
+
+def test_the_output_projection_of_attention_stays_plain_because_its_forward_is_never_called():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16))
+    report = to_enc(model, post_norm=False)
+    assert [layer.name for layer in report.layers] == ["0.linear1", "0.linear2"]
+    assert report.skipped["0.self_attn.out_proj"] == "nn.MultiheadAttention reads its weight without calling it"
+    assert "0.self_attn" in report.skipped
+
+
+def test_trying_a_layer_out_leaves_it_and_the_random_state_alone():
+    model = nn.Sequential(ConvAWS2d(4, 6, 3), wrappers.Conv2d(4, 6, 3))
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    to_enc(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_pattern_on_a_layer_that_must_stay_plain_is_an_error():
+    with pytest.raises(ValueError, match="include: '0' matches no layer"):
+        to_enc(nn.Sequential(timm.layers.StdConv2d(4, 6, 3), nn.Conv2d(6, 6, 1)), include="0")
+
+
+def test_meta_layers_are_tried_out_too():
+    with torch.device("meta"):
+        model = nn.Sequential(timm.layers.StdConv2d(4, 6, 3), timm.layers.Conv2dSame(4, 6, 3))
+    report = to_enc(model)
+    assert list(report.skipped) == ["0"]

@@ -1,0 +1,79 @@
+"""WN layer and dropout head: torch's own weight_norm and closed forms as oracles."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmcv.cnn import build_conv_layer
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from enc_plugin.models import DropoutLinearClsHead, WNConv2d
+
+
+def wn_pair(**options) -> tuple[WNConv2d, nn.Module]:
+    """A WN layer and torch's parametrized convolution with the same direction, gain and bias."""
+    layer = WNConv2d(6, 8, 3, padding=1, **options)
+    layer.gain.data.uniform_(0.5, 2)
+    plain = nn.Conv2d(6, 8, 3, padding=1, **options)
+    plain.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "gain"})
+    reference = weight_norm(plain)
+    reference.parametrizations.weight.original0.data.copy_(layer.gain)
+    return layer, reference
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "groups": 2}])
+def test_wn_layer_and_its_gradients_equal_torch_weight_norm(options):
+    layer, reference = wn_pair(**options)
+    x = torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(layer(x), reference(x))
+    layer(x).square().mean().backward()
+    reference(x).square().mean().backward()
+    torch.testing.assert_close(layer.gain.grad, reference.parametrizations.weight.original0.grad)
+    torch.testing.assert_close(layer.weight.grad, reference.parametrizations.weight.original1.grad)
+
+
+def test_wn_layer_keeps_stock_keys_and_starts_with_unit_rows():
+    layer = WNConv2d(6, 8, 3)
+    assert list(layer.state_dict()) == ["weight", "bias", "gain"]
+    torch.testing.assert_close(layer.effective_weight.flatten(1).norm(dim=1), torch.ones(8))
+
+
+def test_wn_layer_computes_what_a_stock_checkpoint_computed():
+    stock = nn.Conv2d(6, 8, 3)
+    layer = WNConv2d(6, 8, 3)
+    layer.load_state_dict(stock.state_dict())
+    x = torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(layer(x), stock(x))
+
+
+def test_wn_layer_loads_its_own_checkpoint_gain_included():
+    layer = WNConv2d(6, 8, 3)
+    layer.gain.data.uniform_(0.5, 2)
+    other = WNConv2d(6, 8, 3)
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(other.gain, layer.gain)
+
+
+def test_wn_layer_survives_deepcopy():
+    layer, _ = wn_pair()
+    x = torch.randn(1, 6, 5, 5)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_conv_cfg_builds_the_wn_layer():
+    assert type(build_conv_layer(dict(type="WNConv2d"), 3, 8, 3)) is WNConv2d
+
+
+def test_dropout_head_drops_in_training_and_not_in_evaluation():
+    head = MODELS.build(dict(type="DropoutLinearClsHead", num_classes=4, in_channels=1000, dropout=0.2))
+    assert isinstance(head, DropoutLinearClsHead)
+    features = torch.ones(8, 1000)
+    dropped = head.pre_logits((features,))
+    assert abs((dropped == 0).float().mean().item() - 0.2) < 0.02
+    assert dropped.max().item() == pytest.approx(1 / 0.8)
+    assert torch.equal(head.eval().pre_logits((features,)), features)
+    assert list(head.state_dict()) == ["fc.weight", "fc.bias"]

@@ -1,0 +1,75 @@
+import json
+import sys
+
+import pytest
+from helpers import digits_config, run_command, scalars, train
+
+from enc_plugin.measure import describe, measure_checkpoints
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Work dir of a run of two epochs with a hook that measured exactly on 40 samples."""
+    work_dir = tmp_path_factory.mktemp("run")
+    hook = dict(type="GBRHook", num_samples=40, batch_size=40, projections=None)
+    cfg = digits_config(work_dir, epochs=2, custom_hooks=[hook])
+    train(cfg)
+    cfg.dump(work_dir / "config.py")
+    return work_dir
+
+
+def test_the_tool_repeats_what_the_hook_logged_and_writes_json_and_a_curve(finished):
+    checkpoints = [str(finished / f"epoch_{epoch}.pth") for epoch in (2, 1)]
+    options = ["--num-samples", "40", "--outputs", "logits", "probs", "--out", str(finished / "out" / "gbr.json")]
+    command = [sys.executable, "tools/measure_gbr.py", str(finished / "config.py"), *checkpoints, *options]
+    done = run_command(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = json.loads((finished / "out" / "gbr.json").read_text())
+    assert written["num_samples"] == 40
+    assert written["unit"] == "per squared standard deviation of the input"
+    assert [(r["epoch"], r["output"]) for r in written["results"]] == [
+        (2, "logits"),
+        (2, "probs"),
+        (1, "logits"),
+        (1, "probs"),
+    ]
+    logged = {line["step"]: line for line in scalars(finished) if "gbr/logits" in line}
+    for record in written["results"]:
+        if record["output"] == "logits":
+            assert record["gbr"] == pytest.approx(logged[record["epoch"]]["gbr/logits"], rel=1e-5)
+            assert record["sem"] == pytest.approx(logged[record["epoch"]]["gbr/logits_sem"], rel=1e-4)
+            assert f"{record['gbr']:.6g}" in done.stdout
+    assert (finished / "out" / "gbr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_checkpoint_gives_a_table_and_no_curve(finished, tmp_path):
+    records = measure_checkpoints(
+        finished / "config.py",
+        [finished / "epoch_1.pth"],
+        num_samples=10,
+        space="pixel",
+        projections=1,
+        out=tmp_path / "gbr.json",
+        show_progress=False,
+    )
+    assert [record["epoch"] for record in records] == [1]
+    assert describe(records).splitlines()[0].split() == [
+        "checkpoint",
+        "epoch",
+        "output",
+        "GBR",
+        "±",
+        "(sem)",
+        "seconds",
+    ]
+    assert json.loads((tmp_path / "gbr.json").read_text())["unit"].startswith("per squared gray level")
+    assert not (tmp_path / "gbr.png").exists()
+
+
+def test_a_config_without_test_pipeline_is_refused(finished):
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(finished / "config.py")
+    cfg.val_dataloader = cfg.test_dataloader = None
+    with pytest.raises(ValueError, match="config: neither val_dataloader nor test_dataloader"):
+        measure_checkpoints(cfg, [finished / "epoch_1.pth"])

@@ -221,7 +221,7 @@ def draw_pictures(
 
     Args:
         model: Classifier of mmpretrain.
-        dataset: Its test set, as in :func:`enc_plugin.engine.measure_robustness`.
+        dataset: Its test set, as in :func:`enc_plugin.engine.robustness.measure_robustness`.
         eps: Budget in 1/255 of the pixel range.
         path: File to write.
         count: How many samples.

@@ -1,0 +1,35 @@
+"""Run the benchmarks, one section after the other, and write bench/results/<section>.json."""
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import _bootstrap
+
+BENCH = Path(_bootstrap.__file__).resolve().parents[1] / "bench"
+
+
+def sections() -> list[str]:
+    """Names of the modules in bench/ that have a ``run() -> dict``."""
+    return sorted(path.stem for path in BENCH.glob("*.py") if "\ndef run(" in path.read_text())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=sections(), help="sections to run (default: all)")
+    parser.add_argument("--list", action="store_true", help="name the sections and stop")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(sections()))
+        sys.exit()
+    sys.path.insert(0, str(BENCH))
+    import torch
+    from harness import save
+
+    torch.set_num_threads(1)  # figures are for one thread; sections may say otherwise
+    for name in args.only or sections():
+        start = time.perf_counter()
+        path = save(name, importlib.import_module(name).run())
+        print(f"{name}: {path} ({time.perf_counter() - start:.0f} s)", flush=True)

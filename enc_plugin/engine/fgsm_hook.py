@@ -44,8 +44,8 @@ class FGSMHook(Hook):
         batch_size: Samples per batch; None: that of the validation dataloader.
 
     Raises:
-        ValueError: If ``eps`` is not in 1..255 of distinct numbers, or (before training starts) the validation pipeline
-            does not deliver pixels in 0..255.
+        ValueError: If ``eps`` holds other than different numbers above 0 and up to 255, or (before training starts) the
+            validation pipeline does not deliver pixels in 0..255.
     """
 
     priority = "ABOVE_NORMAL"  # before EMAHook takes the averaged weights away, and before CheckpointHook reads metrics

@@ -27,16 +27,14 @@ CLASSES = 10
 
 
 def network(backbone: str, channels: int, classes: int = CLASSES, **options) -> nn.Module:
-    model = build_classifier(
+    return build_classifier(
         dict(
             type="ImageClassifier",
             backbone=dict(type=backbone, **options),
             neck=dict(type="GlobalAveragePooling"),
             head=dict(type="LinearClsHead", num_classes=classes, in_channels=channels),
         )
-    )
-    model.init_weights()
-    return model.eval()
+    ).eval()
 
 
 def loop(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ def measure_checkpoints(
     *,
     outputs: Sequence[str] = ("logits",),
     num_samples: int | None = 512,
-    batch_size: int = 64,
+    batch_size: int = 32,
     projections: int | None = None,
     space: str = "normalized",
     seed: int = 0,

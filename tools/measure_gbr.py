@@ -14,7 +14,7 @@ if __name__ == "__main__":
         "--outputs", nargs="+", default=["logits"], choices=["logits", "probs", "label_prob"], help="default: logits"
     )
     parser.add_argument("--num-samples", type=int, default=512, help="training samples (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="samples at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples at a time (default: %(default)s)")
     parser.add_argument("--projections", type=int, help="random output directions a sample (default: exact)")
     parser.add_argument("--space", default="normalized", choices=["normalized", "pixel"], help="what x is")
     parser.add_argument("--seed", type=int, default=0, help="of samples and directions (default: %(default)s)")

@@ -38,6 +38,10 @@ class GBRHook(Hook):
     for the same weights. Every measurement uses the same probes, so that curves do not jitter. A value that is NaN or
     infinite is logged as such, with a warning.
 
+    The defaults follow from ``bench/gbr.py``: with 512 samples, one projection adds less than 2 % of standard error
+    (about as much as the choice of the samples) at a fifth of the time of ten classes; batches of 32 are as fast as
+    larger ones.
+
     Args:
         num_samples: How many training samples; None: all. They cost a forward and ``projections`` (exact: number of
             classes) backward passes each.
@@ -59,7 +63,7 @@ class GBRHook(Hook):
     def __init__(
         self,
         num_samples: int | None = 512,
-        batch_size: int = 64,
+        batch_size: int = 32,
         projections: int | None = 1,
         output: str = "logits",
         space: str = "normalized",

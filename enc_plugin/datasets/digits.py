@@ -13,7 +13,7 @@ SPLITS = ("train", "test")
 class Digits(BaseDataset):
     """The 1,797 handwritten digits (8x8) that scikit-learn ships, with a fixed split stratified by class.
 
-    Of each class, every fifth image in file order is for testing: 1,433 images train, 364 test. Each sample is
+    Of each class, every fifth image in file order is for testing: 1,442 images train, 355 test. Each sample is
     ``dict(img=..., gt_label=...)`` with ``img`` an ``(8, 8, 3)`` uint8 array in 0..255 (three equal channels), so that
     pipelines start without a loading step, as for mmpretrain's CIFAR10.
 

@@ -204,9 +204,9 @@ def _fgsm(runs: Sequence[Run], keys: Sequence[str]) -> str:
                 points.append((0.0, run.last("fgsm/top1_clean")))
             if points:
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", label=run.name)
-        axes.set(xlabel="FGSM step eps (1/255 of the pixel range)", ylabel="top-1 accuracy (%)", ylim=(0, None))
+        axes.set(xlabel="FGSM step eps (1/255 of the pixel range)", ylabel="top-1 accuracy (%)", ylim=(0, 102))
         axes.set_title("Accuracy under white-box FGSM, last epoch")
-        axes.legend()
+        axes.legend(loc="lower left")
         return _embed(figure, "Accuracy under FGSM against eps")
 
 

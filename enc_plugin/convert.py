@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,10 @@ from .preserve import Plan, Preservation
 
 # Squeeze-and-excitation blocks by their class names in mmpretrain, mmcv, timm and torchvision.
 _SE_BLOCK = re.compile(r"^(Effective)?SE(Layer|Module|Block|Unit)|SqueezeExcit")
+
+
+# What forward passes may ask of a weight without computing with it.
+_NOT_VALUES = r"(?!\.(dtype|device|shape|size|ndim|is_))"
 
 
 class NoEffectWarning(UserWarning):
@@ -277,14 +283,24 @@ def _unconvertible(model: nn.Module) -> dict[str, str]:
     """Layers that must stay plain, by name, with the reason."""
     problems = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            reason = "nn.MultiheadAttention reads its weight without calling it"
-            problems[f"{name}.out_proj" if name else "out_proj"] = reason
-        elif _is_layer(module) and not isinstance(module, ENCLayer):
+        for child, layer in module.named_children():
+            # nn.MultiheadAttention reads out_proj.weight in its forward, BEiT's attention qkv.weight.
+            if _is_layer(layer) and re.search(rf"self\.{child}\.weight\b{_NOT_VALUES}", _forward_source(type(module))):
+                reason = f"{type(module).__name__} reads its weight without calling it"
+                problems[f"{name}.{child}" if name else child] = reason
+        if _is_layer(module) and not isinstance(module, ENCLayer):
             reason = _weight_problem(module)
             if reason is not None:
                 problems.setdefault(name, reason)
     return problems
+
+
+@cache
+def _forward_source(cls: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(cls.forward)
+    except (OSError, TypeError):  # made at run time, or not in Python
+        return ""
 
 
 @torch.no_grad()

@@ -185,7 +185,8 @@ def test_a_layer_in_two_places_stays_one_and_a_tied_weight_is_normalised_once():
 
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
-    to_enc(tied, "fro", alpha=2.0, post_norm=False)
+    to_enc(tied, "ws", include="0", post_norm=False)
+    to_enc(tied, "fro", include="1", post_norm=False)
     x = torch.randn(3, 4)
     torch.testing.assert_close(fold(tied)(x), tied(x))
 

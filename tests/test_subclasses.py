@@ -6,8 +6,9 @@ import copy
 import pickle
 
 import mmcv.cnn.bricks.wrappers as wrappers
+import mmpretrain
 import pytest
-import timm.layers
+import timm
 import torch
 import torchvision
 from functional.test_weights import ALL, literal
@@ -108,12 +109,29 @@ def test_a_layer_that_makes_its_own_weight_stays_plain_with_the_reason(make, rea
     assert reason in report.skipped["0"]
 
 
-def test_the_output_projection_of_attention_stays_plain_because_its_forward_is_never_called():
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16))
-    report = to_enc(model, post_norm=False)
-    assert [layer.name for layer in report.layers] == ["0.linear1", "0.linear2"]
-    assert report.skipped["0.self_attn.out_proj"] == "nn.MultiheadAttention reads its weight without calling it"
+def test_what_torch_computes_without_calling_the_layer_stays_plain():
+    # Attention hands its projection to one function; the encoder layer has a fast path that takes all weights.
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 8))
+    report = to_enc(model)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert report.skipped["0.self_attn.out_proj"] == "MultiheadAttention reads its weight without calling it"
+    assert report.skipped["0.linear1"] == "TransformerEncoderLayer reads its weight without calling it"
     assert "0.self_attn" in report.skipped
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (timm.models.beit.Attention(16, 2), 1),
+        (mmpretrain.models.utils.BEiTAttention(16, window_size=(2, 2), use_rel_pos_bias=True, num_heads=2), 1),
+        (timm.models.vision_transformer.Attention(16, 2), 0),
+    ],
+)
+def test_a_weight_that_the_parent_reads_itself_stays_plain(model, count):
+    report = to_enc(model)
+    assert list(report.skipped.values()).count(f"{type(model).__name__} reads its weight without calling it") == count
+    assert ("qkv" in report.skipped) == (count == 1)
+    assert "proj" in [layer.name for layer in report.layers]
 
 
 def test_trying_a_layer_out_leaves_it_and_the_random_state_alone():

@@ -56,12 +56,12 @@ def test_the_chain_is_eq_17_written_out(norms):
     assert set(chain) == {"product", "mean_power", "log_product", "log_mean_power"}
 
 
-def test_ten_thousand_layers_do_not_overflow():
-    chain = bound_chain([torch.eye(10) * 10] * 10_000)
-    assert chain["log_product"] == pytest.approx(10_000 * math.log(1000))
+def test_a_thousand_layers_do_not_overflow():
+    chain = bound_chain([torch.eye(10) * 10] * 1000)
+    assert chain["log_product"] == pytest.approx(1000 * math.log(1000))
     assert chain["log_mean_power"] == pytest.approx(chain["log_product"])
     assert chain["product"] == chain["mean_power"] == math.inf
-    assert bound_chain([torch.eye(10) / 10] * 10_000)["product"] == 0
+    assert bound_chain([torch.eye(10) / 10] * 1000)["product"] == 0
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

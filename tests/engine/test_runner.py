@@ -111,7 +111,7 @@ def test_mixed_precision_without_cuda_is_bfloat16_and_keeps_the_constraint(tmp_p
     assert type(runner.optim_wrapper).__name__ == "BFloat16OptimWrapper"
     assert audit(runner.model).max_deviation < 1e-5
     assert all(p.dtype == torch.float32 for p in runner.model.parameters())
-    assert scalars(tmp_path)[0]["loss"] > 0
+    assert all(line["loss"] > 0 for line in scalars(tmp_path) if "loss" in line)
 
 
 def test_a_run_resumes_from_its_checkpoint_under_weights_only_loading(tmp_path):

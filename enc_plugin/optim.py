@@ -78,7 +78,7 @@ class DecayRules:
         custom_keys = self.options.get("custom_keys", {})
         by_length = sorted(sorted(custom_keys), key=len, reverse=True)  # the longest key wins, as in mmengine
         unmatched = set(custom_keys)
-        groups: dict[tuple, dict] = {}
+        groups: dict[str, dict] = {}
         seen: set[nn.Parameter] = set()
         names = []
         for module_name, owner in module.named_modules(prefix=prefix):
@@ -91,7 +91,7 @@ class DecayRules:
                 hits = [key for key in by_length if key in name]
                 unmatched -= set(hits)
                 settings = self.settings(owner, leaf, param, custom_keys[hits[0]] if hits else {})
-                key = tuple(settings.items())
+                key = repr(settings)  # custom settings may be lists
                 groups.setdefault(key, {"params": [], **settings})["params"].append(param)
         if unmatched:
             raise ValueError(
@@ -225,7 +225,8 @@ def _shift_decay(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
     Runs within ``optimizer.step``, hence after gradients were unscaled and clipped, once however many backward passes
     were accumulated, and not at all for a step that a gradient scaler skips.
     """
-    grad_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale within the step
+    # Fused optimizers unscale, and skip the step of an infinite gradient, within their kernel: after this hook.
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     for group in optimizer.param_groups:
         if "shift_eps" not in group:
             continue
@@ -240,6 +241,8 @@ def _shift_decay(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
             # The step will multiply by (1 - lr lambda): divide by it beforehand, so that the shift is exact.
             lr = group["lr"]
             factor = lr * amount / (1 - lr * group["weight_decay"])
+            if found_inf is not None:
+                factor = factor * (1 - found_inf.clamp(max=1))
             torch._foreach_add_(trained, torch._foreach_mul(directions, factor))
         else:
             if grad_scale is not None:

@@ -64,7 +64,9 @@ class ENCRunner(Runner):
             ValueError: If no key of the checkpoint is a key of the model.
         """
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
-        found, wanted = list(checkpoint.get("state_dict", checkpoint)), list(unwrap(self.model).state_dict())
+        # mmengine looks through the prefix of a distributed wrapper.
+        found = [key.removeprefix("module.") for key in checkpoint.get("state_dict", checkpoint)]
+        wanted = list(unwrap(self.model).state_dict())
         if not set(found) & set(wanted):
             raise ValueError(
                 f"load_from: nothing of {filename} fits the model; its keys are {', '.join(map(repr, found[:3]))}, "

@@ -61,7 +61,7 @@ def _log_sq_norm(weight: Tensor | float) -> float:
     value = weight.item() if isinstance(weight, Tensor) else float(weight)
     if value < 0:
         raise ValueError(f"weights: expected tensors or squared norms that are not negative, got {value!r}")
-    return math.log(value) if value > 0 else -math.inf
+    return math.log(value) if value != 0 else -math.inf  # the logarithm passes NaN on
 
 
 def _exp(value: float) -> float:

@@ -259,3 +259,20 @@ def test_shift_settles_where_the_gradient_of_a_scale_free_weight_cannot_hold_it(
             wrapper.step()
         assert low <= layer.weight.norm(dim=1).min().item() <= layer.weight.norm(dim=1).max().item() <= high, eps
         assert math.isfinite(layer.weight.sum().item())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_gradient_scaler_skips_moves_nothing(fused):
+    model = net(dtype=torch.float32)
+    wrapper = build(model, dict(type="AdamW", lr=0.1, weight_decay=0.1, fused=fused), dict(shift_eps=1.0))
+    before = model[0].weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.randn(4, 2, 3, 3)).sum() * float("inf")).backward()
+    scaler.step(wrapper.optimizer)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_custom_settings_may_be_lists():
+    model = net()
+    wrapper = build(model, dict(type="Adam", lr=0.1), dict(custom_keys={"3.weight": dict(betas=[0.5, 0.9])}))
+    assert group_of(wrapper, model[3].weight)["betas"] == [0.5, 0.9]

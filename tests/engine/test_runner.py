@@ -99,9 +99,9 @@ def test_a_loaded_checkpoint_that_cannot_be_normalised_stops_before_the_first_st
 
 
 def test_a_checkpoint_of_which_nothing_fits_stops_before_the_first_step(tmp_path):
-    torch.save({"state_dict": {"module.conv.weight": torch.ones(1)}}, tmp_path / "other.pth")
+    torch.save({"state_dict": {"net.conv.weight": torch.ones(1)}}, tmp_path / "other.pth")
     with pytest.raises(
-        ValueError, match="its keys are 'module.conv.weight', ..., the model's are 'backbone.conv1.weight'"
+        ValueError, match="its keys are 'net.conv.weight', ..., the model's are 'backbone.conv1.weight'"
     ):
         train(digits_config(tmp_path / "run", load_from=str(tmp_path / "other.pth")))
 

@@ -178,3 +178,7 @@ def test_the_certified_delta_bounds_the_change_of_a_loss_within_a_cell():
 def test_theorem_2_names_a_wrong_argument(wrong, name):
     with pytest.raises(ValueError, match=name):
         robustness_delta(**{"gradient_norm": 1.0, "lipschitz": 1.0, "cell_diameter": 1.0, **wrong})
+
+
+def test_a_network_that_has_diverged_gets_no_bound():
+    assert all(math.isnan(value) for value in bound_chain([math.nan, 2.0]).values())

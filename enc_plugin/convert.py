@@ -192,7 +192,7 @@ def check_normalizable(name: str, weight: Tensor, variant: str) -> None:
         where = "its weight is" if rows.shape[0] == 1 else f"{int(bad.sum())} of its {rows.shape[0]} rows are"
         way_out = "initialise it with random values"
         if what == "of one element":
-            way_out = "convert it with variant='wn' or 'fro'"
+            way_out = "convert it with variant='fro' ('wn' would keep signs alone, which cannot train)"
         raise ValueError(
             f"layer {name!r}: {where} {what}, which {variant!r} cannot normalise (0 / 0); "
             f"{way_out}, or leave it plain with exclude=[{name!r}]"
@@ -357,12 +357,17 @@ def _layers_without_batch_norm(model: nn.Module) -> set[nn.Module]:
     """Linear layers and the convolutions of squeeze-and-excitation blocks that no batch norm follows at once."""
     followed: set[nn.Module] = set()
     for module in model.modules():
-        children: Iterable[nn.Module] = module.children() if isinstance(module, nn.Sequential) else ()
+        children: Iterable[nn.Module] = module.children()
+        in_order = isinstance(module, nn.Sequential)
         # mmcv's ConvModule runs convolution, norm and activation, whatever order they were registered in.
         if getattr(module, "with_norm", False) and hasattr(module, "conv"):
-            children = (module.conv, module.norm)
+            children, in_order = (module.conv, module.norm), True
         children = list(children)
-        followed.update(a for a, b in zip(children, children[1:], strict=False) if isinstance(b, _BatchNorm))
+        for layer, norm in zip(children, children[1:], strict=False):
+            # Elsewhere the order of registration is a sign, not a proof: a linear layer with a norm of its width.
+            own = isinstance(layer, nn.Linear) and layer.out_features == getattr(norm, "num_features", None)
+            if isinstance(norm, _BatchNorm) and (in_order or own):
+                followed.add(layer)
     due: set[nn.Module] = {m for m in model.modules() if isinstance(m, nn.Linear)}
     for module in model.modules():
         if _SE_BLOCK.search(type(module).__name__):

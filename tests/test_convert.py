@@ -86,6 +86,18 @@ def test_a_linear_layer_that_a_batch_norm_follows_gets_no_second_one():
     assert [layer.post_norm for layer in report.layers] == [False, True]
 
 
+def test_batch_norms_of_blocks_count_too():
+    head = MODELS.build(
+        dict(type="StackedLinearClsHead", num_classes=5, in_channels=8, mid_channels=[8], norm_cfg=dict(type="BN1d"))
+    )
+    assert [layer.post_norm for layer in to_enc(head).layers] == [False, True]
+    levit = timm.create_model("levit_128s", num_classes=5)
+    blocks = {name for name, module in levit.named_modules() if type(module).__name__ == "LinearNorm"}
+    with_norm = {layer.name for layer in to_enc(levit).layers if layer.post_norm}
+    assert blocks
+    assert not {name for name in with_norm if name.rsplit(".", 1)[0] in blocks}
+
+
 @pytest.mark.parametrize(
     ("post_norm", "expected"), [(True, [True, True]), (False, [False, False]), ("auto", [False, True])]
 )
@@ -184,7 +196,7 @@ def test_a_layer_without_a_direction_is_refused_and_the_model_left_alone(break_i
 
 def test_rows_of_one_element_name_the_layer_and_the_way_out():
     model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
-    with pytest.raises(ValueError, match="layer '0': 4 of its 4 rows are of one element.*variant='wn' or 'fro'"):
+    with pytest.raises(ValueError, match="layer '0': 4 of its 4 rows are of one element.*variant='fro'"):
         to_enc(model)
     assert len(to_enc(model, variant="wn")) == 1
 

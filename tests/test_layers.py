@@ -160,7 +160,7 @@ def test_bad_options_are_named(kwargs, message):
 
 
 def test_rows_of_one_element_are_refused_under_ws():
-    with pytest.raises(ValueError, match=r"shape \(4, 1, 1, 1\) has rows of one element.*variant='wn'"):
+    with pytest.raises(ValueError, match=r"shape \(4, 1, 1, 1\) has rows of one element.*variant='fro'"):
         ENCConv2d(4, 4, 1, groups=4)
     ENCConv2d(4, 4, 1, groups=4, variant="wn")
 

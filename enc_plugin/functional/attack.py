@@ -56,7 +56,7 @@ def fgsm(
     budgets = _check_arguments(images, labels, eps, lower, upper)
     gradient, _ = input_gradient(forward, images, labels, loss=loss)
     adversarial = [sign_step(images, gradient, budget, lower=lower, upper=upper) for budget in budgets]
-    return adversarial[0] if isinstance(eps, Real) else adversarial
+    return adversarial[0] if _is_number(eps) else adversarial
 
 
 def pgd(
@@ -129,7 +129,7 @@ def pgd(
             change = (x + step * _sign(gradient) - images).clamp(-budget, budget)
             x = (images + change).clamp(lower, upper)
         adversarial.append(x)
-    return adversarial[0] if isinstance(eps, Real) else adversarial
+    return adversarial[0] if _is_number(eps) else adversarial
 
 
 def input_gradient(
@@ -156,10 +156,8 @@ def input_gradient(
         raise ValueError(f"loss: expected 'cross_entropy' or a callable, got {loss!r}")
     # Callers may be in no_grad or inference mode (validation loops are).
     with torch.inference_mode(False), torch.enable_grad(), require_eval_mode(forward):
-        x, labels = (
-            images.detach().clone().requires_grad_(),
-            labels.clone(),
-        )  # clones: inference tensors cannot be saved
+        # Clones: inference tensors cannot be saved. int64: torch's losses take no other integers.
+        x, labels = images.detach().clone().requires_grad_(), labels.to(torch.int64, copy=True)
         logits = forward(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -185,6 +183,11 @@ def _sign(gradient: Tensor) -> Tensor:
     return gradient.sign().nan_to_num_(nan=0.0)
 
 
+def _is_number(eps: float | Tensor | Sequence[float]) -> bool:
+    """Whether ``eps`` is one budget: a number, or a tensor or array without dimensions."""
+    return isinstance(eps, Real) or getattr(eps, "ndim", None) == 0
+
+
 def _check_arguments(
     images: Tensor, labels: Tensor, eps: float | Sequence[float], lower: float, upper: float
 ) -> list[float]:
@@ -197,7 +200,7 @@ def _check_arguments(
         )
     if not lower < upper:
         raise ValueError(f"lower, upper: expected lower < upper, got {lower!r}, {upper!r}")
-    budgets = [eps] if isinstance(eps, Real) else list(eps)
+    budgets = [float(eps)] if _is_number(eps) else list(eps)
     for budget in budgets:
         if not 0 <= budget <= upper - lower:
             raise ValueError(

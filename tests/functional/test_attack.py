@@ -316,6 +316,16 @@ def test_eps_outside_the_range_of_pixels_is_refused(eps):
         fgsm(lambda x: x, torch.rand(1, 2), torch.tensor([0]), eps)
 
 
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_labels_may_be_any_integers_and_eps_a_tensor_without_dimensions(attack):
+    weight, images, labels = torch.randn(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 1])
+    expected = attack(lambda x: x @ weight, images, labels, 0.25)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(attack(lambda x: x @ weight, images, labels.to(dtype), 0.25), expected)
+    for eps in (torch.tensor(0.25), np.array(0.25)):
+        assert torch.equal(attack(lambda x: x @ weight, images, labels, eps), expected)
+
+
 def test_wrong_arguments_are_named():
     images, labels = torch.rand(2, 3), torch.tensor([0, 1])
 

@@ -84,12 +84,14 @@ class _DropBlockMixin:
         *args,
         drop_prob: float = 0.1,
         block_size: int = 7,
-        drop_stages: tuple[int, ...] = (3, 4),
+        drop_stages: tuple[int, ...] | None = None,
         **kwargs,
     ):
         if kwargs.get("with_cp"):
             raise ValueError("with_cp: DropBlock's blocks have no activation checkpointing; leave it out")
         super().__init__(*args, **kwargs)
+        if drop_stages is None:
+            drop_stages = tuple(range(1, len(self.res_layers) + 1))[-2:]
         if not set(drop_stages) <= set(range(1, len(self.res_layers) + 1)):
             raise ValueError(f"drop_stages: expected numbers from 1 to {len(self.res_layers)}, got {drop_stages!r}")
         for stage, name in enumerate(self.res_layers, start=1):
@@ -110,7 +112,7 @@ class DropBlockResNet(_DropBlockMixin, ResNet):
         *args, **kwargs: As for ``ResNet``, without ``with_cp``.
         drop_prob: Share dropped in the last stage at the end of training; a quarter of it a stage earlier, and so on.
         block_size: Side of a block, odd.
-        drop_stages: Numbers of the stages that drop, from 1.
+        drop_stages: Numbers of the stages that drop, from 1; None: the last two, which are 3 and 4 of four.
     """
 
     arch_settings = _with_drop_block(ResNet.arch_settings)
@@ -118,7 +120,7 @@ class DropBlockResNet(_DropBlockMixin, ResNet):
 
 @MODELS.register_module()
 class DropBlockResNetCIFAR6n(_DropBlockMixin, ResNetCIFAR6n):
-    """:class:`ResNetCIFAR6n` with DropBlock, as :class:`DropBlockResNet`; it has three stages.
+    """:class:`ResNetCIFAR6n` with DropBlock, as :class:`DropBlockResNet`; of its three stages, 2 and 3 drop by default.
 
     Args:
         *args, **kwargs, drop_prob, block_size, drop_stages: As for :class:`DropBlockResNet`.

@@ -66,6 +66,12 @@ def test_stages_3_and_4_drop_and_stage_3_drops_a_quarter():
     assert all(isinstance(block.drop_block, nn.Identity) for block in (*backbone.layer1, *backbone.layer2))
 
 
+def test_the_last_two_stages_drop_by_default():
+    backbone = DropBlockResNetCIFAR6n(8)
+    dropping = {name: isinstance(getattr(backbone, name)[0].drop_block, DropBlock) for name in backbone.res_layers}
+    assert dropping == {"layer1": False, "layer2": True, "layer3": True}
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_the_network_without_drops_is_the_stock_one(depth):
     stock, ours = ResNet(depth), DropBlockResNet(depth)

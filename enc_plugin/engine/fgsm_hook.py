@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
@@ -23,7 +23,7 @@ class FGSMHook(Hook):
     the averaged ones), the batch norm statistics those of the checkpoint (rank 0's).
 
     Logged for each measurement, to the visualizer's scalars and into the validation metrics (so that ``save_best`` can
-    name them):
+    name them, as long as every validation is followed by an attack):
 
     ====================  ==============================================================================
     ``fgsm/top1_clean``   accuracy without attack, percent
@@ -45,7 +45,8 @@ class FGSMHook(Hook):
 
     Raises:
         ValueError: If ``eps`` holds other than different numbers above 0 and up to 255, or (before training starts) the
-            validation pipeline does not deliver pixels in 0..255.
+            validation pipeline does not deliver pixels in 0..255, or ``save_best`` names a metric of this hook and
+            ``interval`` leaves out validations.
     """
 
     priority = "ABOVE_NORMAL"  # before EMAHook takes the averaged weights away, and before CheckpointHook reads metrics
@@ -66,9 +67,10 @@ class FGSMHook(Hook):
         self.batch_size = batch_size
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse a validation set that cannot be attacked before an epoch is spent."""
+        """Refuse what would fail at a validation before an epoch is spent."""
         if runner.val_loop is None:
             raise ValueError("FGSMHook attacks the validation set: set val_dataloader, val_cfg and val_evaluator")
+        self._check_save_best(runner)
         with untouched(unwrap(runner.model)):
             collate_pixels([runner.val_dataloader.dataset[0]])
 
@@ -100,6 +102,22 @@ class FGSMHook(Hook):
         )
         for warning in found.warnings:
             runner.logger.warning(f"FGSM: {warning}")
+
+    def _check_save_best(self, runner: Runner) -> None:
+        """Refuse a ``save_best`` that would look for our metrics after a validation that is not attacked."""
+        loop = runner.train_loop
+        # Epochs between validations; where training goes by iterations, validations themselves are counted.
+        steps = [1] if isinstance(loop, IterBasedTrainLoop) else getattr(loop, "dynamic_intervals", [1])
+        if all(step % self.interval == 0 for step in steps):
+            return
+        hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+        named = [key for hook in hooks for key in hook.save_best or [] if key.startswith("fgsm/")]
+        if named:
+            raise ValueError(
+                f"interval: with {self.interval} not every validation is attacked, and save_best={named[0]!r} of the "
+                "CheckpointHook needs the metric after each; set interval=1 (num_samples makes an attack cheaper), or "
+                "validate only where it is attacked, or name another metric"
+            )
 
     def _schedule(self, runner: Runner) -> tuple[bool, int]:
         """Whether this validation is to be followed by an attack, and the step to log it under."""

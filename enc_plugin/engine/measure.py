@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from mmengine.dist import broadcast, get_dist_info
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import nn
 
 # Flags of activation checkpointing (mmpretrain's and timm's): where it is reentrant, autograd.grad refuses it.
 _CHECKPOINTING = ("with_cp", "grad_checkpointing")
+# mmengine's option ``activation_checkpointing`` sets no flag: it wraps the ``forward`` of modules, reentrant too.
+_WRAPPER = turn_on_activation_checkpointing.__module__
 
 
 @contextmanager
@@ -30,6 +33,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for flag in _CHECKPOINTING
         if isinstance(getattr(module, flag, None), bool)
     ]
+    forwards = [(module, module.forward) for module in model.modules() if _is_wrapped(module.__dict__.get("forward"))]
     own = [(buffer, buffer.clone()) for buffer in model.buffers()]
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
@@ -38,6 +42,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
             model.eval()
             for module, flag, _ in flags:
                 setattr(module, flag, False)
+            for module, forward in forwards:
+                while _is_wrapped(forward):
+                    forward = forward.__wrapped__
+                module.forward = forward
             if get_dist_info()[1] > 1:
                 for buffer, _ in own:
                     broadcast(buffer, src=0)
@@ -47,8 +55,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         for module, flag, value in flags:
             setattr(module, flag, value)
+        for module, forward in forwards:
+            module.forward = forward
         with torch.no_grad():
             for buffer, value in own:
                 buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
+
+
+def _is_wrapped(forward: Callable | None) -> bool:
+    """Whether a module's own ``forward`` is mmengine's wrapper around its class's."""
+    # By its globals: functools.wraps gave it the name and the module of what it wraps.
+    return hasattr(forward, "__wrapped__") and getattr(forward, "__globals__", {}).get("__name__") == _WRAPPER

@@ -37,7 +37,7 @@ class PixelClassifier(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = model.training  # train() would reach into the model and wake frozen layers
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalise as the model's data preprocessor does, then classify."""
@@ -114,7 +114,7 @@ def measure_robustness(
         model: Classifier of mmpretrain, not wrapped.
         dataset: Yields ``dict(inputs=..., data_samples=...)`` as ``PackInputs`` makes it: pixels ``(C, H, W)`` in
             0..255, and a ``gt_label``.
-        eps: Budgets in 1/255 of the pixel range, from 0 to 255.
+        eps: Budgets in 1/255 of the pixel range, above 0 and up to 255.
         num_samples: How many samples, spread evenly over the dataset; None: all.
         batch_size: Samples per batch.
         num_workers: Processes that load.

@@ -13,6 +13,7 @@ from helpers import build_runner, digits_config, dist_train, free_port, scalars,
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, DefaultScope
 from mmengine.runner import load_checkpoint
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmpretrain.models import ClsDataPreprocessor
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
@@ -156,6 +157,26 @@ def test_best_checkpoint_can_be_chosen_by_accuracy_under_attack(tmp_path):
     assert list((tmp_path / "run").glob("best_fgsm_top1_eps8_epoch_1.pth"))
 
 
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_save_best_that_would_miss_its_metric_is_refused_before_training(tmp_path, by_epoch):
+    best = {"default_hooks__checkpoint__save_best": ["accuracy/top1", "fgsm/top1_eps8"]}
+    cfg = with_hook(
+        tmp_path / "run", hook=dict(interval=2), epochs=2, default_hooks__checkpoint__rule="greater", **best
+    )
+    if not by_epoch:
+        cfg.train_cfg = dict(by_epoch=False, max_iters=4, val_interval=2)
+        cfg.param_scheduler = None
+        cfg.train_dataloader.sampler.type = "InfiniteSampler"
+    with pytest.raises(ValueError, match=r"interval: with 2 .* save_best='fgsm/top1_eps8' .*set interval=1"):
+        train(cfg)
+
+
+def test_save_best_works_with_an_interval_that_leaves_out_no_validation(tmp_path):
+    options = {"default_hooks__checkpoint__save_best": "fgsm/top1_eps8", "default_hooks__checkpoint__rule": "greater"}
+    train(with_hook(tmp_path / "run", hook=dict(interval=2), epochs=3, train_cfg__val_interval=2, **options))
+    assert [line["step"] for line in attacks(tmp_path / "run")] == [2, 3]
+
+
 def test_ema_weights_are_attacked_where_they_are_validated(tmp_path):
     cfg = with_hook(tmp_path / "run", epochs=2, optim_wrapper__optimizer__lr=0.02)
     cfg.custom_hooks.append(dict(type="EMAHook", momentum=0.5))
@@ -277,6 +298,13 @@ def test_attack_runs_in_float32_under_autocast():
         assert PixelClassifier(model.eval())(torch.rand(2, 3, 8, 8)).dtype == torch.float32
 
 
+def test_wrapping_a_model_leaves_frozen_layers_frozen():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).train()
+    model[0].eval()
+    assert PixelClassifier(model).training
+    assert [module.training for module in model] == [False, True]
+
+
 def test_samples_without_gradient_are_counted():
     # Every third image is black, and the logits of black images are flat.
     data = Noise(count=9)
@@ -333,6 +361,17 @@ def test_untouched_restores_modes_buffers_flags_and_random_states():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert random.getstate() == states[2]
+
+
+def test_untouched_unwraps_forwards_that_mmengine_checkpoints():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    turn_on_activation_checkpointing(model, ["0", "0", "1"])  # 0 twice
+    wrapped = [module.forward for module in model]
+    x = torch.rand(2, 3, requires_grad=True)
+    with untouched(model), torch.enable_grad():
+        (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(gradient, (model[1].weight @ model[0].weight).sum(0).expand(2, 3))
+    assert all(module.forward is forward for module, forward in zip(model, wrapped, strict=True))
 
 
 def result(**values) -> Robustness:

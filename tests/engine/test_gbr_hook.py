@@ -77,6 +77,14 @@ def test_training_with_the_hook_gives_bit_identical_weights(exact_run, tmp_path)
         assert torch.equal(own["momentum_buffer"], other["momentum_buffer"])
 
 
+def test_values_are_the_same_under_mmengines_activation_checkpointing(exact_run, tmp_path):
+    _, exact_dir = exact_run
+    hook = dict(type="GBRHook", num_samples=48, batch_size=16, projections=None)
+    train(digits_config(tmp_path, custom_hooks=[hook], activation_checkpointing=["backbone.layer2"]))
+    assert logged(tmp_path)[0] == pytest.approx(logged(exact_dir)[0], rel=1e-5)
+    assert math.isfinite(logged(tmp_path)[1])
+
+
 def test_pixel_space_probs_and_the_label_are_other_functions_of_the_same_samples(exact_run, tmp_path):
     runner, exact_dir = exact_run
     hooks = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
-from mmpretrain import get_model
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -23,7 +21,7 @@ from torch.utils.data import Dataset
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from .checkpoint import read_checkpoint  # noqa: E402
+from .checkpoint import file_sha256, load_model  # noqa: E402
 from .convert import format_table  # noqa: E402
 from .engine.measure import untouched  # noqa: E402
 from .engine.robustness import (  # noqa: E402
@@ -39,7 +37,6 @@ from .functional import fgsm  # noqa: E402
 from .version import __version__  # noqa: E402
 
 UNIT = "1/255 of the pixel range"
-_KEPT_META = ("epoch", "iter", "seed", "experiment_name")
 # Right and wrong differ in mark as well as in colour, and the colours in lightness.
 _RIGHT, _WRONG = ("\N{CHECK MARK}", "#006BA4"), ("\N{BALLOT X}", "#C85200")
 
@@ -164,7 +161,7 @@ def attack_checkpoints(
 
     report = AttackReport([], eps, seed)
     for name, config, (_, path), loader, dataset in zip(names, configs, checkpoints, loaders, datasets, strict=True):
-        model, meta = _load_model(config, path)
+        model, meta = load_model(config, path)
         model.to(device)
         with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
             task = bar.add_task(name, total=None)
@@ -179,8 +176,7 @@ def attack_checkpoints(
                 seed=seed,
                 progress=lambda done, total, bar=bar, task=task: bar.update(task, completed=done, total=total),
             )
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        report.runs.append(Attacked(name, str(config.filename), str(path), digest, meta, result))
+        report.runs.append(Attacked(name, str(config.filename), str(path), file_sha256(path), meta, result))
         if out is not None and pictures:
             file = out / f"pictures_{_file_name(name)}.png"
             draw_pictures(model, dataset, max(eps), file, count=pictures, name=name)
@@ -309,20 +305,6 @@ def _test_dataloader(config: Config) -> dict:
 def _build_dataset(loader: dict) -> Dataset:
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         return DATASETS.build(loader["dataset"])
-
-
-def _load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
-    """The config's model with the checkpoint's weights, and what the checkpoint says of itself."""
-    state_dict, rest = read_checkpoint(path)
-    model = get_model(config, pretrained=False)
-    try:
-        # Strictly: what a missing key leaves untrained would pass for a lack of robustness.
-        model.load_state_dict(state_dict, strict=True)
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"checkpoint: {path} does not fit {config.filename}: {text[:400]}") from error
-    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
-    return model, meta
 
 
 def _names(configs: Sequence[Config], paths: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from torch import nn
 
+_KEPT_META = ("epoch", "iter", "seed", "experiment_name")
 _STATISTICS = ("min", "max", "mean", "current")
 
 
@@ -95,6 +99,38 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
     if broken:
         raise ValueError(f"checkpoint: {path} holds NaN or Inf in {len(broken)} tensors: {broken[0]!r}, ...")
     return state_dict, {k: v for k, v in content.items() if k != "state_dict"} if state_dict is not content else {}
+
+
+def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
+    """The config's model with the checkpoint's weights, and what the checkpoint says of itself.
+
+    Args:
+        config: Config of mmpretrain.
+        path: Checkpoint, as for :func:`read_checkpoint`.
+
+    Returns:
+        The model, and those of ``epoch``, ``iter``, ``seed`` and ``experiment_name`` that the checkpoint names.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As :func:`read_checkpoint`, and if the checkpoint does not fit the model.
+    """
+    from mmpretrain import get_model  # here: the package admits checkpoints before mmpretrain is needed
+
+    state_dict, rest = read_checkpoint(path)
+    model = get_model(config, pretrained=False)
+    try:
+        # Strictly: what a missing key leaves untrained would be measured as if it had been trained.
+        model.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"checkpoint: {path} does not fit {config.filename}: {text[:400]}") from error
+    return model, {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

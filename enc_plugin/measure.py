@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmpretrain import get_model
 from mmpretrain.registry import DATASETS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ._table import format_table
+from .checkpoint import file_sha256, load_model
 from .engine.gbr import FixedSamples, check_options, choose_samples, find_pipeline, measure_gbr
+from .version import __version__
 
 UNITS = {
     "normalized": "per squared standard deviation of the input",
@@ -52,7 +53,8 @@ def measure_checkpoints(
         space: ``'normalized'`` or ``'pixel'``, see :class:`enc_plugin.engine.GBRHook`.
         seed: Of the choice of samples and of the directions.
         device: Where to compute.
-        out: JSON file to write: the settings and one record for each checkpoint and output.
+        out: JSON file to write: the settings, what each checkpoint is (SHA-256, its epoch, iteration, seed and
+            experiment name) and one record for each checkpoint and output.
         plot: PNG to draw the curve over the checkpoints to; None: ``out`` with the ending ``.png`` if there are several
             checkpoints, else none.
         show_progress: Draw a progress bar to stderr.
@@ -62,7 +64,8 @@ def measure_checkpoints(
         checkpoint says (None if nothing).
 
     Raises:
-        ValueError: If an option is out of range, or the config has no test pipeline.
+        FileNotFoundError: If a checkpoint is missing.
+        ValueError: If an option is out of range, the config has no test pipeline, or a checkpoint does not fit it.
     """
     for output in outputs:
         check_options(output, projections, space, num_samples)
@@ -74,13 +77,15 @@ def measure_checkpoints(
         dataset = DATASETS.build(_dataset(cfg, "train"))
         samples = FixedSamples(dataset, pipeline, choose_samples(len(dataset), num_samples, seed), batch_size)
 
-    records = []
+    records, measured = [], []
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, disable=not show_progress, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("samples", total=len(samples) * len(checkpoints) * len(outputs))
         for checkpoint in checkpoints:
             # The model is built anew, so that nothing of one checkpoint stays in the next.
-            model = get_model(cfg, pretrained=str(checkpoint), device=device)
+            model, meta = load_model(cfg, checkpoint)
+            model.to(device)
+            measured.append({"checkpoint": str(checkpoint), "sha256": file_sha256(checkpoint), "meta": meta})
             for output in outputs:
                 found = measure_gbr(
                     model,
@@ -91,7 +96,7 @@ def measure_checkpoints(
                     seed=seed,
                     progress=lambda count: bar.advance(task, count),
                 )
-                record = {"checkpoint": str(checkpoint), "epoch": _epoch(checkpoint), "output": output}
+                record = {"checkpoint": str(checkpoint), "epoch": meta.get("epoch"), "output": output}
                 records.append(record | {"gbr": found.mean, "sem": found.sem, "seconds": found.seconds})
     settings = {
         "config": cfg.filename,
@@ -100,6 +105,9 @@ def measure_checkpoints(
         "space": space,
         "unit": UNITS[space],
         "seed": seed,
+        "enc_plugin": __version__,
+        "torch": str(torch.__version__),
+        "checkpoints": measured,
     }
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -170,9 +178,3 @@ def _curve(records: Sequence[dict], output: str) -> list[tuple[float, float, flo
     known = all(r["epoch"] is not None for r in chosen)
     points = [(r["epoch"] if known else i, r["gbr"], r["sem"]) for i, r in enumerate(chosen, 1)]
     return sorted(points)
-
-
-def _epoch(checkpoint: str | Path) -> int | None:
-    """The epoch that an mmengine checkpoint says it was saved after."""
-    loaded = torch.load(checkpoint, map_location="cpu")
-    return loaded.get("meta", {}).get("epoch") if isinstance(loaded, dict) else None

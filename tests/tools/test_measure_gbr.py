@@ -1,9 +1,12 @@
+import hashlib
 import json
 import sys
 
 import pytest
+import torch
 from helpers import digits_config, run_command, scalars, train
 
+import enc_plugin
 from enc_plugin.measure import describe, measure_checkpoints
 
 
@@ -33,6 +36,13 @@ def test_the_tool_repeats_what_the_hook_logged_and_writes_json_and_a_curve(finis
         (1, "logits"),
         (1, "probs"),
     ]
+    assert (written["enc_plugin"], written["torch"]) == (enc_plugin.__version__, torch.__version__)
+    for path, measured in zip(checkpoints, written["checkpoints"], strict=True):
+        with open(path, "rb") as file:
+            assert measured["sha256"] == hashlib.sha256(file.read()).hexdigest()
+        meta = torch.load(path)["meta"]
+        assert measured["checkpoint"] == path
+        assert measured["meta"] == {key: meta[key] for key in ("epoch", "iter", "seed", "experiment_name")}
     logged = {line["step"]: line for line in scalars(finished) if "gbr/logits" in line}
     for record in written["results"]:
         if record["output"] == "logits":
@@ -73,3 +83,11 @@ def test_a_config_without_test_pipeline_is_refused(finished):
     cfg.val_dataloader = cfg.test_dataloader = None
     with pytest.raises(ValueError, match="config: neither val_dataloader nor test_dataloader"):
         measure_checkpoints(cfg, [finished / "epoch_1.pth"])
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(finished, tmp_path):
+    content = torch.load(finished / "epoch_1.pth")
+    content["state_dict"] = {f"net.{key}": value for key, value in content["state_dict"].items()}
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"checkpoint: .*other.pth does not fit .*config.py: .*backbone"):
+        measure_checkpoints(finished / "config.py", [tmp_path / "other.pth"], num_samples=2, show_progress=False)

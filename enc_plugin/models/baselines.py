@@ -42,11 +42,41 @@ class WNConv2d(nn.Conv2d):
         """Convolve with the effective weight: ``(N, C_in, H, W)`` to ``(N, C_out, H', W')``."""
         return self._conv_forward(input, self.effective_weight, self.bias)
 
+    def __setattr__(self, name, value):
+        if name == "weight" and isinstance(value, nn.Parameter) and self._is_rescaled(value):
+            raise ValueError(
+                "weight: the new value is the old one with rescaled rows, as when a batch norm is fused into the "
+                f"layer; {type(self).__name__} would normalise the scale away. Put a torch.nn.Conv2d with the weight "
+                "effective_weight in the layer's place and fuse that (to set the weight, copy into weight.data)"
+            )
+        super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _is_rescaled(self, new: Tensor) -> bool:
+        """Whether each row of ``new`` is a multiple of the present weight's, with factors that are not all 1."""
+        old = self._parameters.get("weight")
+        # Before the gain there is nothing to protect; loading (assign=True) brings the gains that belong to the weight.
+        if "gain" not in self._parameters or "_is_loading" in self.__dict__ or old is None or new is old:
+            return False
+        if type(old.data) is not type(new.data) or old.is_meta:  # sharded and meta weights cannot be read here
+            return False
+        if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device) or old[0].numel() == 1:
+            return False
+        tolerance = max(1e-5, 4 * torch.finfo(old.dtype).eps)  # what rounding the rescaled rows leaves
+        w, v = old.double().flatten(1), new.double().flatten(1)
+        factor = (w * v).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
+        is_multiple = (v - factor * w).norm() <= tolerance * v.norm()
+        return bool(is_multiple and (factor - 1).abs().max() > tolerance / 10)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         weight = state_dict.get(f"{prefix}weight")
         if weight is not None and f"{prefix}gain" not in state_dict:
             state_dict[f"{prefix}gain"] = weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._is_loading = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            del self._is_loading
 
 
 @MODELS.register_module()

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from mmcv.cnn import build_conv_layer
+from mmcv.cnn import build_conv_layer, fuse_conv_bn
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -56,6 +56,23 @@ def test_wn_layer_loads_its_own_checkpoint_gain_included():
     other = WNConv2d(6, 8, 3)
     other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(other.gain, layer.gain)
+
+
+def test_fusing_a_batch_norm_into_a_wn_layer_is_refused():
+    model = nn.Sequential(WNConv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
+    model[1].running_var.uniform_(0.5, 2)
+    with pytest.raises(ValueError, match=r"weight: .*rescaled rows.*torch.nn.Conv2d with the weight effective_weight"):
+        fuse_conv_bn(model)
+
+
+def test_other_weights_may_be_assigned_and_rescaled_ones_loaded():
+    layer = WNConv2d(6, 8, 3)
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    state = {key: value * 2 for key, value in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert torch.equal(layer.weight, state["weight"])
+    assert torch.equal(layer.gain, state["gain"])
 
 
 def test_wn_layer_survives_deepcopy():

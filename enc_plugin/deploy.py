@@ -91,6 +91,8 @@ def fold_checkpoint(
         ValueError: If the checkpoint is damaged, holds code, is of a plain network or of other ENC settings, does not
             fit the config, or the outputs differ.
     """
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
     out, checkpoint = Path(out), Path(checkpoint)
     if safetensors != (out.suffix == ".safetensors"):
         raise ValueError(f"out: {out.name!r}: files that end in .safetensors, and only they, go with --safetensors")
@@ -155,8 +157,9 @@ def _to_stock(node: Any) -> Any:
     plain = {cls.__name__: stock.__name__ for stock, cls in ENC_LAYERS.items()}
     if kind in plain:
         node = {key: value for key, value in node.items() if key not in _ENC_OPTIONS} | {"type": plain[kind]}
-    elif kind == "ENCImageClassifier":
-        node = {key: value for key, value in node.items() if key != "enc"} | {"type": "ImageClassifier"}
+    elif kind in ("ENCImageClassifier", "GBRImageClassifier"):
+        own = ("enc", "gbr_penalty")
+        node = {key: value for key, value in node.items() if key not in own} | {"type": "ImageClassifier"}
     elif str(node.get("model_name", "")).startswith("enc_"):  # a model of enc_plugin.timm
         node = {k: v for k, v in node.items() if k != "enc"} | {"model_name": node["model_name"].removeprefix("enc_")}
     return node

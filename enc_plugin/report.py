@@ -63,8 +63,9 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
     if config.is_file():
         run.config = Config.fromfile(config, import_custom_modules=False).to_dict()
     epoch = 0
-    for line in logs[-1].read_text().splitlines():
-        record = json.loads(line)
+    # A run in progress may have written half of its last line.
+    lines = logs[-1].read_text().split("\n")[:-1]
+    for record in map(json.loads, lines):
         # Training lines count iterations in `step` and carry the epoch; all others count epochs in `step`.
         training = "loss" in record
         epoch = record.get("epoch", epoch) if training else record.get("step", epoch)

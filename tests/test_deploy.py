@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, digits_config, train
+from helpers import CONFIGS, ROOT, digits_config, train
 from mmengine.config import Config
 from mmpretrain import get_model
 from mmpretrain.models import ImageClassifier
@@ -349,3 +349,12 @@ def test_the_command_line_folds_and_says_how_well(trained, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="^fold: checkpoint: its layer 'backbone.conv1' was trained with variant='ws'"):
         run_tool(monkeypatch, CONFIG, trained[0], tmp_path / "b.pth", "--cfg-options", "model.enc.variant=wn")
     assert os.listdir(tmp_path) == ["stock.pth"]
+
+
+def test_the_stock_config_of_a_penalised_classifier_is_the_stock_classifier():
+    for kind in ("ENCImageClassifier", "GBRImageClassifier"):
+        cfg = Config.fromfile(CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py")
+        cfg.model.update(type=kind, gbr_penalty=dict(weight=1e-3))
+        stock = stock_config(cfg).model
+        assert stock.type == "ImageClassifier"
+        assert "gbr_penalty" not in stock

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What dist_train.sh and dist_test.sh share: TOOL CONFIG PROCESSES [arguments of the tool].
 set -euo pipefail
-if [ $# -lt 3 ]; then
+if [ $# -lt 3 ] || ! [[ $3 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: bash tools/dist_train.sh CONFIG PROCESSES [arguments]" >&2
     echo "       bash tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [arguments]" >&2
     exit 2
@@ -14,6 +14,10 @@ threads=$(($(nproc) / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export PYTHONPATH="$here/..:${PYTHONPATH:-}"
 
+# The checkout's own environment, unless another one is active.
+if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$here/../.venv/bin/python" ]; then
+    PYTHON=$here/../.venv/bin/python
+fi
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \

@@ -39,7 +39,8 @@ class ENCRunner(Runner):
             # mmengine would select a CUDA device first; it leaves an existing process group alone.
             torch.distributed.init_process_group("gloo")
             atexit.register(_leave_process_group)
-            print_log("ENC: no CUDA, the distributed backend is gloo", logger=None)
+            if torch.distributed.get_rank() == 0:
+                print_log("ENC: no CUDA, the distributed backend is gloo", logger=None)
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:

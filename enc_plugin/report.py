@@ -23,7 +23,7 @@ from .convert import format_table  # noqa: E402
 CURVES = (
     ("accuracy/top1", "Validation accuracy", "top-1 accuracy (%)"),
     ("loss", "Training loss", "loss (nats)"),
-    ("gbr/", "Generalization bound regularizer (GBR)", "mean squared Jacobian norm"),
+    ("gbr/", "Generalization bound regularizer (GBR)", "mean squared Jacobian norm\n(output² per input²)"),
 )
 FGSM_PREFIX = "fgsm/top1_eps"
 # Settings that differ between any two runs and say nothing of what was trained.
@@ -191,6 +191,7 @@ def _curve(runs: Sequence[Run], key: str, title: str, unit: str) -> str:
         if key.startswith("gbr/"):
             axes.set_yscale("log")
         axes.set(xlabel="epoch", ylabel=unit, title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
         return _embed(figure, title)
 

@@ -179,32 +179,39 @@ class ENCLayer(nn.Module):
             )
         super().__setattr__(name, value)
 
-    @torch.no_grad()
     def _is_rescaled(self, new: Tensor) -> bool:
-        """Whether each row of ``new`` is a multiple of the present weight's, with factors that are not all 1.
-
-        It is what mmcv's and torch's ``fuse_conv_bn`` assign. Other weights (initialisation, loading, casts) pass.
-        """
-        old = self._parameters.get("weight")
-        # Sharded (DTensor) and meta weights cannot be read here; of rows of one element nothing can be told.
-        if "variant" not in self.__dict__ or "_is_loading" in self.__dict__ or old is None or new is old:
+        # A layer that is being made or loaded takes any weight.
+        if "variant" not in self.__dict__ or "_is_loading" in self.__dict__:
             return False
-        if type(old.data) is not type(new.data):
-            return False
-        if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device or old.is_meta:
-            return False
-        if old[0].numel() == 1:
-            return False
-        tolerance = max(1e-5, 4 * torch.finfo(old.dtype).eps)  # what rounding the rescaled rows leaves
-        w, v = old.double().flatten(1), new.double().flatten(1)
-        factor = (w * v).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
-        is_multiple = (v - factor * w).norm() <= tolerance * v.norm()
-        return bool(is_multiple and (factor - 1).abs().max() > tolerance / 10)
+        return rows_are_rescaled(self._parameters.get("weight"), new)
 
     def extra_repr(self) -> str:
         """The stock layer's settings, the variant and alpha."""
         alpha = "'learnable'" if self.log_alpha is not None else f"{self._alpha:g}"
         return f"{super().extra_repr()}, variant={self.variant!r}, alpha={alpha}"
+
+
+@torch.no_grad()
+def rows_are_rescaled(old: Tensor | None, new: Tensor) -> bool:
+    """Whether each row of ``new`` is a multiple of ``old``'s, with factors that are not all 1.
+
+    It is what mmcv's and torch's ``fuse_conv_bn`` assign to a layer's weight. Other weights (initialisation, casts) are
+    not of that form.
+
+    Args:
+        old: Weight of the layer, ``(out, ...)``, or None.
+        new: Weight that is to take its place.
+    """
+    # Sharded (DTensor) and meta weights cannot be read here; of rows of one element nothing can be told.
+    if old is None or new is old or type(old.data) is not type(new.data) or old.is_meta:
+        return False
+    if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device) or old[0].numel() == 1:
+        return False
+    tolerance = max(1e-5, 4 * torch.finfo(old.dtype).eps)  # what rounding the rescaled rows leaves
+    w, v = old.double().flatten(1), new.double().flatten(1)
+    factor = (w * v).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
+    is_multiple = (v - factor * w).norm() <= tolerance * v.norm()
+    return bool(is_multiple and (factor - 1).abs().max() > tolerance / 10)
 
 
 def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
 # scikit-learn's handwritten digits (8x8 pixels, shipped with the package) and a schedule of seconds.
+_base_ = "./schedule_20e.py"
 dataset_type = "Digits"
 data_preprocessor = dict(num_classes=10, mean=[77.9] * 3, std=[95.9] * 3, to_rgb=False)
 
@@ -26,13 +27,4 @@ val_dataloader = dict(
     sampler=dict(type="DefaultSampler", shuffle=False),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="Accuracy", topk=(1,))
-test_evaluator = val_evaluator
-
-# The paper's schedule in small: lr 0.1, divided by 10 at 30, 60 and 90 % of the epochs.
-optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4))
-param_scheduler = dict(type="MultiStepLR", by_epoch=True, milestones=[6, 12, 18], gamma=0.1)
-train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=1)
-val_cfg = dict()
-test_cfg = dict()
 auto_scale_lr = dict(base_batch_size=64)

@@ -7,6 +7,8 @@ from mmengine.registry import MODELS
 from mmpretrain.models.heads import LinearClsHead
 from torch import Tensor, nn
 
+from ..layers import rows_are_rescaled
+
 
 @MODELS.register_module()
 class WNConv2d(nn.Conv2d):
@@ -51,22 +53,11 @@ class WNConv2d(nn.Conv2d):
             )
         super().__setattr__(name, value)
 
-    @torch.no_grad()
     def _is_rescaled(self, new: Tensor) -> bool:
-        """Whether each row of ``new`` is a multiple of the present weight's, with factors that are not all 1."""
-        old = self._parameters.get("weight")
         # Before the gain there is nothing to protect; loading (assign=True) brings the gains that belong to the weight.
-        if "gain" not in self._parameters or "_is_loading" in self.__dict__ or old is None or new is old:
+        if "gain" not in self._parameters or "_is_loading" in self.__dict__:
             return False
-        if type(old.data) is not type(new.data) or old.is_meta:  # sharded and meta weights cannot be read here
-            return False
-        if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device) or old[0].numel() == 1:
-            return False
-        tolerance = max(1e-5, 4 * torch.finfo(old.dtype).eps)  # what rounding the rescaled rows leaves
-        w, v = old.double().flatten(1), new.double().flatten(1)
-        factor = (w * v).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
-        is_multiple = (v - factor * w).norm() <= tolerance * v.norm()
-        return bool(is_multiple and (factor - 1).abs().max() > tolerance / 10)
+        return rows_are_rescaled(self._parameters.get("weight"), new)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         weight = state_dict.get(f"{prefix}weight")

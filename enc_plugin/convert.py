@@ -139,7 +139,7 @@ def to_enc(
         module = modules[name]
         if isinstance(module, ENCLayer):
             _check_same_options(name, module, variant, alpha)
-        elif module.weight.device.type != "meta":
+        else:
             check_normalizable(name, module.weight, variant)
 
     needs_norm = {modules[name] for name in selected if wants_norm is None and post_norm} | (wants_norm or set())
@@ -178,14 +178,17 @@ def enc_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer]]:
 def check_normalizable(name: str, weight: Tensor, variant: str) -> None:
     """Raise ``ValueError``, naming the layer and the way out, if ``variant`` cannot normalise ``weight``."""
     rows = weight.detach().reshape(num_rows(weight, variant), -1)
-    if not rows.isfinite().all():
+    one_element = is_centered(variant) and rows.shape[1] == 1
+    if rows.is_meta and not one_element:
+        return  # its values are not known yet
+    if not rows.is_meta and not rows.isfinite().all():
         raise ValueError(
             f"layer {name!r}: its weight holds NaN or Inf; start from a finite checkpoint or initialisation"
         )
-    if not is_centered(variant):
+    if one_element:
+        bad, what = torch.ones(rows.shape[0], dtype=torch.bool), "of one element"
+    elif not is_centered(variant):
         bad, what = ~rows.bool().any(1), "all zero"
-    elif rows.shape[1] == 1:
-        bad, what = rows.new_ones(rows.shape[0], dtype=torch.bool), "of one element"
     else:
         bad, what = rows.amax(1) == rows.amin(1), "constant"
     if bad.any():

@@ -228,6 +228,14 @@ def test_meta_models_are_converted():
     assert len(to_enc(model)) == 54
 
 
+def test_a_refused_meta_model_is_left_alone_too():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=8))
+    with pytest.raises(ValueError, match="layer '1': 8 of its 8 rows are of one element"):
+        to_enc(model)
+    assert not list(enc_layers(model))
+
+
 def test_audit_reads_norms_and_finds_the_layer_that_lost_its_direction():
     model = small_net()
     to_enc(model, alpha=2.0)

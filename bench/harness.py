@@ -6,6 +6,7 @@ import gc
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,12 +46,15 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[st
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on: processor, threads, versions."""
+    """What the figures depend on: processor, threads, versions, and the commit (with ``-dirty`` if files differ)."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    describe = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     return {
         "cpu": cpu,
+        "commit": commit or "unknown",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

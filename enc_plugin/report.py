@@ -27,7 +27,7 @@ CURVES = (
 )
 FGSM_PREFIX = "fgsm/top1_eps"
 # Settings that differ between any two runs and say nothing of what was trained.
-NOT_COMPARED = ("work_dir", "experiment_name", "launcher", "load_from", "resume", "enc_plugin")
+NOT_COMPARED = ("work_dir", "experiment_name", "launcher", "load_from", "resume")
 
 
 @dataclass

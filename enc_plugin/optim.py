@@ -14,10 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .functional.decay import check_shift_eps, shift_direction
-from .layers import ENCLayer
+from .functional.weights import check_variant
+from .layers import ENC_LAYERS, ENCLayer
 
 DEFAULT_SHIFT_EPS = 1e-3
 
+_WEIGHTED = tuple(ENC_LAYERS)
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 # torch optimizers that shrink the weight itself instead of adding decay to the gradient. Adam, NAdam and RAdam say
@@ -39,7 +41,7 @@ class DecayRules:
         options: Any of :attr:`OPTIONS`, as documented at :class:`enc_plugin.engine.ENCOptimWrapperConstructor`.
 
     Raises:
-        ValueError: If ``shift_eps`` is negative, here or in ``custom_keys``.
+        ValueError: If ``shift_eps`` is negative, here or in ``custom_keys``, or ``plain_shift`` names no variant.
     """
 
     OPTIONS = (
@@ -52,6 +54,7 @@ class DecayRules:
         "lr_mult",
         "decay_mult",
         "shift_eps",
+        "plain_shift",
     )
 
     lr: float | None = None
@@ -61,6 +64,8 @@ class DecayRules:
     def __post_init__(self):
         for settings in (self.options, *self.options.get("custom_keys", {}).values()):
             check_shift_eps(settings.get("shift_eps", 0))
+        if self.options.get("plain_shift") is not None:
+            check_variant(self.options["plain_shift"])
 
     def groups(self, module: nn.Module, prefix: str = "") -> list[dict]:
         """Sort all parameters of ``module`` into as few optimizer groups as their settings allow.
@@ -136,8 +141,11 @@ class DecayRules:
         if self.weight_decay is not None:
             settings["weight_decay"] = self.weight_decay * decay_mult
         eps = custom.get("shift_eps", option("shift_eps", DEFAULT_SHIFT_EPS))
-        if is_enc and leaf == "weight" and eps > 0 and settings.get("weight_decay"):
-            settings["enc_variant"] = owner.variant
+        variant = None
+        if leaf == "weight":
+            variant = owner.variant if is_enc else option("plain_shift") if isinstance(owner, _WEIGHTED) else None
+        if variant is not None and eps > 0 and settings.get("weight_decay"):
+            settings["enc_variant"] = variant
             settings["shift_eps"] = eps
         return settings
 

@@ -2,9 +2,18 @@
 
 from .amp import BFloat16OptimWrapper
 from .audit_hook import ENCAuditHook
+from .bn_eps_hook import BatchNormEpsHook
 from .fgsm_hook import FGSMHook
 from .gbr_hook import GBRHook
 from .optim import ENCOptimWrapperConstructor
 from .runner import ENCRunner
 
-__all__ = ["BFloat16OptimWrapper", "ENCAuditHook", "ENCOptimWrapperConstructor", "ENCRunner", "FGSMHook", "GBRHook"]
+__all__ = [
+    "BFloat16OptimWrapper",
+    "BatchNormEpsHook",
+    "ENCAuditHook",
+    "ENCOptimWrapperConstructor",
+    "ENCRunner",
+    "FGSMHook",
+    "GBRHook",
+]

@@ -37,6 +37,8 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             - ``lr_mult``, ``decay_mult``: factors for all parameters;
             - ``shift_eps``: the shift epsilon, in units of W, default 1e-3; 0 is plain decay. Also allowed within
               ``custom_keys``;
+            - ``plain_shift``: variant by whose rule the weights of plain convolutions and linear layers get the shift
+              too, to tell its effect from that of the constraint; default None: they get plain decay;
             - ``decoupled_decay``: whether the optimizer's decay is decoupled, for optimizers outside torch.
 
             An entry of ``custom_keys`` multiplies and overrides only what it names; biases below it stay without decay

@@ -4,7 +4,7 @@ from mmengine.registry import MODELS
 
 from ..layers import ENC_LAYERS
 from .backbones import ResNetCIFAR6n
-from .baselines import DropoutLinearClsHead, WNConv2d
+from .baselines import BNLinearClsHead, DropoutLinearClsHead, WNConv2d
 from .classifier import ENCImageClassifier
 from .dropblock import DropBlock, DropBlockResNet, DropBlockResNetCIFAR6n, DropBlockScheduleHook
 from .gbr_penalty import GBRImageClassifier, GBRPenalty
@@ -13,6 +13,7 @@ for _layer in ENC_LAYERS.values():
     MODELS.register_module(module=_layer)
 
 __all__ = [
+    "BNLinearClsHead",
     "DropBlock",
     "DropBlockResNet",
     "DropBlockResNetCIFAR6n",

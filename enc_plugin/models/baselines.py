@@ -1,4 +1,4 @@
-"""The paper's baselines that mmpretrain lacks: weight normalization, and dropout before the classifier."""
+"""Baselines that mmpretrain lacks: weight normalization, dropout before the classifier, and a batch norm behind it."""
 
 from __future__ import annotations
 
@@ -86,3 +86,23 @@ class DropoutLinearClsHead(LinearClsHead):
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
         """Features of the last stage after dropout, ``(N, in_channels)``."""
         return self.dropout(super().pre_logits(feats))
+
+
+@MODELS.register_module()
+class BNLinearClsHead(LinearClsHead):
+    """``LinearClsHead`` with a batch norm on its logits: what ENC adds to a classifier, without ENC.
+
+    The control that tells the constraint from the batch norm that it needs. It starts at weight 1 and bias 0, and draws
+    no random numbers, so that the other weights start as those of ``LinearClsHead``.
+
+    Args:
+        *args, **kwargs: As for ``LinearClsHead``.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm = nn.BatchNorm1d(self.num_classes)
+
+    def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
+        """Logits ``(N, num_classes)``."""
+        return self.norm(super().forward(feats))

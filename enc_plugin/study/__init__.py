@@ -1,0 +1,19 @@
+"""Studies: a declared grid of runs, carried out one process a run, and what their results say of each claim."""
+
+from .execute import execute, pending, read_result, result_path
+from .grid import Arena, Cell, Grid, PlannedRun, load_grid
+from .plan import describe_plan, run_all
+
+__all__ = [
+    "Arena",
+    "Cell",
+    "Grid",
+    "PlannedRun",
+    "describe_plan",
+    "execute",
+    "load_grid",
+    "pending",
+    "read_result",
+    "result_path",
+    "run_all",
+]

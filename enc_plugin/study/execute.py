@@ -1,0 +1,205 @@
+"""Carries a study's runs out: one process a run, one small JSON a finished run, what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, RUNNERS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from .._provenance import provenance
+from ..convert import audit
+from ..engine.audit_hook import unwrap
+from ..engine.gbr import find_pipeline
+from ..engine.measure import untouched
+from ..folded import FoldedAudit
+from ..report import load_run
+from .grid import PlannedRun
+
+FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+
+# What is read from the training log for each epoch, where it was logged.
+_BY_EPOCH = ("loss", "accuracy/top1", "gbr/logits", "gbr/logits_sem", "gbr/probs", "gbr/probs_sem")
+_MEASURED = ("fgsm/", "gbr/")
+_GAP_SAMPLES = 5000
+
+
+def result_path(results: str | Path, run: PlannedRun) -> Path:
+    """Where the result of a run is, or will be."""
+    return Path(results, f"{run.id}.json")
+
+
+def read_result(results: str | Path, run: PlannedRun) -> dict | None:
+    """The result of a run that is done, failed runs too; None if it is still to do."""
+    path = result_path(results, run)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def pending(runs: Sequence[PlannedRun], results: str | Path, retry_failed: bool = False) -> list[PlannedRun]:
+    """The runs without a result, in order; with ``retry_failed`` those that failed, too."""
+    left = []
+    for run in runs:
+        found = read_result(results, run)
+        if found is None or (retry_failed and found["status"] == FAILED):
+            left.append(run)
+    return left
+
+
+def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | Path = ".") -> dict:
+    """Train and measure one run in this process, and write its result whole or not at all.
+
+    Args:
+        run: The run.
+        results: Folder of the results; this one's is ``<arena>/<cell>-seed<N>.json``.
+        work: Folder for checkpoints and logs, below which the run has its own while it lasts. A run that was stopped
+            starts again.
+        root: The project's folder, which the arena's config is relative to.
+
+    Returns:
+        The result as it was written. A run that raised has ``status='failed'`` and its traceback.
+    """
+    work_dir = Path(work, run.id)
+    arena = run.cell.arena
+    result = {
+        "id": run.id,
+        "arena": arena.name,
+        "cell": run.cell.name,
+        "title": run.cell.title,
+        "seed": run.seed,
+        "config": arena.config,
+        "overrides": run.overrides,
+        "images": arena.images,
+        "epochs": arena.epochs,
+        "provenance": provenance(root),
+    }
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        shutil.rmtree(work_dir, ignore_errors=True)
+        measured = _train_and_measure(run, work_dir, root)
+        diverged = not math.isfinite(measured["final"]["test_loss"] or math.nan)
+        result |= {"status": DIVERGED if diverged else FINISHED, **measured}
+    except Exception as error:  # a failed run is a result too: it is listed, and not tried again and again
+        result |= {"status": FAILED, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    result["seconds"] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    _write(result_path(results, run), result)
+    if result["status"] != FAILED:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return result
+
+
+def _train_and_measure(run: PlannedRun, work_dir: Path, root: str | Path) -> dict:
+    cfg = run.config(root)
+    cfg.work_dir = str(work_dir)
+    cfg.launcher = "none"
+    cfg.experiment_name = run.id.replace("/", "_")
+    runner = RUNNERS.build(cfg)
+    _channels_last(unwrap(runner.model))
+    runner.train()
+    log = load_run(work_dir)
+    # Losses are logged several times an epoch, each the mean over the iterations before: the last one stands for it.
+    by_epoch = {key: list(dict(log.scalars[key]).items()) for key in _BY_EPOCH if key in log.scalars}
+    final = {
+        "top1": log.last("accuracy/top1"),
+        **{key: log.last(key) for key in sorted(log.scalars) if key.startswith(_MEASURED) and "seconds" not in key},
+        **_losses(runner),
+        "norms": _norms(unwrap(runner.model), runner.val_dataloader.dataset),
+    }
+    seconds = {key: sum(v for _, v in log.scalars.get(key, [])) for key in ("gbr/seconds", "fgsm/seconds")}
+    seconds["an_iteration"] = statistics.median(v for _, v in log.scalars["train/time"])
+    return {"by_epoch": by_epoch, "final": final, "measured_seconds": seconds}
+
+
+def _channels_last(model: nn.Module) -> None:
+    """Train in channels-last layout: the same numbers but for rounding, a third faster on a CPU."""
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return
+    model.to(memory_format=torch.channels_last)
+    model.backbone.register_forward_pre_hook(
+        lambda backbone, inputs: (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+    )
+
+
+def _norms(model: nn.Module, dataset) -> dict:
+    """Norms of free and effective weights, and how far the folded ones are from the equality of eq. 19."""
+    images = torch.stack([dataset[i]["inputs"] for i in range(2)])
+    inputs = model.data_preprocessor({"inputs": images}, training=False)["inputs"]
+    with untouched(model):
+        folded: FoldedAudit = audit(model, folded=True, inputs=inputs)
+    weights = [m.weight.detach().double() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    found = {
+        "sum_sq_free": sum(w.square().sum().item() for w in weights),
+        "layers": len(folded),
+        "unfolded": len(folded.unfolded),
+        "kernel_log_product": folded.kernel_chain["log_product"],
+        "kernel_slack": folded.slack,
+        "sq_norms": [row.sq_norm for row in folded],
+    }
+    if folded.map_chain is not None:
+        found |= {"map_log_product": folded.map_chain["log_product"], "map_slack": folded.map_slack}
+    rows = audit(model)
+    if rows:
+        found["enc_max_deviation"] = rows.max_deviation
+    return found
+
+
+def _losses(runner: Runner) -> dict:
+    """Cross entropy and accuracy on training and test images as they are: the gap that theorem 1 bounds."""
+    found = {}
+    for split in ("train", "test"):
+        loss, top1, count = _evaluate(unwrap(runner.model), _dataset(runner, split))
+        found |= {f"{split}_loss": loss, f"{split}_top1": top1, f"{split}_samples": count}
+    return found
+
+
+def _dataset(runner: Runner, split: str):
+    """The whole test set, or up to 5,000 training images spread evenly over the set under the test pipeline."""
+    if split == "test":
+        return runner.val_dataloader.dataset
+    config = dict(runner.cfg.train_dataloader.dataset)
+    config["pipeline"] = find_pipeline(runner.cfg.val_dataloader.dataset)
+    dataset = DATASETS.build(config)
+    step = max(1, len(dataset) // _GAP_SAMPLES)
+    return Subset(dataset, range(0, len(dataset), step))
+
+
+def _evaluate(model: nn.Module, dataset) -> tuple[float, float, int]:
+    loss = correct = count = 0.0
+    with untouched(model):
+        for batch in DataLoader(dataset, batch_size=250, collate_fn=pseudo_collate):
+            inputs = model.data_preprocessor({"inputs": torch.stack(batch["inputs"])}, training=False)["inputs"]
+            labels = torch.cat([sample.gt_label for sample in batch["data_samples"]])
+            logits = model(inputs, mode="tensor")
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            correct += (logits.argmax(1) == labels).sum().item()
+            count += len(labels)
+    return loss / count, 100 * correct / count, int(count)
+
+
+def _write(path: Path, result: dict) -> None:
+    """Write JSON in one step; numbers that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(_finite(result), indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

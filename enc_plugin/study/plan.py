@@ -1,0 +1,125 @@
+"""Runs a study's pending runs side by side, each in a process of its own, and says what is left and what it costs."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .._table import format_table
+from .execute import FAILED, pending, read_result
+from .grid import PlannedRun
+
+# Seconds of one core for a training image of ResNet-20, where no run of the arena has been measured yet.
+_SECONDS_AN_IMAGE = 1 / 280
+
+
+def estimate(run: PlannedRun, runs: Sequence[PlannedRun], results: str | Path) -> float:
+    """Seconds of one core that a run will take: the median of its arena's finished runs, else a rule of thumb."""
+    found = [read_result(results, other) for other in runs if other.cell.arena is run.cell.arena]
+    seconds = [result["seconds"]["cpu"] for result in found if result and result["status"] != FAILED]
+    if seconds:
+        return statistics.median(seconds)
+    return run.cell.arena.images * run.cell.arena.epochs * _SECONDS_AN_IMAGE
+
+
+def describe_plan(runs: Sequence[PlannedRun], results: str | Path) -> str:
+    """Table of the cells with their finished and planned runs and the cost of what is left, in core hours."""
+    left = {id(run) for run in pending(runs, results)}
+    cells: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        cells.setdefault(f"{run.cell.arena.name}/{run.cell.name}", []).append(run)
+    rows, total = [], 0.0
+    for name, members in cells.items():
+        todo = [run for run in members if id(run) in left]
+        hours = sum(estimate(run, runs, results) for run in todo) / 3600
+        total += hours
+        done = f"{len(members) - len(todo)} of {len(members)}"
+        rows.append((name, members[0].cell.title, done, f"{hours:.2f}" if todo else ""))
+    table = format_table(("cell", "what", "runs done", "core hours left"), rows)
+    return f"{table}\n{len(runs) - len(left)} of {len(runs)} runs done; about {total:.1f} core hours are left"
+
+
+def run_all(
+    runs: Sequence[PlannedRun],
+    results: str | Path,
+    command: Callable[[PlannedRun], Sequence[str]],
+    work: str | Path,
+    workers: int = 1,
+    threads: int = 1,
+    retry_failed: bool = False,
+) -> list[PlannedRun]:
+    """Carry out what has no result yet, ``workers`` at a time, with a progress display and an estimate.
+
+    A stop (Ctrl-C) loses at most the runs that are under way: results are written as runs finish.
+
+    Args:
+        runs: The runs, in the order in which they are to be done.
+        results: Folder of the results.
+        command: The command that carries one run out in a process of its own and writes its result.
+        work: Folder for what the processes print: ``<arena>/<cell>-seed<N>.log``.
+        workers: Processes at a time.
+        threads: Threads of each.
+        retry_failed: Do runs again that failed.
+
+    Returns:
+        The runs that have failed.
+    """
+    left = pending(runs, results, retry_failed)
+    costs = [estimate(run, runs, results) for run in left]
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    failed: list[PlannedRun] = []
+    under_way: list[str] = []
+    lock = threading.Lock()
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        bar = progress.add_task("study", total=len(left))
+        clock = progress.add_task("core seconds", total=round(sum(costs)))
+
+        def do(run: PlannedRun, cost: float) -> None:
+            with lock:
+                under_way.append(run.id)
+                progress.update(bar, description=", ".join(under_way))
+            log = Path(work, f"{run.id}.log")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("w") as stream:
+                done = subprocess.run(
+                    list(command(run)),
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                )
+            found = read_result(results, run)
+            with lock:
+                under_way.remove(run.id)
+                progress.update(bar, description=", ".join(under_way) or "study")
+                progress.advance(bar)
+                progress.advance(clock, cost)
+                if found is None:
+                    failed.append(run)
+                    progress.print(f"{run.id}: exit code {done.returncode}, no result; see {log}")
+                elif found["status"] == FAILED:
+                    failed.append(run)
+                    progress.print(f"{run.id}: failed: {found['error']}")
+                else:
+                    top1 = found["final"]["top1"]
+                    progress.print(
+                        f"{run.id}: {found['status']}, top-1 {top1:.2f} %, {found['seconds']['cpu']:.0f} s of a core"
+                    )
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(do, left, costs))
+    return failed
+
+
+def own_command(grid: str | Path, results: str | Path, work: str | Path) -> Callable[[PlannedRun], list[str]]:
+    """The command with which ``tools/study.py`` carries out one run."""
+    tool = Path(__file__).resolve().parents[2] / "tools" / "study.py"
+    arguments = ["--results", str(results), "--work-dir", str(work)]
+    return lambda run: [sys.executable, str(tool), str(grid), *arguments, "--run", run.id]

@@ -1,0 +1,591 @@
+"""What the paper claims, what the runs say of it, and the verdict: one section a claim, from the results alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from . import results as metrics
+from .results import Metric, Results
+from .statistics import Interval, interval, paired_difference, paired_ratio, rank_correlation
+
+REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "not reproduced", "not decided at this scale"
+
+EPS = {"quarter": (1, 2, 4, 8), "full": (1, 2, 4, 8), "digits": (4, 8, 16, 32)}
+AUGMENTATIONS = {"cutout": "Cutout", "mixup": "Mixup", "cutmix": "CutMix", "ls": "LS"}
+VARIANTS = ("enc-fro", "enc-wn", "enc-ws", "enc-cfro")
+DECAYS = {"wd0": 0.0, "wd1e-8": 1e-8, "wd1e-6": 1e-6, "baseline": 1e-4, "wd1e-3": 1e-3, "wd1e-2": 1e-2}
+
+
+def fgsm_mean(arena: str) -> Metric:
+    """Accuracy under FGSM, averaged over the arena's eps: one number where the paper states no step size."""
+    every = [metrics.fgsm(eps) for eps in EPS[arena]]
+
+    def read(result: dict) -> float | None:
+        values = [metric.read(result) for metric in every]
+        return None if None in values else sum(values) / len(values)
+
+    return Metric(f"top-1 accuracy (%) under FGSM, mean over {', '.join(map(str, EPS[arena]))} / 255", read)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two cells of an arena by one metric, paired by seed.
+
+    Attributes:
+        claimed: 1 if the paper claims that the first is larger, -1 if smaller, 0 if it claims nothing.
+        effect: Mean difference, or ratio for metrics that compare by ratio, with its 95 % interval; None without runs.
+    """
+
+    arena: str
+    cell: str
+    other: str
+    metric: Metric
+    claimed: int
+    first: float | None
+    second: float | None
+    effect: Interval | None
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval leaves no doubt which is larger, else 0."""
+        if self.effect is None or math.isnan(self.effect.low):
+            return 0
+        equal = 1.0 if self.metric.as_ratio else 0.0
+        return (self.effect.low > equal) - (self.effect.high < equal)
+
+    @property
+    def verdict(self) -> str:
+        """The claim's verdict, or for comparisons without one, whether a difference is seen."""
+        if self.claimed == 0:
+            return {1: "larger", -1: "smaller", 0: "no difference seen"}[self.sign]
+        return {self.claimed: REPRODUCED, -self.claimed: CONTRADICTED, 0: UNDECIDED}[self.sign]
+
+
+@dataclass
+class Figure:
+    """What a figure shows, as plain data.
+
+    Attributes:
+        name: File name without ending.
+        kind: ``'curves'``: series with ``x``, ``mean``, ``low``, ``high``; ``'intervals'``: rows with ``label``,
+            ``mean``, ``low``, ``high``; ``'scatter'``: series with ``x``, ``y``.
+        data: Series or rows.
+    """
+
+    name: str
+    kind: str
+    caption: str
+    x_label: str
+    y_label: str
+    data: list[dict]
+    log_x: bool = False
+    log_y: bool = False
+    reference: float | None = None
+
+
+@dataclass
+class Section:
+    """One claim or question: its text, what was measured, and the verdict in each arena that can tell."""
+
+    name: str
+    title: str
+    claim: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    verdicts: dict[str, str] = field(default_factory=dict)
+
+
+def compare(
+    results: Results, arena: str, pairs: Iterable[tuple[str, str]], of: Iterable[Metric], claimed: int
+) -> list[Comparison]:
+    """Comparisons of each pair of cells by each metric; pairs that the grid does not plan are left out."""
+    found = []
+    for metric in of:
+        for cell, other in pairs:
+            if not (results.has_cell(arena, cell) and results.has_cell(arena, other)):
+                continue
+            a, b = results.values(arena, cell, metric), results.values(arena, other, metric)
+            shared = sorted(set(a) & set(b))
+            means = [math.fsum(side[s] for s in shared) / len(shared) if shared else None for side in (a, b)]
+            effect = (paired_ratio if metric.as_ratio else paired_difference)(a, b)
+            found.append(Comparison(arena, cell, other, metric, claimed, *means, effect))
+    return found
+
+
+def joint_verdict(comparisons: Sequence[Comparison]) -> str:
+    """Reproduced if every part is, not reproduced if any part is contradicted, else not decided."""
+    verdicts = [comparison.verdict for comparison in comparisons]
+    if CONTRADICTED in verdicts:
+        return CONTRADICTED
+    return REPRODUCED if verdicts and set(verdicts) == {REPRODUCED} else UNDECIDED
+
+
+def _claim(
+    results: Results,
+    name: str,
+    title: str,
+    claim: str,
+    pairs: Sequence[tuple[str, str]],
+    of: Callable[[str], Sequence[Metric]],
+    claimed: int,
+) -> Section:
+    """Section of a claim that is a comparison of cells, in every arena that plans them."""
+    section = Section(name, title, claim)
+    for arena in results.grid.arenas:
+        comparisons = compare(results, arena, pairs, of(arena), claimed)
+        if comparisons:
+            section.comparisons += comparisons
+            if claimed:
+                section.verdicts[arena] = joint_verdict(comparisons)
+    return section
+
+
+def sections(results: Results) -> list[Section]:
+    """All sections of the report, in order."""
+    return [
+        _accuracy(results),
+        _variants(results),
+        _convergence(results),
+        _gbr(results),
+        _decay(results),
+        _robustness(results),
+        _augmentations(results),
+        _augmented_robustness(results),
+        _alpha(results),
+        _parts(results),
+        _tightness(results),
+        _gbr_and_accuracy(results),
+        _learning_rates(results),
+        _rival(results),
+        _cost(results),
+    ]
+
+
+def _accuracy(results: Results) -> Section:
+    section = _claim(
+        results,
+        "accuracy",
+        "ENC raises the accuracy",
+        "Tables 1 and 4: ENC (eq. 22) gains 0.27 to 0.90 points of top-1 on ImageNet over seven networks (ResNet-50: "
+        "76.54 to 77.44).",
+        [("enc-ws", "baseline")],
+        lambda arena: [metrics.TOP1],
+        claimed=1,
+    )
+    rows = [
+        {"label": f"{title} ({arena})", **_bounds(interval(list(values.values())))}
+        for arena, cells in results.grid.cells.items()
+        if arena != "digits"
+        for cell, title in ((c.name, c.title) for c in cells)
+        if (values := results.values(arena, cell, metrics.TOP1))
+    ]
+    if rows:
+        caption = "Top-1 accuracy of every cell that has run: mean over seeds and 95 % interval."
+        section.figures.append(Figure("accuracy", "intervals", caption, metrics.TOP1.name, "", rows))
+    return section
+
+
+def _variants(results: Results) -> Section:
+    return _claim(
+        results,
+        "variants",
+        "Each of eq. 20 to 23 beats plain, WN and WS",
+        "Table 1 (ResNet-50): plain 76.54, WN 76.44, WS 76.74, eq. 20 77.09, eq. 21 77.25, eq. 22 77.44, eq. 23 77.21.",
+        [(cell, other) for cell in VARIANTS for other in ("baseline", "wn", "ws")],
+        lambda arena: [metrics.TOP1] if arena != "full" else [],
+        claimed=1,
+    )
+
+
+def _convergence(results: Results) -> Section:
+    section = _claim(
+        results,
+        "convergence",
+        "ENC converges faster",
+        "Figure 2: ENC's validation accuracy rises earlier. Measured as the mean accuracy over the first half of the "
+        "epochs.",
+        [("enc-ws", "baseline"), ("enc-ws", "bn")],
+        lambda arena: [metrics.EARLY_TOP1],
+        claimed=1,
+    )
+    # The paper's claim is about the plain network; the control with the same batch norms is there to tell why.
+    for arena in section.verdicts:
+        of_paper = [c for c in section.comparisons if c.arena == arena and c.other == "baseline"]
+        section.verdicts[arena] = joint_verdict(of_paper)
+    for arena in ("full", "quarter"):
+        caption = f"Validation accuracy over training, {results.grid.arenas[arena].title}; bands: 95 % over seeds."
+        cells = ("baseline", "bn", "ws", "enc-ws")
+        section.figures += _curves(results, f"accuracy_{arena}", arena, cells, "accuracy/top1", "top-1 (%)", caption)
+    return section
+
+
+def _gbr(results: Results) -> Section:
+    section = _claim(
+        results,
+        "gbr",
+        "ENC ends with a smaller GBR",
+        "Figure 3: over training, ENC (decay 1e-4) ends with the lowest GBR, below plain at decay 1e-4 and at 1e-3.",
+        [("enc-ws", "baseline"), ("enc-ws", "wd1e-3")],
+        lambda arena: [metrics.GBR_LOGITS, metrics.GBR_PROBS],
+        claimed=-1,
+    )
+    section.text.append(
+        "The GBR of logits counts their scale, which the accuracy does not see; that of probabilities does not. The "
+        "paper does not say which it measures, so both stand here. 512 fixed training images, one random projection "
+        "each, x is the normalised image."
+    )
+    for arena in ("full", "quarter", "digits"):
+        for key, what in (("gbr/logits", "logits"), ("gbr/probs", "probabilities")):
+            caption = f"GBR of the {what} over training, {results.grid.arenas[arena].title}; bands: 95 % over seeds."
+            section.figures += _curves(
+                results,
+                f"gbr_{what}_{arena}",
+                arena,
+                ("baseline", "bn", "wd1e-3", "enc-ws"),
+                key,
+                "mean squared Jacobian norm\n(output² per input²)",
+                caption,
+                log_y=True,
+            )
+    return section
+
+
+def _decay(results: Results) -> Section:
+    section = Section(
+        "decay",
+        "More weight decay, smaller GBR",
+        "Figure 1: the larger lambda in {0, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2}, the smaller the GBR; lambda = 0 is "
+        "unstable.",
+    )
+    arena = "quarter"
+    for metric in (metrics.GBR_LOGITS, metrics.GBR_PROBS):
+        points, rows = [], []
+        for cell, decay in DECAYS.items():
+            values = results.values(arena, cell, metric)
+            points += [(decay, value) for value in values.values()]
+            if values:
+                found = interval(list(values.values()))
+                top1 = interval(list(results.values(arena, cell, metrics.TOP1).values()))
+                rows.append([f"{decay:g}", str(found.n), *_cells(found, metric), *_cells(top1, metrics.TOP1)])
+        if not points:
+            continue
+        rho, p = rank_correlation(*zip(*points, strict=True))
+        head = ["lambda", "seeds", metric.name, "95 % interval", "top-1 (%)", "95 % interval"]
+        section.tables.append((results.grid.arenas[arena].title, head, rows))
+        decided = len(rows) == len(DECAYS) and p < 0.05
+        verdict = (REPRODUCED if rho < 0 else CONTRADICTED) if decided else UNDECIDED
+        section.text.append(
+            f"{metric.name}: rank correlation of lambda and GBR {rho:.2f} (p = {p:.2g}, {len(points)} runs): {verdict}."
+        )
+        before = section.verdicts.get(arena, verdict)
+        section.verdicts[arena] = verdict if verdict == before else UNDECIDED
+    diverged = [result["id"] for result in results.with_status("diverged") if result["cell"] in DECAYS]
+    section.text.append(f"Diverged: {', '.join(diverged) or 'no run of these'}.")
+    caption = f"GBR of the logits over training at each decay, {results.grid.arenas[arena].title}."
+    section.figures += _curves(
+        results, "gbr_decay", arena, tuple(DECAYS), "gbr/logits", "mean squared Jacobian norm", caption, log_y=True
+    )
+    return section
+
+
+def _robustness(results: Results) -> Section:
+    section = _claim(
+        results,
+        "robustness",
+        "ENC is more robust to FGSM",
+        "Table 3 (ResNet-50, step size not stated): 17.54 plain, 29.87 ENC. Measured on 2,000 test images (digits: all "
+        "355), attacked in pixel space.",
+        [("enc-ws", "baseline")],
+        lambda arena: [metrics.fgsm(eps) for eps in EPS[arena]],
+        claimed=1,
+    )
+    for arena in ("full", "quarter", "digits"):
+        series = []
+        for cell in ("baseline", "bn", "ws", "enc-ws"):
+            points = [
+                (eps, interval(list(values.values())))
+                for eps in EPS[arena]
+                if (values := results.values(arena, cell, metrics.fgsm(eps)))
+            ]
+            if points:
+                series.append(_series(results.title(arena, cell), points))
+        if series:
+            caption = f"Accuracy under FGSM, {results.grid.arenas[arena].title}; bands: 95 % over seeds."
+            section.figures.append(
+                Figure(f"fgsm_{arena}", "curves", caption, "eps (1/255 of the pixel range)", "top-1 (%)", series)
+            )
+    return section
+
+
+def _augmentations(results: Results) -> Section:
+    pairs = [(f"enc-{name}", name) for name in AUGMENTATIONS]
+    section = _claim(
+        results,
+        "augmentations",
+        "ENC adds to Cutout, Mixup, CutMix and label smoothing",
+        "Table 2 (ResNet-50): Cutout 76.48 to 77.47 with ENC, Mixup 76.70 to 77.50, CutMix 76.57 to 77.94, LS 76.75 to "
+        "77.37.",
+        pairs,
+        lambda arena: [metrics.TOP1] if arena == "quarter" else [],
+        claimed=1,
+    )
+    alone = [("enc-ws", name) for name in AUGMENTATIONS] + [("enc-cutmix-ls", "baseline")]
+    section.comparisons += compare(results, "quarter", alone, [metrics.TOP1], 1)
+    section.verdicts["quarter"] = joint_verdict(section.comparisons)
+    section.text.append(
+        "ENC against each alone stands below the pairs: the paper's ENC (77.44) beats each of them. At so few epochs "
+        "augmentation mostly slows training down; that says little about long schedules."
+    )
+    return section
+
+
+def _augmented_robustness(results: Results) -> Section:
+    pairs = [(f"enc-{name}", name) for name in AUGMENTATIONS] + [("enc-cutmix-ls", "enc-ws")]
+    return _claim(
+        results,
+        "augmented-robustness",
+        "ENC adds robustness to each of them",
+        "Table 3: Cutout 18.26 to 31.49 with ENC, Mixup 21.64 to 26.34, CutMix 32.94 to 33.12, LS 27.11 to 34.03, "
+        "ENC + CutMix + LS 34.81 the highest.",
+        pairs,
+        lambda arena: [fgsm_mean(arena)] if arena == "quarter" else [],
+        claimed=1,
+    )
+
+
+def _alpha(results: Results) -> Section:
+    return _claim(
+        results,
+        "alpha",
+        "alpha = 1 does best, a learnable alpha worst",
+        "Table 5: alpha 0.5 77.31, 1 77.44, 2 77.40, learnable 77.08. Behind a batch norm, alpha can act through its "
+        "eps alone.",
+        [("enc-a0.5", "enc-ws"), ("enc-a2", "enc-ws"), ("enc-alearn", "enc-ws")],
+        lambda arena: [metrics.TOP1] if arena == "quarter" else [],
+        claimed=-1,
+    )
+
+
+_PARTS = (
+    ("bn", "baseline", "the classifier's batch norm, on the plain network"),
+    ("enc-ws", "enc-ws-nobn", "the classifier's batch norm, under ENC"),
+    ("bn-shift", "bn", "the epsilon shift, on the plain network"),
+    ("enc-ws", "enc-ws-noshift", "the epsilon shift, under ENC"),
+    ("enc-ws-bneps", "enc-ws", "batch norm's eps (1e-12 for 1e-5), under ENC"),
+    ("enc-wn", "bn", "the constraint on norms alone (eq. 21), where both have the batch norm"),
+    ("enc-ws", "enc-wn", "the removed means (eq. 22 for 21)"),
+    ("ws-bn", "bn", "the removed means without the constraint (WS), where both have the batch norm"),
+    ("enc-ws", "ws-bn", "the constraint, where both have removed means and the batch norm"),
+    ("enc-ws", "bn", "all of ENC but the batch norm"),
+    ("enc-ws", "baseline", "ENC as a whole"),
+)
+
+
+def _parts(results: Results) -> Section:
+    section = Section(
+        "parts",
+        "Which part does the work?",
+        "ENC changes several things at once: the classifier gains a batch norm, weights of norm 1 feel batch norm's eps, "
+        "decay is shifted, eq. 22 removes means. With a batch norm behind every layer, eq. 20 and 21 train like the "
+        "plain network with the same batch norms but for eps and shift. The paper has no such controls; here they are.",
+    )
+    for arena in results.grid.arenas:
+        pairs = [(a, b) for a, b, _ in _PARTS]
+        of = (metrics.TOP1, metrics.GBR_LOGITS, fgsm_mean(arena))
+        found = [c for c in compare(results, arena, pairs, of, 0) if c.effect is not None]
+        section.comparisons += found
+        reasons = {(a, b): why for a, b, why in _PARTS}
+        rows = [
+            {"label": reasons[c.cell, c.other], **_bounds(c.effect)}
+            for c in found
+            if c.metric is metrics.TOP1 and not math.isnan(c.effect.low)
+        ]
+        if rows:
+            caption = f"What each part changes in top-1 accuracy, {results.grid.arenas[arena].title}."
+            section.figures.append(
+                Figure(f"parts_{arena}", "intervals", caption, "difference of top-1 (points)", "", rows, reference=0.0)
+            )
+        section.text += [_say_part(results, c, reasons[c.cell, c.other]) for c in found if c.metric is metrics.TOP1]
+    return section
+
+
+def _say_part(results: Results, c: Comparison, why: str) -> str:
+    effect = f"{c.effect.mean:+.2f} points"
+    if not math.isnan(c.effect.low):
+        effect += f" [{c.effect.low:+.2f}, {c.effect.high:+.2f}]"
+    seen = {1: "helps", -1: "costs accuracy", 0: "no difference seen"}[c.sign]
+    names = f"{results.title(c.arena, c.cell)} - {results.title(c.arena, c.other)}"
+    return f"{c.arena}: {why} ({names}): {effect}, {c.effect.n} seeds: {seen}."
+
+
+def _tightness(results: Results) -> Section:
+    section = _claim(
+        results,
+        "tightness",
+        "ENC tightens the bound",
+        "Eq. 16, 17 and 19: equal norms make AM-GM an equality. Batch norms fold into the weights at test time, and the "
+        "bound is about the folded ones: their slack, log of mean power over product, is 0 at equality.",
+        [("enc-ws", "baseline"), ("enc-ws", "bn")],
+        lambda arena: [metrics.SLACK, metrics.MAP_SLACK],
+        claimed=-1,
+    )
+    section.comparisons += [
+        comparison
+        for arena in results.grid.arenas
+        for comparison in compare(results, arena, [("enc-ws", "baseline")], [metrics.LOG_PRODUCT], 0)
+    ]
+    return section
+
+
+def _gbr_and_accuracy(results: Results) -> Section:
+    section = Section(
+        "correlations",
+        "Does a smaller GBR go with better generalization?",
+        "Theorems 1 and 2 bound the gap between expected and empirical loss by the GBR; weight decay works, the paper "
+        "says, because norms bound the GBR. Rank correlations over all finished runs of an arena.",
+    )
+    quantities = (metrics.TOP1, metrics.GAP, metrics.FREE_NORM, metrics.LOG_PRODUCT)
+    for arena, cells in results.grid.cells.items():
+        runs = [result for cell in cells for result in results.seeds(arena, cell.name).values()]
+        rows = []
+        for gbr in (metrics.GBR_LOGITS, metrics.GBR_PROBS):
+            for other in quantities:
+                pairs = [(gbr.read(r), other.read(r)) for r in runs]
+                pairs = [pair for pair in pairs if None not in pair]
+                rho, p = rank_correlation(*zip(*pairs, strict=True)) if pairs else (math.nan, math.nan)
+                if not math.isnan(rho):
+                    rows.append([gbr.name, other.name, f"{rho:+.2f}", f"{p:.2g}", str(len(pairs))])
+        if rows:
+            head = ["GBR", "with", "Spearman's rho", "p", "runs"]
+            section.tables.append((results.grid.arenas[arena].title, head, rows))
+        if arena == "digits" or len(runs) < 3:
+            continue
+        for metric, name in ((metrics.TOP1, "top1"), (metrics.FREE_NORM, "norm"), (metrics.GAP, "gap")):
+            series = []
+            for what, of_kind in (("plain and controls", False), ("ENC", True)):
+                kind = [r for r in runs if r["cell"].startswith("enc") == of_kind]
+                points = [(metrics.GBR_LOGITS.read(r), metric.read(r)) for r in kind]
+                points = [point for point in points if None not in point]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    series.append({"label": what, "x": list(x), "y": list(y)})
+            caption = f"{metric.name} against the GBR of the logits, every run, {results.grid.arenas[arena].title}."
+            section.figures.append(
+                Figure(
+                    f"gbr_{name}_{arena}",
+                    "scatter",
+                    caption,
+                    "GBR of the logits",
+                    metric.name,
+                    series,
+                    log_x=True,
+                    log_y=metric.as_ratio,
+                )
+            )
+    return section
+
+
+def _learning_rates(results: Results) -> Section:
+    section = Section(
+        "learning-rates",
+        "Would another learning rate change the verdict?",
+        "The paper trains both at 0.1. An untuned baseline is no baseline, nor an untuned ENC: each side at 0.03, 0.1 "
+        "and 0.3, and the best of one against the best of the other.",
+    )
+    arena, rates = "quarter", {"lr0.03": 0.03, "": 0.1, "lr0.3": 0.3}
+    best: dict[str, tuple[float, str]] = {}
+    rows = []
+    for side, base in (("plain", "baseline"), ("ENC", "enc-ws")):
+        for suffix, rate in rates.items():
+            cell = base if not suffix else suffix if side == "plain" else f"enc-ws-{suffix}"
+            values = results.values(arena, cell, metrics.TOP1)
+            if not values:
+                continue
+            found = interval(list(values.values()))
+            rows.append([side, f"{rate:g}", str(found.n), *_cells(found, metrics.TOP1)])
+            best[side] = max(best.get(side, (-math.inf, "")), (found.mean, cell))
+    if rows:
+        section.tables.append(
+            (results.grid.arenas[arena].title, ["side", "lr", "seeds", "top-1 (%)", "95 % interval"], rows)
+        )
+    if len(rows) == 2 * len(rates):
+        section.comparisons = compare(results, arena, [(best["ENC"][1], best["plain"][1])], [metrics.TOP1], 1)
+        section.verdicts[arena] = joint_verdict(section.comparisons)
+        section.text.append("The last comparison takes the better of three on both sides: its interval is optimistic.")
+    return section
+
+
+def _rival(results: Results) -> Section:
+    section = Section(
+        "rival",
+        "The rival: the GBR itself as a term of the loss",
+        "The paper calls optimising the GBR directly too costly and takes the way over the norms. Penalty 1e-3 times "
+        "the GBR of the logits, one random projection a step.",
+    )
+    of = (metrics.TOP1, metrics.GBR_LOGITS, fgsm_mean("quarter"), metrics.CPU_SECONDS)
+    section.comparisons = compare(results, "quarter", [("gbr-penalty", "baseline"), ("gbr-penalty", "enc-ws")], of, 0)
+    return section
+
+
+def _cost(results: Results) -> Section:
+    section = Section(
+        "cost",
+        "What ENC costs in training",
+        "The paper: almost negligible in training, nothing at test time. Seconds of one core for a whole run, "
+        "measurements included; the runs share their machine with other work, so that single ratios vary.",
+    )
+    for arena in results.grid.arenas:
+        pairs = [(cell, "baseline") for cell in ("enc-ws", "enc-wn", "enc-fro", "ws", "wn")]
+        section.comparisons += [
+            c for c in compare(results, arena, pairs, [metrics.CPU_SECONDS], 0) if c.effect is not None
+        ]
+    return section
+
+
+def _curves(
+    results: Results,
+    name: str,
+    arena: str,
+    cells: Sequence[str],
+    key: str,
+    y_label: str,
+    caption: str,
+    log_y: bool = False,
+) -> list[Figure]:
+    """A figure of a logged quantity over epochs, mean and 95 % band over seeds; none if no cell has run."""
+    series = []
+    for cell in cells:
+        by_epoch: dict[float, list[float]] = {}
+        for result in results.seeds(arena, cell).values():
+            for epoch, value in result["by_epoch"].get(key, []):
+                if value is not None and (epoch > 0 or not log_y):
+                    by_epoch.setdefault(epoch, []).append(value)
+        if by_epoch:
+            points = [(epoch, interval(values)) for epoch, values in sorted(by_epoch.items())]
+            series.append(_series(results.title(arena, cell), points))
+    return [Figure(name, "curves", caption, "epoch", y_label, series, log_y=log_y)] if series else []
+
+
+def _series(label: str, points: Sequence[tuple[float, Interval]]) -> dict:
+    return {
+        "label": label,
+        "x": [x for x, _ in points],
+        "mean": [found.mean for _, found in points],
+        "low": [None if math.isnan(found.low) else found.low for _, found in points],
+        "high": [None if math.isnan(found.high) else found.high for _, found in points],
+    }
+
+
+def _bounds(found: Interval) -> dict:
+    low, high = (None, None) if math.isnan(found.low) else (found.low, found.high)
+    return {"mean": found.mean, "low": low, "high": high}
+
+
+def _cells(found: Interval, metric: Metric) -> list[str]:
+    """The mean and the interval as cells of a table."""
+    low, high = (format(bound, metric.digits) for bound in (found.low, found.high))
+    return [format(found.mean, metric.digits), "one seed" if math.isnan(found.low) else f"{low} to {high}"]

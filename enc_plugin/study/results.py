@@ -1,0 +1,142 @@
+"""The results of a study, read from its JSON files, and the quantities that claims are about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .execute import DIVERGED, FAILED, FINISHED
+from .grid import Grid
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quantity of a finished run.
+
+    Attributes:
+        name: With its unit, as tables and axes call it.
+        read: Takes the result, returns the value; None where it was not measured or is not finite.
+        digits: Format of values, such as ``'.2f'``.
+        as_ratio: Whether two cells are compared by their ratio rather than their difference.
+    """
+
+    name: str
+    read: Callable[[dict], float | None]
+    digits: str = ".2f"
+    as_ratio: bool = False
+
+
+def _final(key: str) -> Callable[[dict], float | None]:
+    return lambda result: result["final"].get(key)
+
+
+def _norm(key: str) -> Callable[[dict], float | None]:
+    return lambda result: result["final"]["norms"].get(key)
+
+
+def _early_accuracy(result: dict) -> float | None:
+    """Mean validation accuracy over the epochs before the first drop of the learning rate is half over."""
+    points = result["by_epoch"].get("accuracy/top1", [])
+    early = [value for epoch, value in points if epoch <= result["epochs"] / 2]
+    return None if not early or None in early else sum(early) / len(early)
+
+
+def _gap(result: dict) -> float | None:
+    final = result["final"]
+    return None if None in (final["test_loss"], final["train_loss"]) else final["test_loss"] - final["train_loss"]
+
+
+TOP1 = Metric("top-1 accuracy (%)", _final("top1"))
+EARLY_TOP1 = Metric("mean top-1 accuracy over the first half of the epochs (%)", _early_accuracy)
+GBR_LOGITS = Metric("GBR of the logits", _final("gbr/logits"), ".3g", as_ratio=True)
+GBR_PROBS = Metric("GBR of the probabilities", _final("gbr/probs"), ".3g", as_ratio=True)
+SLACK = Metric("AM-GM slack of the folded kernels (log)", _norm("kernel_slack"))
+MAP_SLACK = Metric("AM-GM slack of the folded linear maps (log)", _norm("map_slack"))
+LOG_PRODUCT = Metric("log of eq. 17's product, linear maps", _norm("map_log_product"), ".1f")
+FREE_NORM = Metric("squared norm of all free weights", _norm("sum_sq_free"), ".4g", as_ratio=True)
+GAP = Metric("test loss - training loss (nats)", _gap, ".3f")
+TRAIN_LOSS = Metric("training loss (nats)", _final("train_loss"), ".3f")
+CPU_SECONDS = Metric("core seconds a run", lambda result: result["seconds"]["cpu"], ".0f", as_ratio=True)
+STEP_SECONDS = Metric("seconds a step", lambda result: result["measured_seconds"].get("an_iteration"), ".3f", True)
+
+
+def fgsm(eps: float) -> Metric:
+    """Accuracy under FGSM at ``eps`` / 255."""
+    return Metric(f"top-1 accuracy under FGSM {eps:g}/255 (%)", _final(f"fgsm/top1_eps{eps:g}"))
+
+
+class Results:
+    """All results of a grid.
+
+    Args:
+        grid: The grid.
+        runs: The results by run id.
+    """
+
+    def __init__(self, grid: Grid, runs: dict[str, dict]):
+        self.grid = grid
+        self.runs = runs
+        self._cells: dict[tuple[str, str], dict[int, dict]] = {}
+        for result in runs.values():
+            if result["status"] == FINISHED:
+                self._cells.setdefault((result["arena"], result["cell"]), {})[result["seed"]] = result
+
+    def __iter__(self) -> Iterator[dict]:
+        """The finished runs, in the order of the grid."""
+        return (self.runs[run.id] for run in self.grid.runs() if self._has(run.id, FINISHED))
+
+    def _has(self, run_id: str, status: str) -> bool:
+        return run_id in self.runs and self.runs[run_id]["status"] == status
+
+    def with_status(self, status: str) -> list[dict]:
+        """Results with the status ``'finished'``, ``'diverged'`` or ``'failed'``, in the order of the grid."""
+        return [self.runs[run.id] for run in self.grid.runs() if self._has(run.id, status)]
+
+    @property
+    def missing(self) -> list[str]:
+        """Ids of the planned runs that have no result."""
+        return [run.id for run in self.grid.runs() if run.id not in self.runs]
+
+    def seeds(self, arena: str, cell: str) -> dict[int, dict]:
+        """The finished runs of a cell by seed; empty if there is none."""
+        return self._cells.get((arena, cell), {})
+
+    def values(self, arena: str, cell: str, metric: Metric) -> dict[int, float]:
+        """A metric of a cell's finished runs by seed, where it is finite."""
+        found = {seed: metric.read(result) for seed, result in sorted(self.seeds(arena, cell).items())}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def title(self, arena: str, cell: str) -> str:
+        """What a cell is called."""
+        return next(c.title for c in self.grid.cells[arena] if c.name == cell)
+
+    def has_cell(self, arena: str, cell: str) -> bool:
+        """Whether the grid plans this cell."""
+        return any(c.name == cell for c in self.grid.cells.get(arena, []))
+
+
+def load_results(grid: Grid, folder: str | Path) -> Results:
+    """Read the results of a grid's runs.
+
+    Args:
+        grid: The grid.
+        folder: Folder of ``<arena>/<cell>-seed<N>.json``.
+
+    Raises:
+        ValueError: If the folder holds a result that the grid does not plan: no run may be left out of a report.
+    """
+    planned = {run.id for run in grid.runs()}
+    runs = {}
+    for path in sorted(Path(folder).glob("*/*.json")):
+        result = json.loads(path.read_text())
+        if result["id"] not in planned:
+            raise ValueError(
+                f"results: {path} is of the run {result['id']!r}, which the grid does not plan; keep its cell in the "
+                "grid, so that no run is left out, or remove the file"
+            )
+        if result["status"] not in (FINISHED, DIVERGED, FAILED):
+            raise ValueError(f"results: {path} has the unknown status {result['status']!r}")
+        runs[result["id"]] = result
+    return Results(grid, runs)

@@ -1,0 +1,131 @@
+"""Real runs of a small grid: results, what is done again and what is not, failures, the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from helpers import ROOT, run_command
+
+from enc_plugin.study import describe_plan, execute, load_grid, pending, read_result, run_all
+
+TINY = """
+arenas = dict(digits=dict(title="digits", config="study/digits_resnet8.py", images=128, epochs=2, overrides={
+    "train_dataloader.dataset.indices": 128, "val_dataloader.dataset.indices": 64, "train_cfg.max_epochs": 2}))
+cells = dict(digits={
+    "plain": dict(title="plain", seeds=[0, 1]),
+    "enc": dict(title="ENC", seeds=[0], overrides={"model.type": "ENCImageClassifier"}),
+    "broken": dict(title="broken", seeds=[0], overrides={"model.head.in_channels": 7}),
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The tiny grid, carried out by the command line: two processes at a time."""
+    folder = tmp_path_factory.mktemp("study")
+    grid = folder / "grid.py"
+    grid.write_text(TINY)
+    command = [sys.executable, "tools/study.py", str(grid), "--results", str(folder / "results")]
+    command += ["--work-dir", str(folder / "work"), "--workers", "2"]
+    return folder, command, run_command(command)
+
+
+def results_of(folder, run_id):
+    return json.loads((folder / "results" / f"{run_id}.json").read_text())
+
+
+def test_every_run_leaves_a_result_and_a_failure_is_one(done):
+    folder, _, output = done
+    assert output.returncode == 1  # one run failed
+    runs = load_grid(folder / "grid.py").runs()
+    status = {run.id: read_result(folder / "results", run)["status"] for run in runs}
+    assert status == {
+        "digits/plain-seed0": "finished",
+        "digits/enc-seed0": "finished",
+        "digits/broken-seed0": "failed",
+        "digits/plain-seed1": "finished",
+    }
+    broken = results_of(folder, "digits/broken-seed0")
+    assert "RuntimeError" in broken["error"]
+    assert "Traceback" in broken["traceback"]
+    assert "digits/broken-seed0: failed" in " ".join(output.stdout.split())
+
+
+def test_a_result_says_what_was_run_and_measured(done):
+    found = results_of(done[0], "digits/enc-seed0")
+    assert found["overrides"]["model.type"] == "ENCImageClassifier"
+    assert found["overrides"]["randomness"] == {"seed": 0}
+    assert set(found["provenance"]) == {"commit", "python", "versions", "processor", "threads"}
+    assert [epoch for epoch, _ in found["by_epoch"]["accuracy/top1"]] == [1, 2]
+    assert [epoch for epoch, _ in found["by_epoch"]["gbr/logits"]] == [0, 1, 2]
+    final = found["final"]
+    # Two ways to the same number: the runner's evaluator, and the study's own pass over the test set.
+    assert final["test_top1"] == pytest.approx(final["top1"], abs=1e-4)
+    assert final["fgsm/top1_clean"] == pytest.approx(final["top1"], abs=1e-4)
+    assert final["test_samples"] == 64
+    assert final["train_samples"] == 128
+    assert final["norms"]["enc_max_deviation"] < 1e-5
+    assert len(final["norms"]["sq_norms"]) == final["norms"]["layers"] == 10
+    assert min(final["norms"]["kernel_slack"], final["norms"]["map_slack"]) >= 0
+    assert found["seconds"]["cpu"] > 0
+
+
+def test_other_seeds_start_from_other_weights(done):
+    plain, other = (results_of(done[0], f"digits/plain-seed{seed}")["by_epoch"]["gbr/logits"][0][1] for seed in (0, 1))
+    assert plain != other
+
+
+def test_what_is_done_is_not_done_again(done):
+    folder, command, _ = done
+    before = {path: path.stat().st_mtime_ns for path in (folder / "results").glob("*/*.json")}
+    again = run_command(command)
+    assert again.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (folder / "results").glob("*/*.json")} == before
+    runs = load_grid(folder / "grid.py").runs()
+    assert pending(runs, folder / "results") == []
+    assert [run.id for run in pending(runs, folder / "results", retry_failed=True)] == ["digits/broken-seed0"]
+
+
+def test_the_same_run_gives_the_same_result(done, tmp_path):
+    folder = done[0]
+    run = next(run for run in load_grid(folder / "grid.py").runs() if run.id == "digits/plain-seed0")
+    again = execute(run, tmp_path / "results", tmp_path / "work", ROOT)
+    want = results_of(folder, run.id)
+    assert json.loads((tmp_path / "results" / f"{run.id}.json").read_text())["by_epoch"] == want["by_epoch"]
+    assert again["status"] == "finished"
+    assert not (tmp_path / "work" / run.id).exists()
+
+
+def test_dry_run_prints_the_plan_and_runs_nothing(tmp_path):
+    grid = tmp_path / "grid.py"
+    grid.write_text(TINY)
+    output = run_command([sys.executable, "tools/study.py", str(grid), "--results", str(tmp_path / "r"), "--dry-run"])
+    assert output.returncode == 0
+    assert "0 of 4 runs done" in output.stdout
+    assert not (tmp_path / "r").exists()
+
+
+def test_costs_come_from_the_runs_that_are_done(done):
+    folder = done[0]
+    runs = load_grid(folder / "grid.py").runs()
+    assert "4 of 4 runs done; about 0.0 core hours are left" in describe_plan(runs, folder / "results")
+
+
+def test_a_process_without_a_result_is_reported(tmp_path):
+    grid = tmp_path / "grid.py"
+    grid.write_text(TINY)
+    runs = load_grid(grid).runs(["digits/enc"])
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    failed = run_all(runs, tmp_path / "results", lambda run: command, tmp_path / "work")
+    assert [run.id for run in failed] == ["digits/enc-seed0"]
+    assert pending(runs, tmp_path / "results") == runs  # to be done again
+
+
+def test_unknown_runs_and_grids_are_refused():
+    output = run_command([sys.executable, "tools/study.py", "--run", "quarter/none-seed0"])
+    assert output.returncode != 0
+    assert "the grid has no run 'quarter/none-seed0'" in output.stderr
+    output = run_command([sys.executable, "tools/study.py", "nowhere.py"])
+    assert "there is no file nowhere.py" in output.stderr

@@ -1,0 +1,63 @@
+"""Intervals against scipy's own, pairs and ratios against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from enc_plugin.study.statistics import interval, paired_difference, paired_ratio, rank_correlation
+
+values = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8)
+
+
+@given(values)
+def test_interval_is_students_t(sample):
+    found = interval(sample)
+    spread = stats.sem(sample)
+    assert found.mean == pytest.approx(np.mean(sample), abs=1e-9)
+    if spread > 1e-9:
+        low, high = stats.t.interval(0.95, len(sample) - 1, loc=np.mean(sample), scale=spread)
+        assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
+
+
+def test_one_seed_has_no_interval():
+    found = interval([3.0])
+    assert (found.mean, found.n) == (3.0, 1)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
+def test_no_value_is_an_error():
+    with pytest.raises(ValueError, match="at least one value"):
+        interval([])
+
+
+@given(values, st.floats(-10, 10))
+def test_what_seeds_share_cancels_in_pairs(sample, shift):
+    a = dict(enumerate(x + shift for x in sample))
+    found = paired_difference(a, dict(enumerate(sample)))
+    assert found.mean == pytest.approx(shift, abs=1e-9)
+    assert found.half_width < 1e-9
+
+
+def test_seeds_that_only_one_side_has_are_left_out():
+    found = paired_difference({0: 1.0, 1: 2.0, 7: 100.0}, {0: 0.0, 1: 1.0, 9: -100.0})
+    assert (found.mean, found.n) == (1.0, 2)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_ratios_are_geometric():
+    found = paired_ratio({0: 2.0, 1: 8.0}, {0: 1.0, 1: 1.0})
+    assert found.mean == pytest.approx(4.0)
+    assert found.low * found.high == pytest.approx(16.0)  # the interval is symmetric in the logarithm
+
+
+def test_rank_correlation_sees_order_alone():
+    assert rank_correlation([1, 2, 3, 4], [1, 10, 100, 1000])[0] == pytest.approx(1.0)
+    assert rank_correlation([1, 2, 3, 4], [0, -1, -5, -6])[0] == pytest.approx(-1.0)
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3])[0])

@@ -1,0 +1,147 @@
+"""Self-contained HTML pages: one file, no script, figures within, for a screen or a phone, by day or by night.
+
+    page = render("Title", "Plain text is a paragraph.", section("Results", table(["run", "%"], [["a", "1"]])))
+    save(page, "report.html")
+
+Blocks are :class:`Html`, as the functions below return, or plain text, which becomes an escaped paragraph.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class Html(str):
+    """Text that is HTML already and goes into a page as it is."""
+
+    __slots__ = ()
+
+
+def render(title: str, *blocks: str) -> str:
+    """The whole page: its title as heading, then the blocks."""
+    return _PAGE.format(title=html.escape(title), style=_STYLE, body=_join(blocks))
+
+
+def save(page: str, path: str | Path) -> None:
+    """Write a page as UTF-8; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def section(title: str, *blocks: str) -> Html:
+    """Blocks under a heading."""
+    return Html(f"<section>\n<h2>{html.escape(title)}</h2>\n{_join(blocks)}\n</section>")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Html:
+    """A table that scrolls sideways by itself where it is too wide, its first column staying in sight.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells; the first of a row names it. A column of numbers (in all its filled cells) is aligned right.
+        caption: What the table shows; also what a screen reader announces.
+    """
+    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(head))]
+    kinds = [' class="n"' if number and i else "" for i, number in enumerate(numeric)]
+    top = "".join(f'<th scope="col"{kind}>{_inline(cell)}</th>' for cell, kind in zip(head, kinds, strict=True))
+    body = "\n".join(
+        f'<tr><th scope="row">{_inline(row[0])}</th>'
+        + "".join(f"<td{kind}>{_inline(cell)}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    label = html.escape(caption or f"Table: {', '.join(head[:3])}")
+    text = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return Html(
+        f'<div class="wide" role="region" tabindex="0" aria-label="{label}">'
+        f"<table>{text}<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def figure(png: bytes, alt: str, caption: str = "") -> Html:
+    """A PNG inside the page, with what it shows in words and a caption below."""
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return Html(f'<figure><img alt="{html.escape(alt)}" src="{source}">{below}</figure>')
+
+
+def grid(*figures: Html) -> Html:
+    """Figures side by side where there is room, else one below the other."""
+    return Html(f'<div class="grid">\n{_join(figures)}\n</div>')
+
+
+def details(summary: str, *blocks: str) -> Html:
+    """Blocks that are folded away under a line of text until it is clicked."""
+    return Html(f"<details><summary>{html.escape(summary)}</summary>\n{_join(blocks)}\n</details>")
+
+
+def items(*texts: str) -> Html:
+    """A bulleted list."""
+    return Html("<ul>" + "".join(f"<li>{_inline(text)}</li>" for text in texts) + "</ul>")
+
+
+def note(text: str) -> Html:
+    """A paragraph that is set off as a warning."""
+    return Html(f'<p class="note">{_inline(text)}</p>')
+
+
+def _inline(text: str) -> str:
+    return text if isinstance(text, Html) else html.escape(text)
+
+
+def _join(blocks: Sequence[str]) -> str:
+    return "\n".join(block if isinstance(block, Html) else f"<p>{html.escape(block)}</p>" for block in blocks)
+
+
+def _is_number(cell: str) -> bool:
+    """Whether the cell is empty or begins with a number, as ``1.5 ± 0.2`` does."""
+    try:
+        return not cell or bool(float(cell.split()[0].rstrip("%")) or True)
+    except (ValueError, IndexError):
+        return False
+
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --back: #fff; --line: #d1d9e0; --note: #fff8c5; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6edf3; --soft: #9198a1; --back: #0d1117; --line: #3d444d; --note: #3a2d00; }
+}
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 70rem;
+  margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1, h2 { line-height: 1.25; margin: 1.2em 0 .5em; }
+h1 { font-size: 1.7rem; margin-top: .4rem; }
+h2 { font-size: 1.25rem; border-bottom: 1px solid var(--line); padding-bottom: .2em; }
+figure { margin: 0; min-width: 0; }
+figure img { display: block; width: 100%; max-width: 780px; height: auto; background: #fff; border-radius: 6px; }
+figcaption, caption { color: var(--soft); font-size: .875rem; text-align: left; padding: .3rem 0; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem; }
+.wide { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+thead th { vertical-align: bottom; border-bottom: 2px solid var(--soft); }
+th[scope=row] { position: sticky; left: 0; background: var(--back); max-width: 40vw; overflow-wrap: anywhere; }
+.n { text-align: right; white-space: nowrap; }
+thead .n { white-space: normal; }
+details { margin: .8rem 0; }
+summary { cursor: pointer; }
+.note { background: var(--note); padding: .5rem .8rem; border-radius: 6px; }
+"""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""

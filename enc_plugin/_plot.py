@@ -1,0 +1,244 @@
+"""The one look of all figures: curves with error bands, intervals, scatter; each returns the bytes of a PNG.
+
+Figures are made by matplotlib's objects alone: no pyplot, no backend, no rcParams. Equal data gives equal bytes. Series
+differ in colour (Okabe and Ito's, told apart by the colour-blind), in mark and in dash.
+
+    png = curves([Series("ENC", [1, 2], [70, 80], lower=[68, 79], upper=[72, 81])], "epoch", "top-1 accuracy (%)")
+    save(png, "accuracy.png")
+
+A figure of another kind starts from :func:`new_axes`, takes its looks from :func:`look` and ends in :func:`to_png`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+# Okabe and Ito without yellow, which is lost on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv<>pP"
+# Lengths coprime to each other: sixty series and more before a look comes again.
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+DPI = 150
+SIZE = (5.2, 3.6)  # inches: the text stays readable when a phone shrinks the figure to its width
+MANY_POINTS = 30  # from here on marks would hide the line
+LONGEST_LABEL = 40  # characters
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one name; ``lower`` and ``upper`` bound a band around ``y``. What is not finite leaves a gap."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    lower: Sequence[float] | None = None
+    upper: Sequence[float] | None = None
+
+
+def look(index: int) -> dict:
+    """Keywords ``color``, ``marker`` and ``linestyle`` of the series of that number."""
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index % len(DASHES)],
+    }
+
+
+def new_axes(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = SIZE) -> Axes:
+    """Empty axes on a figure of their own (``axes.figure``), of ``size`` inches."""
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if title:
+        axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def draw(axes: Axes, series: Series, index: int, **keywords) -> None:
+    """Draw a line with its band; ``keywords`` of ``Axes.plot`` stand above the look of ``index``."""
+    y = _finite(series.y)
+    options = look(index) | {"linewidth": 1.4, "markersize": 4.5, "label": shorten(series.name)} | keywords
+    if len(y) >= MANY_POINTS:
+        # A few marks, each series elsewhere, still tell lines apart.
+        every = max(1, len(y) // 8)
+        options.setdefault("markevery", (index * every // 5 % len(y), every))
+    axes.plot(series.x, y, **options)
+    if series.lower is not None and series.upper is not None:
+        band = (_finite(series.lower), _finite(series.upper))
+        axes.fill_between(series.x, *band, color=options["color"], alpha=0.2, linewidth=0)
+
+
+def curves(
+    series: Sequence[Series],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    *,
+    logx: bool = False,
+    logy: bool = False,
+    ylim: tuple[float | None, float | None] | None = None,
+    whole_x: bool = False,
+    legend: bool = True,
+    size: tuple[float, float] = SIZE,
+) -> bytes:
+    """Lines with error bands, as a PNG.
+
+    Args:
+        series: What to draw, in the order of the legend.
+        xlabel: What x is, with its unit; ``ylabel`` alike.
+        ylabel: What y is, with its unit.
+        title: Above the axes.
+        logx: Logarithmic x; left linear while no value is positive.
+        logy: Logarithmic y; left linear while no value is positive.
+        ylim: Limits of y; None leaves one to the data.
+        whole_x: Tick x at whole numbers only, as for epochs.
+        legend: Name the series below the axes.
+        size: Width and height in inches without the legend.
+    """
+    axes = new_axes(xlabel, ylabel, title, size)
+    for index, one in enumerate(series):
+        draw(axes, one, index)
+    return _finish(axes, series, logx, logy, ylim, whole_x, legend)
+
+
+def scatter(
+    series: Sequence[Series],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    *,
+    logx: bool = False,
+    logy: bool = False,
+    legend: bool = True,
+    size: tuple[float, float] = SIZE,
+) -> bytes:
+    """Unconnected points, a look for each series, as a PNG; options as for :func:`curves`."""
+    axes = new_axes(xlabel, ylabel, title, size)
+    for index, one in enumerate(series):
+        keywords = look(index) | {"linestyle": "none", "markersize": 6, "alpha": 0.8, "label": shorten(one.name)}
+        axes.plot(_finite(one.x), _finite(one.y), **keywords)
+    return _finish(axes, series, logx, logy, None, False, legend)
+
+
+def intervals(
+    labels: Sequence[str],
+    values: Sequence[float],
+    lower: Sequence[float],
+    upper: Sequence[float],
+    xlabel: str,
+    title: str = "",
+    *,
+    bars: bool = False,
+    reference: float | None = None,
+    logx: bool = False,
+    width: float = SIZE[0],
+) -> bytes:
+    """One row a label, from the top: a point (or a bar) with its horizontal interval, as a PNG.
+
+    Args:
+        labels: Names of the rows.
+        values: Estimates.
+        lower: Lower ends of the intervals, such as of 95 %; NaN draws none.
+        upper: Upper ends.
+        xlabel: What the values are, with their unit and what the interval is.
+        title: Above the axes.
+        bars: Draw bars from zero instead of points.
+        reference: Where to draw a vertical line, such as at no difference.
+        logx: Logarithmic values.
+        width: Inches; the height follows from the number of rows.
+    """
+    axes = new_axes(xlabel, "", title, (width, 1.1 + 0.34 * max(2, len(labels))))
+    rows = np.arange(len(labels))
+    values, lower, upper = _finite(values), _finite(lower), _finite(upper)
+    # An interval need not hold its point: a mean of percentiles may lie outside by rounding.
+    errors = [np.maximum(values - lower, 0), np.maximum(upper - values, 0)]
+    for row in rows:
+        color = PALETTE[row % len(PALETTE)]
+        if bars:
+            axes.barh(row, values[row], height=0.62, color=color, alpha=0.75)
+        error = [[errors[0][row]], [errors[1][row]]]
+        mark = {"fmt": "none", "ecolor": "#222222"} if bars else {"fmt": MARKERS[row % len(MARKERS)], "color": color}
+        axes.errorbar(values[row], row, xerr=error, capsize=3.5, linewidth=1.6, markersize=6, **mark)
+    if reference is not None:
+        axes.axvline(reference, color="#666666", linewidth=1, linestyle=(0, (4, 2)), zorder=0.9)
+    axes.set_yticks(rows, [shorten(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    if logx and np.any(values > 0):
+        axes.set_xscale("log")
+    return to_png(axes.figure)
+
+
+def to_png(figure: Figure, colors: int | None = 256) -> bytes:
+    """The figure's pixels without date or version; ``colors=None`` for photographs keeps every colour."""
+    figure.canvas.draw()
+    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    if colors is not None:
+        # Without dithering a chart looks the same in a third of the bytes.
+        image = image.quantize(colors, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True, dpi=(figure.dpi, figure.dpi))
+    return buffer.getvalue()
+
+
+def save(png: bytes, path: str | Path) -> None:
+    """Write a PNG; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(png)
+
+
+def shorten(label: str, length: int = LONGEST_LABEL) -> str:
+    """At most ``length`` characters of the label: its beginning and its end; ``$`` is not mathematics."""
+    if len(label) > length:
+        label = f"{label[: length // 2]}\N{HORIZONTAL ELLIPSIS}{label[len(label) - length + length // 2 + 1 :]}"
+    return label.replace("$", r"\$")
+
+
+def legend_below(axes: Axes) -> None:
+    """Name the series below the axes, in as many columns as fit; the figure grows, the axes keep their size."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    figure = axes.figure
+    width, height = figure.get_size_inches()
+    # A character is about 0.085 inches wide, a handle half an inch.
+    columns = max(1, min(len(labels), int(width / (0.55 + 0.085 * max(map(len, labels))))))
+    figure.set_size_inches(width, height + 0.1 + 0.21 * math.ceil(len(labels) / columns))
+    options = {"frameon": False, "fontsize": 9, "handlelength": 2.6, "columnspacing": 1.2}
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
+
+
+def _finish(axes: Axes, series: Sequence[Series], logx: bool, logy: bool, ylim, whole_x: bool, legend: bool) -> bytes:
+    if logx and any(np.any(_finite(one.x) > 0) for one in series):
+        axes.set_xscale("log")
+    elif whole_x:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    if logy and any(np.any(_finite(one.y) > 0) for one in series):
+        axes.set_yscale("log")
+    if ylim is not None:
+        axes.set_ylim(*ylim)
+    if legend:
+        legend_below(axes)
+    return to_png(axes.figure)
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    """As float64, NaN where a value is not finite: matplotlib leaves a gap there."""
+    array = np.asarray(values, dtype=np.float64)
+    return np.where(np.isfinite(array), array, np.nan)

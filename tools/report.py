@@ -1,16 +1,25 @@
-"""Compare training runs on one self-contained HTML page: summary, curves, and the settings that differ."""
+"""Compare training runs on one self-contained HTML page, or write a study's pages from its results (--study)."""
 
 import argparse
 
 import _bootstrap  # noqa: F401
 
 from enc_plugin.report import write_report
+from enc_plugin.study import write_study
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work_dirs", nargs="+", help="folders that tools/train.py wrote to")
+    parser.add_argument("work_dirs", nargs="*", help="folders that tools/train.py wrote to")
     parser.add_argument("--names", nargs="+", help="what the page calls the runs (default: the folders' names)")
     parser.add_argument("--out", default="report.html", help="page to write (default: %(default)s)")
+    parser.add_argument("--study", metavar="DIR", help="folder of a study (grid.py, results/): write its pages there")
+    parser.add_argument("--readme", metavar="FILE", help="with --study: rewrite the verdicts in this file")
     args = parser.parse_args()
-    print(write_report(args.work_dirs, args.out, args.names))
-    print(f"report: {args.out}")
+    if bool(args.study) == bool(args.work_dirs):
+        parser.error("give work dirs to compare, or --study DIR")
+    if args.study:
+        for path in write_study(args.study, args.readme):
+            print(f"wrote {path}")
+    else:
+        print(write_report(args.work_dirs, args.out, args.names))
+        print(f"report: {args.out}")

@@ -3,6 +3,7 @@
 from .execute import execute, pending, read_result, result_path
 from .grid import Arena, Cell, Grid, PlannedRun, load_grid
 from .plan import describe_plan, run_all
+from .report import write_study
 
 __all__ = [
     "Arena",
@@ -16,4 +17,5 @@ __all__ = [
     "read_result",
     "result_path",
     "run_all",
+    "write_study",
 ]

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import _page, _plot
 from .claims import Comparison, Figure, Section, sections
+from .execute import DIVERGED, FAILED
 from .grid import load_grid
 from .results import Results, load_results
 
 BEGIN, END = "<!-- study: written by tools/report.py -->", "<!-- end of study -->"
-_HEADLINES = ("accuracy", "gbr", "robustness", "tightness", "parts")
+_ENC = ("enc-ws", "baseline")
+# What the README shows of a section: two cells and a metric (its name up to a comma), and what to call the effect.
+_HEADLINES = {
+    "accuracy": {(_ENC, "top-1 accuracy (%)"): "top-1 (points)"},
+    "gbr": {(_ENC, "GBR of the logits"): "of logits", (_ENC, "GBR of the probabilities"): "of probabilities"},
+    "robustness": {(_ENC, "top-1 accuracy (%) under FGSM"): "top-1 under FGSM (points, mean over eps)"},
+    "tightness": {(_ENC, "AM-GM slack of the folded linear maps (log)"): "slack (log)"},
+    "parts": {
+        (("bn", "baseline"), "top-1 accuracy (%)"): "classifier BN alone",
+        (("enc-ws", "bn"), "top-1 accuracy (%)"): "ENC less classifier BN",
+    },
+}
+_TITLE = "Does ENC do what the paper says?"
 
 
-def write_study(grid: str | Path, results: str | Path, out: str | Path, readme: str | Path | None = None) -> list[Path]:
+def write_study(study: str | Path, readme: str | Path | None = None) -> list[Path]:
     """Write ``README.md``, ``report.html``, ``figures/*.png`` and ``figures.json`` of a study from its results alone.
 
-    The same results give the same files, byte for byte, with the same versions of matplotlib and its fonts; the numbers
-    behind the figures (``figures.json``) do not depend on them.
+    The same results give the same files, byte for byte, with the same version of matplotlib; the texts and the numbers
+    behind the figures (``figures.json``) do not depend on it.
 
     Args:
-        grid: The grid's file.
-        results: Folder of the results.
-        out: Folder to write to.
+        study: Folder that holds ``grid.py`` and ``results/``, and gets the files.
         readme: The project's README, whose lines between the study's two markers are rewritten; None: leave it alone.
 
     Returns:
@@ -33,103 +46,141 @@ def write_study(grid: str | Path, results: str | Path, out: str | Path, readme: 
     Raises:
         ValueError: If the README lacks the markers, or the results do not fit the grid.
     """
-    found = load_results(load_grid(grid), results)
+    study = Path(study)
+    found = load_results(load_grid(study / "grid.py"), study / "results")
     parts = sections(found)
-    out = Path(out)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     figures = [figure for part in parts for figure in part.figures]
     pictures = {figure.name: draw(figure) for figure in figures}
-    wanted = {out / "figures" / f"{name}.png": picture for name, picture in pictures.items()}
-    for stale in set((out / "figures").glob("*.png")) - set(wanted):
-        stale.unlink()
-    for path, picture in wanted.items():
-        path.write_bytes(picture)
-    link = os.path.relpath(results, out)
+    wanted = {study / "figures" / f"{name}.png": picture for name, picture in pictures.items()}
     texts = {
-        out / "figures.json": json.dumps([_plain(figure) for figure in figures], indent=1) + "\n",
-        out / "README.md": markdown(found, parts, link),
-        out / "report.html": page(found, parts, pictures, link),
+        study / "figures.json": json.dumps([_plain(figure) for figure in figures], indent=1) + "\n",
+        study / "README.md": markdown(found, parts),
+        study / "report.html": page(found, parts, pictures),
     }
     if readme is not None:
-        texts[Path(readme)] = _insert(
-            Path(readme).read_text(), headlines(found, parts, out, Path(readme).parent), readme
-        )
+        lines = headlines(found, parts, os.path.relpath(study, Path(readme).parent))
+        texts[Path(readme)] = _insert(Path(readme).read_text(), lines, readme)
+    for stale in set(study.glob("figures/*.png")) - set(wanted):
+        stale.unlink()
+    for path, picture in wanted.items():
+        _plot.save(picture, path)
     for path, text in texts.items():
         path.write_text(text)
     return [*texts, *wanted]
 
 
-def headlines(found: Results, parts: Sequence[Section], out: Path, start: Path) -> str:
+def draw(figure: Figure) -> bytes:
+    """The figure as a PNG."""
+    if figure.kind == "intervals":
+        ends = ([math.nan if row[end] is None else row[end] for row in figure.data] for end in ("low", "high"))
+        labels = [_plot.shorten(row["label"], 56) for row in figure.data]
+        means = [row["mean"] for row in figure.data]
+        return _plot.intervals(labels, means, *ends, figure.x_label, reference=figure.reference, width=8.5)
+    if figure.kind == "scatter":
+        series = [_plot.Series(one["label"], one["x"], one["y"]) for one in figure.data]
+        return _plot.scatter(series, figure.x_label, figure.y_label, logx=figure.log_x, logy=figure.log_y)
+    bounds = ([[math.nan if v is None else v for v in one[end]] for one in figure.data] for end in ("low", "high"))
+    series = [
+        _plot.Series(one["label"], one["x"], one["mean"], low, high)
+        for one, low, high in zip(figure.data, *bounds, strict=True)
+    ]
+    return _plot.curves(
+        series, figure.x_label, figure.y_label, logx=figure.log_x, logy=figure.log_y, whole_x=True, ylim=figure.y_limits
+    )
+
+
+def headlines(found: Results, parts: Sequence[Section], folder: str) -> str:
     """The verdicts in five lines, with a figure: what stands in the project's README."""
     by_name = {part.name: part for part in parts}
-    folder = os.path.relpath(out, start)
-    lines = [_headline(found, by_name[name]) for name in _HEADLINES]
-    pictures = [
-        f"![{figure.caption}]({folder}/figures/{figure.name}.png)"
-        for name in ("parts", "accuracy")
-        for figure in by_name[name].figures[:1]
-    ]
-    done = sum(1 for _ in found)
     note = (
-        f"[The study]({folder}/README.md): {done} finished runs, {len(found.missing)} planned ones to go; paired by seed, "
-        "95 % intervals."
+        f"[The study]({folder}/README.md): {len(list(found))} finished runs, {len(found.missing)} planned ones to go. "
+        "ENC is eq. 22, against the plain network; differences are paired by seed, with 95 % intervals."
     )
-    return "\n".join([note, "", *lines, "", *pictures[:1]])
+    figures = by_name["accuracy"].figures or by_name["parts"].figures
+    pictures = [f"![{figure.caption}]({folder}/figures/{figure.name}.png)" for figure in figures[:1]]
+    return "\n".join([note, "", *(_headline(by_name[name]) for name in _HEADLINES), "", *pictures])
 
 
-def _headline(found: Results, part: Section) -> str:
-    cells = []
-    for arena in part.verdicts or {c.arena: "" for c in part.comparisons}:
-        first = next((c for c in part.comparisons if c.arena == arena and c.effect is not None), None)
-        if first is None:
-            continue
-        verdict = part.verdicts.get(arena)
-        cells.append(f"{arena}: {_effect(first)}" + (f" - **{verdict}**" if verdict else ""))
-    return f"- **{part.title}** {'; '.join(cells) or 'no run yet'}"
+def _headline(part: Section) -> str:
+    shown = _HEADLINES[part.name]
+    arenas = []
+    for arena in dict.fromkeys(c.arena for c in part.comparisons):
+        effects = [
+            f"{label} {_effect(c)}"
+            for (pair, name), label in shown.items()
+            for c in part.comparisons
+            if (c.arena, c.cell, c.other) == (arena, *pair)
+            and c.metric.name.split(",")[0] == name
+            and c.effect is not None
+        ]
+        if effects:
+            verdict = f" - **{part.verdicts[arena]}**" if arena in part.verdicts else ""
+            arenas.append(f"{arena}: {', '.join(effects)}{verdict}")
+    title = part.title if part.title.endswith("?") else f"{part.title}?"
+    return f"- {title} {'; '.join(arenas) or 'Not run yet'}."
 
 
-def markdown(found: Results, parts: Sequence[Section], link: str) -> str:
+def markdown(found: Results, parts: Sequence[Section]) -> str:
     """The study's page in Markdown."""
-    text = ["# Does ENC do what the paper says?", "", *_introduction(found), ""]
-    text += _markdown_table(*_summary(found, parts)) + [""]
+    text = [f"# {_TITLE}", "", _INTRODUCTION, "", *(f"- {line}" for line in _arenas(found)), "", _METHOD, ""]
+    text += [*_markdown_table(*_summary(found, parts)), ""]
     for part in parts:
         text += [f"## {part.title}", "", f"*The claim.* {part.claim}", ""]
         if part.verdicts:
-            text += [f"**{line}**  " for line in _verdicts(found, part)] + [""]
-        if part.comparisons:
-            text += _markdown_table(*_comparison_table(found, part)) + [""]
-        for title, head, rows in part.tables:
-            text += [f"{title}:", "", *_markdown_table(head, rows), ""]
-        for line in part.text:
-            text += [f"- {line}"]
-        text += [""] if part.text else []
+            text += [f"**Verdict.** {_verdicts(part)}", ""]
+        for title, head, rows in _tables(found, part):
+            text += [*([f"{title}:", ""] if title else []), *_markdown_table(head, rows), ""]
+        text += [f"- {line}" for line in part.text] + ([""] if part.text else [])
         for figure in part.figures:
             text += [f"![{figure.caption}](figures/{figure.name}.png)", "", f"*{figure.caption}*", ""]
-    text += ["## All runs", "", *_about_runs(found), ""]
-    head, rows, paths = _run_table(found)
-    rows = [[f"[{row[0]}]({link}/{path})", *row[1:]] for row, path in zip(rows, paths, strict=True)]
+    text += ["## All runs", ""]
+    for line in _about_runs(found):
+        text += [line, ""]
+    head, rows = _run_table(found)
+    rows = [[f"[{row[0]}](results/{row[0]}.json)", *row[1:]] for row in rows]
     text += _markdown_table(head, rows)
     return "\n".join(text) + "\n"
 
 
-def _introduction(found: Results) -> list[str]:
-    arenas = [
-        f"- **{name}**: {arena.title} ([config]({os.path.basename(arena.config)}))"
-        for name, arena in found.grid.arenas.items()
-    ]
-    return [
-        "Every number below is computed from the files in [results](results), one a run, each with its config, changes, "
-        "seed, commit and versions; [grid.py](grid.py) declares the runs. `python tools/study.py` carries out what is "
-        "missing, `python tools/report.py --study study` writes this page again.",
-        "",
-        *arenas,
-        "",
-        "Runs of equal seeds start from the same weights and see the same pictures in the same order; differences are "
-        "paired by seed, with 95 % intervals of Student's t, not corrected for their number. A claim is *reproduced* if "
-        "every interval that it is about lies wholly on the claimed side, *not reproduced* if one lies wholly on the "
-        "other side, and *not decided at this scale* otherwise. The networks and schedules here are far smaller than the "
-        "paper's: a verdict is about this scale.",
-    ]
+def page(found: Results, parts: Sequence[Section], pictures: dict[str, bytes]) -> str:
+    """The same as one HTML page that needs no other file; figures by name."""
+    blocks = [_INTRODUCTION.replace("`", ""), _page.items(*_arenas(found)), _METHOD.replace("*", "")]
+    blocks.append(_page.section("Verdicts", _page.table(*_summary(found, parts))))
+    for part in parts:
+        drawn = [
+            _page.figure(pictures[figure.name], alt=figure.caption, caption=figure.caption) for figure in part.figures
+        ]
+        blocks.append(
+            _page.section(
+                part.title,
+                f"The claim. {part.claim}",
+                *([_page.note(f"Verdict. {_verdicts(part)}")] if part.verdicts else []),
+                *(_page.table(head, rows, title) for title, head, rows in _tables(found, part)),
+                *([_page.items(*part.text)] if part.text else []),
+                *([_page.grid(*drawn)] if drawn else []),
+            )
+        )
+    runs = _page.details("Every run", _page.table(*_run_table(found)))
+    blocks.append(_page.section("All runs", *_about_runs(found), runs))
+    return _page.render(_TITLE, *blocks)
+
+
+_INTRODUCTION = (
+    "Every number below is computed from the files in `results/`, one a run, each with its config, changes, seed, "
+    "commit and versions; `grid.py` declares the runs. `python tools/study.py` carries out what is missing, "
+    "`python tools/report.py --study study` writes this page again."
+)
+_METHOD = (
+    "Runs of equal seeds start from the same weights and see the same pictures in the same order; differences are "
+    "paired by seed, with 95 % intervals of Student's t, not corrected for their number. A claim is *reproduced* if "
+    "every interval that it is about lies wholly on the claimed side, *not reproduced* if one lies wholly on the other "
+    "side, and *not decided at this scale* otherwise. The networks and schedules are far smaller than the paper's: a "
+    "verdict is about this scale."
+)
+
+
+def _arenas(found: Results) -> list[str]:
+    return [f"{name}: {arena.title} ({arena.config})" for name, arena in found.grid.arenas.items()]
 
 
 def _summary(found: Results, parts: Sequence[Section]) -> tuple[list[str], list[list[str]]]:
@@ -138,53 +189,57 @@ def _summary(found: Results, parts: Sequence[Section]) -> tuple[list[str], list[
     return ["claim", *arenas], rows
 
 
-def _verdicts(found: Results, part: Section) -> list[str]:
-    return [f"{found.grid.arenas[arena].title}: {verdict}." for arena, verdict in part.verdicts.items()]
+def _verdicts(part: Section) -> str:
+    return "; ".join(f"{arena}: {verdict}" for arena, verdict in part.verdicts.items()) + "."
+
+
+def _tables(found: Results, part: Section) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Titles, heads and rows of a section's tables."""
+    head, rows = _comparison_table(found, part)
+    return ([("", head, rows)] if rows else []) + part.tables
 
 
 def _comparison_table(found: Results, part: Section) -> tuple[list[str], list[list[str]]]:
-    head = ["arena", "first", "second", "measured", "first", "second", "effect [95 %]", "seeds", "verdict"]
+    head = ["arena", "A", "B", "measured", "A", "B", "A against B [95 %]", "seeds", "verdict"]
     rows = []
     for c in part.comparisons:
+        if c.effect is None:
+            continue
         values = ["-" if v is None else format(v, c.metric.digits) for v in (c.first, c.second)]
         names = [found.title(c.arena, cell) for cell in (c.cell, c.other)]
-        seeds = "0" if c.effect is None else str(c.effect.n)
-        verdict = "no run yet" if c.effect is None else "one seed" if c.effect.n == 1 else c.verdict
-        rows.append([c.arena, *names, c.metric.name, *values, _effect(c), seeds, verdict])
+        verdict = "one seed" if c.effect.n == 1 else c.verdict
+        rows.append([c.arena, *names, c.metric.name, *values, _effect(c), str(c.effect.n), verdict])
     return head, rows
 
 
 def _effect(c: Comparison) -> str:
     """Difference (``+0.52 [0.10, 0.94]``) or ratio (``x1.30 [1.10, 1.54]``)."""
-    if c.effect is None:
-        return "-"
     sign, form = ("x", ".3g") if c.metric.as_ratio else ("", f"+{c.metric.digits}")
     text = f"{sign}{c.effect.mean:{form}}"
     return text if c.effect.n == 1 else f"{text} [{c.effect.low:{form}}, {c.effect.high:{form}}]"
 
 
 def _about_runs(found: Results) -> list[str]:
-    done = list(found)
     hours = sum(result["seconds"]["cpu"] for result in found.runs.values()) / 3600
+    diverged, failed = found.with_status(DIVERGED), found.with_status(FAILED)
     lines = [
-        f"{len(done)} finished, {len(found.with_status('diverged'))} diverged, {len(found.with_status('failed'))} failed, "
-        f"{len(found.missing)} planned and not run yet; {hours:.1f} core hours in all."
+        f"{len(list(found))} finished, {len(diverged)} diverged, {len(failed)} failed, {len(found.missing)} planned "
+        f"and not run yet; {hours:.1f} core hours in all."
     ]
-    for status in ("diverged", "failed"):
-        for result in found.with_status(status):
-            lines.append(f"{status}: {result['id']}" + (f" ({result['error']})" if "error" in result else ""))
+    lines += [f"Diverged: {result['id']}." for result in diverged]
+    lines += [f"Failed: {result['id']}: {result['error']}" for result in failed]
     if found.missing:
         lines.append(f"Not run yet: {', '.join(found.missing)}.")
-    return [item for line in lines for item in (line, "")][:-1]
+    return lines
 
 
-def _run_table(found: Results) -> tuple[list[str], list[list[str]], list[str]]:
+def _run_table(found: Results) -> tuple[list[str], list[list[str]]]:
     head = ["run", "status", "top-1 (%)", "GBR logits", "GBR probs", "core s", "commit"]
-    rows, paths = [], []
+    rows = []
     for run in found.grid.runs():
-        result = found.runs.get(run.id)
-        if result is None:
+        if run.id not in found.runs:
             continue
+        result = found.runs[run.id]
         final = result.get("final", {})
         numbers = [
             "-" if final.get(key) is None else format(final[key], form)
@@ -192,8 +247,7 @@ def _run_table(found: Results) -> tuple[list[str], list[list[str]], list[str]]:
         ]
         commit = result["provenance"]["commit"]
         rows.append([run.id, result["status"], *numbers, f"{result['seconds']['cpu']:.0f}", commit])
-        paths.append(f"{run.id}.json")
-    return head, rows, paths
+    return head, rows
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -37,7 +37,7 @@ def _norm(key: str) -> Callable[[dict], float | None]:
 
 
 def _early_accuracy(result: dict) -> float | None:
-    """Mean validation accuracy over the epochs before the first drop of the learning rate is half over."""
+    """Mean validation accuracy over the first half of the epochs: how fast a run converges."""
     points = result["by_epoch"].get("accuracy/top1", [])
     early = [value for epoch, value in points if epoch <= result["epochs"] / 2]
     return None if not early or None in early else sum(early) / len(early)

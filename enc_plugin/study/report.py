@@ -105,13 +105,12 @@ def _headline(part: Section) -> str:
     shown = _HEADLINES[part.name]
     arenas = []
     for arena in dict.fromkeys(c.arena for c in part.comparisons):
+        run = [c for c in part.comparisons if c.arena == arena and c.effect is not None]
         effects = [
             f"{label} {_effect(c)}"
             for (pair, name), label in shown.items()
-            for c in part.comparisons
-            if (c.arena, c.cell, c.other) == (arena, *pair)
-            and c.metric.name.split(",")[0] == name
-            and c.effect is not None
+            for c in run
+            if (c.cell, c.other) == pair and c.metric.name.split(",")[0] == name
         ]
         if effects:
             verdict = f" - **{part.verdicts[arena]}**" if arena in part.verdicts else ""

@@ -6,7 +6,8 @@ differ in colour (Okabe and Ito's, told apart by the colour-blind), in mark and 
     png = curves([Series("ENC", [1, 2], [70, 80], lower=[68, 79], upper=[72, 81])], "epoch", "top-1 accuracy (%)")
     save(png, "accuracy.png")
 
-A figure of another kind starts from :func:`new_axes`, takes its looks from :func:`look` and ends in :func:`to_png`.
+A figure of another kind starts from :func:`new_axes` or :func:`new_figure`, takes its looks from :func:`look` and ends
+in :func:`to_png`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ class Series:
     lower: Sequence[float] | None = None
     upper: Sequence[float] | None = None
 
+    @classmethod
+    def with_error(cls, name: str, x: Sequence[float], y: Sequence[float], error: Sequence[float]) -> Series:
+        """Points with a band of ``error`` to each side, such as their standard error."""
+        y, error = np.asarray(y, dtype=np.float64), np.asarray(error, dtype=np.float64)
+        return cls(name, x, y, y - error, y + error)
+
 
 def look(index: int) -> dict:
     """Keywords ``color``, ``marker`` and ``linestyle`` of the series of that number."""
@@ -55,11 +62,16 @@ def look(index: int) -> dict:
     }
 
 
-def new_axes(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = SIZE) -> Axes:
-    """Empty axes on a figure of their own (``axes.figure``), of ``size`` inches."""
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Empty figure of that width and height in inches."""
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    return figure
+
+
+def new_axes(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = SIZE) -> Axes:
+    """Empty axes on a figure of their own (``axes.figure``), of ``size`` inches."""
+    axes = new_figure(size).subplots()
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if title:

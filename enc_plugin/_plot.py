@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,9 @@ def new_axes(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float
     """Empty axes on a figure of their own (``axes.figure``), of ``size`` inches."""
     axes = new_figure(size).subplots()
     axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    # Longer lines than the axis would run out of the picture; formulas are not broken.
+    lines = [[line] if "$" in line else textwrap.wrap(line, int(size[1] * 11)) for line in ylabel.split("\n")]
+    axes.set_ylabel("\n".join(part for parts in lines for part in parts))
     if title:
         axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3, linewidth=0.6)
@@ -97,7 +100,7 @@ def draw(axes: Axes, series: Series, index: int, **keywords) -> None:
 
 
 def curves(
-    series: Sequence[Series],
+    series: Sequence[Series | None],
     xlabel: str,
     ylabel: str,
     title: str = "",
@@ -112,7 +115,8 @@ def curves(
     """Lines with error bands, as a PNG.
 
     Args:
-        series: What to draw, in the order of the legend.
+        series: What to draw, in the order of the legend. None draws nothing and keeps the looks of those behind it, so
+            that a run looks the same in every figure.
         xlabel: What x is, with its unit; ``ylabel`` alike.
         ylabel: What y is, with its unit.
         title: Above the axes.
@@ -125,12 +129,13 @@ def curves(
     """
     axes = new_axes(xlabel, ylabel, title, size)
     for index, one in enumerate(series):
-        draw(axes, one, index)
+        if one is not None:
+            draw(axes, one, index)
     return _finish(axes, series, logx, logy, ylim, whole_x, legend)
 
 
 def scatter(
-    series: Sequence[Series],
+    series: Sequence[Series | None],
     xlabel: str,
     ylabel: str,
     title: str = "",
@@ -143,6 +148,8 @@ def scatter(
     """Unconnected points, a look for each series, as a PNG; options as for :func:`curves`."""
     axes = new_axes(xlabel, ylabel, title, size)
     for index, one in enumerate(series):
+        if one is None:
+            continue
         keywords = look(index) | {"linestyle": "none", "markersize": 6, "alpha": 0.8, "label": shorten(one.name)}
         axes.plot(_finite(one.x), _finite(one.y), **keywords)
     return _finish(axes, series, logx, logy, None, False, legend)
@@ -236,12 +243,15 @@ def legend_below(axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
 
 
-def _finish(axes: Axes, series: Sequence[Series], logx: bool, logy: bool, ylim, whole_x: bool, legend: bool) -> bytes:
-    if logx and any(np.any(_finite(one.x) > 0) for one in series):
+def _finish(
+    axes: Axes, series: Sequence[Series | None], logx: bool, logy: bool, ylim, whole_x: bool, legend: bool
+) -> bytes:
+    drawn = [one for one in series if one is not None]
+    if logx and any(np.any(_finite(one.x) > 0) for one in drawn):
         axes.set_xscale("log")
     elif whole_x:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    if logy and any(np.any(_finite(one.y) > 0) for one in series):
+    if logy and any(np.any(_finite(one.y) > 0) for one in drawn):
         axes.set_yscale("log")
     if ylim is not None:
         axes.set_ylim(*ylim)

@@ -1,6 +1,7 @@
-"""Compare training runs on one self-contained HTML page: summary, curves, and the settings that differ."""
+"""Compare training runs on one HTML page that needs no other file: summary, curves, layers, cost, settings."""
 
 import argparse
+import sys
 
 import _bootstrap  # noqa: F401
 
@@ -8,9 +9,16 @@ from enc_plugin.report import write_report
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work_dirs", nargs="+", help="folders that tools/train.py wrote to")
+    parser.add_argument("work_dirs", nargs="+", help="folders that tools/train.py wrote to, also of runs in progress")
     parser.add_argument("--names", nargs="+", help="what the page calls the runs (default: the folders' names)")
     parser.add_argument("--out", default="report.html", help="page to write (default: %(default)s)")
+    parser.add_argument("--title", default="ENC report", help="heading of the page (default: %(default)s)")
+    parser.add_argument(
+        "--no-norms", action="store_true", help="do not build the models and load checkpoints for norms of layers"
+    )
     args = parser.parse_args()
-    print(write_report(args.work_dirs, args.out, args.names))
+    try:
+        print(write_report(args.work_dirs, args.out, args.names, args.title, norms=not args.no_norms))
+    except (ValueError, OSError) as error:
+        sys.exit(f"report: {error}")
     print(f"report: {args.out}")

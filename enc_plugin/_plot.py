@@ -6,13 +6,15 @@ differ in colour (Okabe and Ito's, told apart by the colour-blind), in mark and 
     png = curves([Series("ENC", [1, 2], [70, 80], lower=[68, 79], upper=[72, 81])], "epoch", "top-1 accuracy (%)")
     save(png, "accuracy.png")
 
-A figure of another kind starts from :func:`new_axes`, takes its looks from :func:`look` and ends in :func:`to_png`.
+A figure of another kind starts from :func:`new_axes` or :func:`new_figure`, takes its looks from :func:`look` and ends
+in :func:`to_png`.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,12 @@ class Series:
     lower: Sequence[float] | None = None
     upper: Sequence[float] | None = None
 
+    @classmethod
+    def with_error(cls, name: str, x: Sequence[float], y: Sequence[float], error: Sequence[float]) -> Series:
+        """Points with a band of ``error`` to each side, such as their standard error."""
+        y, error = np.asarray(y, dtype=np.float64), np.asarray(error, dtype=np.float64)
+        return cls(name, x, y, y - error, y + error)
+
 
 def look(index: int) -> dict:
     """Keywords ``color``, ``marker`` and ``linestyle`` of the series of that number."""
@@ -55,13 +63,20 @@ def look(index: int) -> dict:
     }
 
 
-def new_axes(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = SIZE) -> Axes:
-    """Empty axes on a figure of their own (``axes.figure``), of ``size`` inches."""
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Empty figure of that width and height in inches."""
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    return figure
+
+
+def new_axes(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = SIZE) -> Axes:
+    """Empty axes on a figure of their own (``axes.figure``), of ``size`` inches."""
+    axes = new_figure(size).subplots()
     axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    # Longer lines than the axis would run out of the picture; formulas are not broken.
+    lines = [[line] if "$" in line else textwrap.wrap(line, int(size[1] * 11)) for line in ylabel.split("\n")]
+    axes.set_ylabel("\n".join(part for parts in lines for part in parts))
     if title:
         axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3, linewidth=0.6)
@@ -85,7 +100,7 @@ def draw(axes: Axes, series: Series, index: int, **keywords) -> None:
 
 
 def curves(
-    series: Sequence[Series],
+    series: Sequence[Series | None],
     xlabel: str,
     ylabel: str,
     title: str = "",
@@ -100,7 +115,8 @@ def curves(
     """Lines with error bands, as a PNG.
 
     Args:
-        series: What to draw, in the order of the legend.
+        series: What to draw, in the order of the legend. None draws nothing and keeps the looks of those behind it, so
+            that a run looks the same in every figure.
         xlabel: What x is, with its unit; ``ylabel`` alike.
         ylabel: What y is, with its unit.
         title: Above the axes.
@@ -113,12 +129,13 @@ def curves(
     """
     axes = new_axes(xlabel, ylabel, title, size)
     for index, one in enumerate(series):
-        draw(axes, one, index)
+        if one is not None:
+            draw(axes, one, index)
     return _finish(axes, series, logx, logy, ylim, whole_x, legend)
 
 
 def scatter(
-    series: Sequence[Series],
+    series: Sequence[Series | None],
     xlabel: str,
     ylabel: str,
     title: str = "",
@@ -131,6 +148,8 @@ def scatter(
     """Unconnected points, a look for each series, as a PNG; options as for :func:`curves`."""
     axes = new_axes(xlabel, ylabel, title, size)
     for index, one in enumerate(series):
+        if one is None:
+            continue
         keywords = look(index) | {"linestyle": "none", "markersize": 6, "alpha": 0.8, "label": shorten(one.name)}
         axes.plot(_finite(one.x), _finite(one.y), **keywords)
     return _finish(axes, series, logx, logy, None, False, legend)
@@ -224,12 +243,15 @@ def legend_below(axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
 
 
-def _finish(axes: Axes, series: Sequence[Series], logx: bool, logy: bool, ylim, whole_x: bool, legend: bool) -> bytes:
-    if logx and any(np.any(_finite(one.x) > 0) for one in series):
+def _finish(
+    axes: Axes, series: Sequence[Series | None], logx: bool, logy: bool, ylim, whole_x: bool, legend: bool
+) -> bytes:
+    drawn = [one for one in series if one is not None]
+    if logx and any(np.any(_finite(one.x) > 0) for one in drawn):
         axes.set_xscale("log")
     elif whole_x:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    if logy and any(np.any(_finite(one.y) > 0) for one in series):
+    if logy and any(np.any(_finite(one.y) > 0) for one in drawn):
         axes.set_yscale("log")
     if ylim is not None:
         axes.set_ylim(*ylim)

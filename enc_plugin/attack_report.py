@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -18,13 +17,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-from .checkpoint import file_sha256, load_model  # noqa: E402
-from .convert import format_table  # noqa: E402
-from .engine.measure import untouched  # noqa: E402
-from .engine.robustness import (  # noqa: E402
+from . import _plot
+from .checkpoint import file_sha256, load_model
+from .convert import format_table
+from .engine.measure import untouched
+from .engine.robustness import (
     PIXEL_MAX,
     PixelClassifier,
     Robustness,
@@ -33,12 +30,12 @@ from .engine.robustness import (  # noqa: E402
     measure_robustness,
     spread,
 )
-from .functional import fgsm  # noqa: E402
-from .version import __version__  # noqa: E402
+from .functional import fgsm
+from .version import __version__
 
 UNIT = "1/255 of the pixel range"
 # Right and wrong differ in mark as well as in colour, and the colours in lightness.
-_RIGHT, _WRONG = ("\N{CHECK MARK}", "#006BA4"), ("\N{BALLOT X}", "#C85200")
+_RIGHT, _WRONG = ("\N{CHECK MARK}", _plot.PALETTE[0]), ("\N{BALLOT X}", _plot.PALETTE[1])
 
 
 @dataclass(frozen=True)
@@ -190,22 +187,19 @@ def attack_checkpoints(
 
 def draw_accuracy(results: dict[str, Robustness], path: str | Path) -> None:
     """Draw accuracy against eps, a colour for each checkpoint, FGSM solid and PGD dashed, as a PNG."""
-    markers = "os^Dv<>p"
-    with _style({"figure.figsize": (6.4, 4.2)}):
-        figure, axes = plt.subplots()
-        for i, (name, result) in enumerate(results.items()):
-            look = dict(color=f"C{i}", marker=markers[i % len(markers)], markersize=6, clip_on=False)
-            axes.plot(*_points(result, result.fgsm), label=f"{name}, FGSM", **look)
-            if result.pgd:
-                label = f"{name}, PGD-{result.pgd_steps}"
-                axes.plot(*_points(result, result.pgd), label=label, linestyle="--", markerfacecolor="white", **look)
-        eps = sorted({0.0, *(eps for result in results.values() for eps in result.fgsm)})
-        axes.set(xlabel=f"L-inf budget eps ({UNIT})", ylabel="top-1 accuracy (%)", ylim=(0, 100), xticks=eps)
-        axes.set_xticklabels([f"{value:g}" for value in eps])
-        counts = sorted({result.num_samples for result in results.values()})
-        axes.set_title(f"Accuracy under white-box attack, {'/'.join(map(str, counts))} test samples")
-        axes.legend(frameon=False)
-        _save(figure, path)
+    axes = _plot.new_axes(f"L-inf budget eps ({UNIT})", "top-1 accuracy (%)")
+    for i, (name, result) in enumerate(results.items()):
+        solid = _plot.Series(f"{name}, FGSM", *_points(result, result.fgsm))
+        _plot.draw(axes, solid, i, linestyle="-", clip_on=False)
+        if result.pgd:
+            dashed = _plot.Series(f"{name}, PGD-{result.pgd_steps}", *_points(result, result.pgd))
+            _plot.draw(axes, dashed, i, linestyle="--", markerfacecolor="white", clip_on=False)
+    eps = sorted({0.0, *(eps for result in results.values() for eps in result.fgsm)})
+    axes.set(ylim=(0, 100), xticks=eps, xticklabels=[f"{value:g}" for value in eps])
+    counts = sorted({result.num_samples for result in results.values()})
+    axes.set_title(f"Accuracy under white-box attack, {'/'.join(map(str, counts))} test samples", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+    _plot.save(_plot.to_png(axes.figure), path)
 
 
 def draw_pictures(
@@ -239,24 +233,25 @@ def draw_pictures(
         (f"difference x {PIXEL_MAX / 2 / eps:.3g}\n(grey: no change)", difference),
     ]
     flip = bool(getattr(model.data_preprocessor, "to_rgb", False))
-    with _style({"axes.grid": False}):
-        count = len(labels)
-        figure, grid = plt.subplots(3, count, figsize=(1.6 * count + 1.1, 6.0), squeeze=False)
-        for row, (title, images) in enumerate(rows):
-            for column in range(count):
-                axes = grid[row][column]
-                axes.imshow(_to_image(images[column], flip), cmap="gray", vmin=0, vmax=1)  # cmap: for one channel
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
-                if row < 2:
-                    share, predicted = (value.item() for value in shares[row][column].max(0))
-                    mark, color = _RIGHT if predicted == labels[column] else _WRONG
-                    axes.set_title(f"{mark} {_label(classes, predicted)} ({share:.0%})", color=color, fontsize=10)
-                else:
-                    axes.set_xlabel(f"true: {_label(classes, labels[column].item())}", fontsize=10)
-            grid[row][0].set_ylabel(title, fontsize=11)
-        figure.suptitle(f"{name}: prediction and its probability, clean and under attack (eps in {UNIT})", fontsize=11)
-        _save(figure, path)
+    count = len(labels)
+    figure = _plot.new_figure((1.6 * count + 1.1, 6.0))
+    grid = figure.subplots(3, count, squeeze=False)
+    for row, (title, images) in enumerate(rows):
+        for column in range(count):
+            axes = grid[row][column]
+            look = dict(cmap="gray", vmin=0, vmax=1, interpolation="nearest")  # cmap: for one channel
+            axes.imshow(_to_image(images[column], flip), **look)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if row < 2:
+                share, predicted = (value.item() for value in shares[row][column].max(0))
+                mark, color = _RIGHT if predicted == labels[column] else _WRONG
+                axes.set_title(f"{mark} {_label(classes, predicted)} ({share:.0%})", color=color, fontsize=10)
+            else:
+                axes.set_xlabel(f"true: {_label(classes, labels[column].item())}", fontsize=10)
+        grid[row][0].set_ylabel(title, fontsize=11)
+    figure.suptitle(f"{name}: prediction and its probability, clean and under attack (eps in {UNIT})", fontsize=11)
+    _plot.save(_plot.to_png(figure, colors=None), path)
 
 
 def _points(result: Robustness, accuracies: dict[float, float]) -> tuple[list[float], list[float]]:
@@ -275,18 +270,6 @@ def _to_image(pixels: Tensor, flip: bool) -> np.ndarray:
 def _label(classes: Sequence[str] | None, index: int) -> str:
     name = str(index) if classes is None else str(classes[index])
     return name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def _style(settings: dict):
-    common = {"figure.dpi": 150, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True}
-    common |= {"axes.spines.top": False, "axes.spines.right": False, "image.interpolation": "nearest"}
-    return plt.style.context(["tableau-colorblind10", common | settings])
-
-
-def _save(figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
 
 
 def _read_config(path: str | Path) -> Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mmpretrain.registry import DATASETS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import _plot
 from ._table import format_table
 from .checkpoint import file_sha256, load_model
 from .engine.gbr import FixedSamples, check_options, choose_samples, find_pipeline, measure_gbr
@@ -146,27 +146,9 @@ def plot_gbr(
         space: ``'normalized'`` or ``'pixel'``: what the axis names as the unit.
         step: What the steps are.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, points in curves.items():
-        steps, values, sems = zip(*points, strict=True)
-        (line,) = axes.plot(steps, values, marker="o", markersize=3, label=name)
-        low, high = ([v + sign * s for v, s in zip(values, sems, strict=True)] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-    if all(v > 0 and math.isfinite(v) for points in curves.values() for _, v, _ in points):
-        axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(step)
-    axes.set_ylabel(f"GBR = mean $\\Vert\\partial f/\\partial x\\Vert_F^2$\n({UNITS[space]})")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    series = [_plot.Series.with_error(name, *zip(*points, strict=True)) for name, points in curves.items()]
+    ylabel = f"GBR = mean $\\Vert\\partial f/\\partial x\\Vert_F^2$\n({UNITS[space]})"
+    _plot.save(_plot.curves(series, step, ylabel, logy=True, whole_x=True), path)
 
 
 def _dataset(cfg: Config, key: str) -> dict | None:

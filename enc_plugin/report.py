@@ -1,122 +1,69 @@
-"""Self-contained HTML report of training runs, from what mmengine wrote into their work dirs."""
+"""Self-contained HTML report that compares training runs, from what mmengine wrote into their work dirs."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import json
 import math
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 from mmengine.config import Config
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from . import _page, _plot
+from ._runs import MONITOR, Run, default_names, load_run
+from .checkpoint import load_model
+from .convert import audit, format_table
+from .folded import FoldedAudit
 
-from .convert import format_table  # noqa: E402
+__all__ = ["Run", "config_differences", "load_run", "summary", "write_report"]
 
-# What is drawn, in this order, when a run logged it: key (or its beginning), title, axis with its unit.
-CURVES = (
-    ("accuracy/top1", "Validation accuracy", "top-1 accuracy (%)"),
-    ("loss", "Training loss", "loss (nats)"),
-    ("gbr/", "Generalization bound regularizer (GBR)", "mean squared Jacobian norm\n(output² per input²)"),
-)
 FGSM_PREFIX = "fgsm/top1_eps"
 # Settings that differ between any two runs and say nothing of what was trained.
 NOT_COMPARED = ("work_dir", "experiment_name", "launcher", "load_from", "resume")
+# Keys that have a figure or a column of their own, or none.
+DRAWN = re.compile(rf"(loss|lr|accuracy/top1|memory|(train|val)/(data_)?time|enc/.*|gbr/.*|{MONITOR}.*|.*/seconds)$")
+AXES = {"accuracy/top1": "top-1 accuracy (%)", "accuracy/top5": "top-5 accuracy (%)", "loss": "loss (nats)"}
+MONITORED = {
+    "norm": ("Norm of the free weights W", "Frobenius norm of W"),
+    "angle": ("Rotation of W in one step", "angle (radians)"),
+    "effective_lr": ("Effective learning rate", "lr / squared length of W"),
+    "deviation": ("Deviation from the constraint", "|squared norm / alpha - 1|"),
+}
+MAIN_METRICS = 4  # where there is no accuracy
+MORE_FIGURES = 24  # of scalars that this page knows nothing of
+FOLDED_ROWS = 30  # from here on a table starts folded away
 
 
-@dataclass
-class Run:
-    """One run: its name, config, and every scalar as a list of (epoch or iteration, value)."""
+@dataclass(frozen=True)
+class Layers:
+    """A run's last checkpoint with the batch norms folded in, or why there is none."""
 
-    name: str
-    config: dict
-    scalars: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-
-    def last(self, key: str) -> float:
-        """Last value logged under ``key``; NaN if there is none."""
-        return self.scalars[key][-1][1] if key in self.scalars else math.nan
-
-
-def load_run(work_dir: str | Path, name: str | None = None) -> Run:
-    """Read the newest run of a work dir.
-
-    Args:
-        work_dir: Folder that mmengine trained in.
-        name: What the report calls the run; default: the folder's name.
-
-    Raises:
-        FileNotFoundError: If the folder holds no ``scalars.json``.
-    """
-    logs = sorted(Path(work_dir).glob("*/vis_data/scalars.json"))
-    if not logs:
-        raise FileNotFoundError(
-            f"work_dir: {work_dir} holds no <time>/vis_data/scalars.json; give the folder that tools/train.py wrote to"
-        )
-    run = Run(name or Path(work_dir).name, {})
-    config = logs[-1].with_name("config.py")
-    if config.is_file():
-        run.config = Config.fromfile(config, import_custom_modules=False).to_dict()
-    epoch = 0
-    # A run in progress may have written half of its last line.
-    lines = logs[-1].read_text().split("\n")[:-1]
-    for record in map(json.loads, lines):
-        # Training lines count iterations in `step` and carry the epoch; all others count epochs in `step`.
-        training = "loss" in record
-        epoch = record.get("epoch", epoch) if training else record.get("step", epoch)
-        for key, value in record.items():
-            if key in ("step", "epoch", "iter") or not isinstance(value, (int, float)):
-                continue
-            if key in ("time", "data_time"):
-                key = f"{'train' if training else 'val'}/{key}"
-            run.scalars.setdefault(key, []).append((epoch, value))
-    return run
-
-
-def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the summary table: one row a run, one column for everything that any of them logged."""
-    columns: list[tuple[str, str, str]] = [
-        ("accuracy/top1", "top-1 (%)", ".2f"),
-        ("enc/layers", "ENC layers", ".0f"),
-        ("enc/max_deviation", "deviation from alpha", ".1e"),
-    ]
-    for key in _keys(runs, "gbr/"):
-        if not key.endswith(("_sem", "/seconds")):
-            columns.append((key, f"GBR {key.removeprefix('gbr/')}", ".4g"))
-    for key in _keys(runs, FGSM_PREFIX):
-        columns.append((key, f"top-1 (%) under FGSM {key.removeprefix(FGSM_PREFIX)}/255", ".2f"))
-    columns.append(("train/time", "s / iteration", ".4f"))
-    columns = [column for column in columns if any(column[0] in run.scalars for run in runs)]
-    rows = []
-    for run in runs:
-        cells = [run.name]
-        for key, _, form in columns:
-            value = run.last(key)
-            if key == "train/time" and key in run.scalars:
-                value = sum(v for _, v in run.scalars[key]) / len(run.scalars[key])
-            cell = "" if key not in run.scalars else format(value, form)
-            if f"{key}_sem" in run.scalars:
-                cell += f" ± {run.last(f'{key}_sem'):.2g}"
-            cells.append(cell)
-        rows.append(cells)
-    return ["run", *(title for _, title, _ in columns)], rows
+    checkpoint: str = ""
+    table: FoldedAudit | None = None
+    reason: str = ""
 
 
 def write_report(
-    work_dirs: Sequence[str | Path], out: str | Path, names: Sequence[str] | None = None, title: str = "ENC report"
+    work_dirs: Sequence[str | Path],
+    out: str | Path,
+    names: Sequence[str] | None = None,
+    title: str = "ENC report",
+    *,
+    norms: bool = True,
 ) -> str:
     """Compare runs on one HTML page that needs no other file.
+
+    The runs may be of any kind: with or without this plugin, in progress, resumed, by epochs or by iterations, of
+    different lengths. What no run logged has no place on the page. Equal logs give an equal page.
 
     Args:
         work_dirs: Folders that mmengine trained in, one a run.
         out: HTML file to write; its folder is made.
         names: What the report calls the runs; default: the folders' names.
         title: Heading of the page.
+        norms: Build each run's model and load its last checkpoint for the norms of its layers. A run for which that
+            fails is named on the page, with the reason.
 
     Returns:
         The summary table as plain text.
@@ -125,34 +72,90 @@ def write_report(
         FileNotFoundError: If a folder holds no run.
         ValueError: If there are no folders, or not one name each.
     """
-    names = list(names) if names is not None else [Path(w).name for w in work_dirs]
+    names = list(names) if names is not None else default_names(work_dirs)
     if not work_dirs or len(names) != len(work_dirs):
         raise ValueError(f"names: expected one name a work dir, at least one; got {len(names)} for {len(work_dirs)}")
     runs = [load_run(work_dir, name) for work_dir, name in zip(work_dirs, names, strict=True)]
+    layers = [_read_layers(run) for run in runs] if norms else []
     head, rows = summary(runs)
-    sections = [f"<h2>Summary</h2>{_table(head, rows)}", "<h2>Curves</h2>", *_figures(runs)]
-    differences = config_differences(runs)
-    if differences:
-        sections.append(f"<h2>Settings that differ</h2>{_table(['setting', *names], differences)}")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(_PAGE.format(title=html.escape(title), body="\n".join(sections)), encoding="utf-8")
+    sections = [
+        _page.section("Summary", _page.table(head, rows), *_notes(runs)),
+        *_curves(runs),
+        *_gbr(runs),
+        *_fgsm(runs),
+        *_layers(runs, layers),
+        *_cost(runs),
+        *_differences(runs),
+        *_more(runs),
+    ]
+    _page.save(_page.render(title, *sections), out)
     return format_table(head, rows)
 
 
+def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the summary table: one row a run, one column for everything that any of them logged."""
+    unit = _unit(runs)
+    columns: list[tuple[str, str, str]] = [
+        ("accuracy/top1", "top-1 (%)", ".2f"),
+        ("enc/layers", "ENC layers", ".0f"),
+        ("enc/max_deviation", "deviation from alpha", ".1e"),
+    ]
+    columns[1:1] = [(key, key, ".4g") for key in _main_metrics(runs) if key != "accuracy/top1"]
+    for key in _gbr_keys(runs):
+        columns.append((key, f"GBR {key.removeprefix('gbr/')}", ".4g"))
+    for key in _keys(runs, FGSM_PREFIX):
+        columns.append((key, f"top-1 (%) under FGSM {key.removeprefix(FGSM_PREFIX)}/255", ".2f"))
+    columns = [column for column in columns if any(column[0] in run.scalars for run in runs)]
+    rows = []
+    for run in runs:
+        cells = [run.name, run.progress + ("" if run.by_epoch or unit != "epochs" else " iterations")]
+        for key, _, form in columns:
+            cell = "" if key not in run.scalars else format(run.last(key), form)
+            if f"{key}_sem" in run.scalars:
+                cell += f" ± {run.last(f'{key}_sem'):.2g}"
+            cells.append(cell)
+        cells.append("" if math.isnan(run.seconds_per_iteration) else f"{run.seconds_per_iteration:.4f}")
+        rows.append(cells)
+    return ["run", unit, *(title for _, title, _ in columns), "s / iteration"], rows
+
+
 def config_differences(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows (dotted setting, value in each run) for settings that are not the same in all runs."""
+    """Rows (dotted setting, value in each run) for settings that are not the same in all runs that have a config.
+
+    An entry of a list of parts is named by its type, as in ``custom_hooks[GBRHook].interval``.
+    """
     flat = [dict(_flatten(run.config)) for run in runs]
     keys = sorted(set().union(*flat))
-    rows = [[key, *(repr(f[key]) if key in f else "" for f in flat)] for key in keys if key not in NOT_COMPARED]
-    return [row for row in rows if len(set(row[1:])) > 1]
+    rows = {key: [repr(f[key]) if key in f else "" for f in flat] for key in keys if key not in NOT_COMPARED}
+    known = [bool(f) for f in flat]
+    rows = {
+        key: cells
+        for key, cells in rows.items()
+        if len({cell for cell, there in zip(cells, known, strict=True) if there}) > 1
+    }
+    # A test set is mostly the validation set once more.
+    twins = {key for key in rows if key.startswith("test_") and rows.get(f"val_{key[5:]}") == rows[key]}
+    return [[key, *cells] for key, cells in rows.items() if key not in twins]
 
 
 def _flatten(value: object, prefix: str = "") -> Iterable[tuple[str, object]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(x, dict) and "type" in x for x in value):
+        types = [str(x["type"]) for x in value]
+        yield prefix, types
+        for i, item in enumerate(value):
+            double = types[:i].count(types[i])
+            name = f"{prefix}[{types[i]}{f' {double + 1}' if double else ''}]"
+            yield from _flatten({k: v for k, v in item.items() if k != "type"}, name)
     else:
-        yield prefix, value
+        yield prefix, list(value) if isinstance(value, tuple) else value
+
+
+def _unit(runs: Sequence[Run]) -> str:
+    """What the x axes of all figures count: epochs, unless a run has none."""
+    return "epochs" if all(run.by_epoch for run in runs) else "iterations"
 
 
 def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
@@ -160,92 +163,255 @@ def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
     return list(dict.fromkeys(key for run in runs for key in run.scalars if key.startswith(prefix)))
 
 
-def _figures(runs: Sequence[Run]) -> list[str]:
+def _gbr_keys(runs: Sequence[Run]) -> list[str]:
+    return [key for key in _keys(runs, "gbr/") if not key.endswith(("_sem", "/seconds"))]
+
+
+def _series(runs: Sequence[Run], key: str, band: tuple[str, str] | None = None) -> list[_plot.Series | None]:
+    """A key's points in each run (None: not logged), with its standard error or the two keys ``band`` as a band."""
+    scale = [run.epoch_length if run.by_epoch and _unit(runs) == "iterations" else 1 for run in runs]
+    series: list[_plot.Series | None] = []
+    for run, factor in zip(runs, scale, strict=True):
+        if key not in run.scalars:
+            series.append(None)
+            continue
+        places, values = zip(*run.scalars[key], strict=True)
+        x = [place * factor for place in places]
+        if band is not None:
+            low, high = ([dict(run.scalars.get(k, [])).get(place, math.nan) for place in places] for k in band)
+            series.append(_plot.Series(run.name, x, values, low, high))
+        elif f"{key}_sem" in run.scalars:
+            errors = dict(run.scalars[f"{key}_sem"])
+            error = [errors.get(place, math.nan) for place in places]
+            series.append(_plot.Series.with_error(run.name, x, values, error))
+        else:
+            series.append(_plot.Series(run.name, x, values))
+    return series
+
+
+def _draw(runs: Sequence[Run], key: str, title: str, ylabel: str, caption: str = "", **options) -> _page.Html:
+    """The figure of a key over training."""
+    series = _series(runs, key, options.pop("band", None))
+    unit = _unit(runs).removesuffix("s")
+    png = _plot.curves(series, unit, ylabel, title, whole_x=unit == "epoch", **options)
+    named = ", ".join(run.name for run, one in zip(runs, series, strict=True) if one is not None)
+    return _page.figure(png, f"{title} over training, by {unit}: {named}", caption)
+
+
+def _main_metrics(runs: Sequence[Run]) -> list[str]:
+    """What validation is about: accuracy, else all that it logged."""
+    metrics = list(dict.fromkeys(key for run in runs for key in run.metrics))
+    return ["accuracy/top1"] if "accuracy/top1" in metrics else metrics[:MAIN_METRICS]
+
+
+def _curves(runs: Sequence[Run]) -> list[_page.Html]:
     figures = []
-    for prefix, title, unit in CURVES:
-        for key in _keys(runs, prefix):
-            if (key != prefix and not prefix.endswith("/")) or key.endswith(("_sem", "/seconds")):
-                continue
-            what = f"{title}: {key.removeprefix(prefix)}" if prefix.endswith("/") else title
-            figures.append(_curve(runs, key, what, unit))
-    eps_keys = _keys(runs, FGSM_PREFIX)
-    if eps_keys:
-        figures.append(_fgsm(runs, eps_keys))
-    return figures
+    for key in _main_metrics(runs):
+        title = "Validation accuracy" if key == "accuracy/top1" else f"Validation: {key}"
+        figures.append(_draw(runs, key, title, AXES.get(key, key)))
+    if _keys(runs, "loss"):
+        figures.append(_draw(runs, "loss", "Training loss", AXES["loss"]))
+    rates = [value for run in runs for value in run.values("lr")]
+    if rates:
+        wide = min(rates) > 0 and max(rates) > 20 * min(rates)
+        figures.append(_draw(runs, "lr", "Learning rate", "learning rate", logy=wide))
+    return [_page.section("Curves", _page.grid(*figures))] if figures else []
 
 
-def _curve(runs: Sequence[Run], key: str, title: str, unit: str) -> str:
-    """One scalar against the epoch, a line a run, with the standard error as a band where it was logged."""
-    with _style():
-        figure, axes = plt.subplots()
-        for run in runs:
-            if key not in run.scalars:
-                continue
-            epochs, values = zip(*run.scalars[key], strict=True)
-            axes.plot(epochs, values, marker="." if len(values) < 30 else None, label=run.name)
-            if f"{key}_sem" in run.scalars:
-                errors = [e for _, e in run.scalars[f"{key}_sem"]]
-                low = [v - e for v, e in zip(values, errors, strict=True)]
-                high = [v + e for v, e in zip(values, errors, strict=True)]
-                axes.fill_between(epochs, low, high, alpha=0.25)
-        if key.startswith("gbr/"):
-            axes.set_yscale("log")
-        axes.set(xlabel="epoch", ylabel=unit, title=title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
-        return _embed(figure, title)
+def _gbr(runs: Sequence[Run]) -> list[_page.Html]:
+    keys = _gbr_keys(runs)
+    if not keys:
+        return []
+    figures = [
+        _draw(
+            runs, key, f"GBR: {key.removeprefix('gbr/')}", "mean squared Jacobian norm\n(output² per input²)", logy=True
+        )
+        for key in keys
+    ]
+    text = (
+        "Mean squared Frobenius norm of the input-output Jacobian, over the same training samples through each run: "
+        "the smaller, the less the output moves with the input. Bands: one standard error to each side."
+    )
+    blocks: list[str] = [text, _page.grid(*figures)]
+    hooks = [[h for h in run.config.get("custom_hooks") or [] if h.get("type") == "GBRHook"] for run in runs]
+    spaces = {hook.get("space", "normalized") for run_hooks in hooks for hook in run_hooks}
+    if len(spaces) > 1:
+        blocks.insert(
+            1, _page.note(f"The runs differ in what x is ({', '.join(sorted(spaces))}): do not compare them.")
+        )
+    return [_page.section("Generalization bound regularizer (GBR)", *blocks)]
 
 
-def _fgsm(runs: Sequence[Run], keys: Sequence[str]) -> str:
-    """Accuracy after the last epoch against the size of the FGSM step."""
-    with _style():
-        figure, axes = plt.subplots()
-        for run in runs:
-            points = [(float(key.removeprefix(FGSM_PREFIX)), run.last(key)) for key in keys if key in run.scalars]
-            if "fgsm/top1_clean" in run.scalars:
-                points.append((0.0, run.last("fgsm/top1_clean")))
-            if points:
-                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=run.name)
-        axes.set(xlabel="FGSM step eps (1/255 of the pixel range)", ylabel="top-1 accuracy (%)", ylim=(0, 102))
-        axes.set_title("Accuracy under white-box FGSM, last epoch")
-        axes.legend(loc="lower left")
-        return _embed(figure, "Accuracy under FGSM against eps")
+def _fgsm(runs: Sequence[Run]) -> list[_page.Html]:
+    """Accuracy where each run stands against the size of the FGSM step."""
+    keys = _keys(runs, FGSM_PREFIX)
+    if not keys:
+        return []
+    series: list[_plot.Series | None] = []
+    for run in runs:
+        points = [(float(key.removeprefix(FGSM_PREFIX)), run.last(key)) for key in keys if key in run.scalars]
+        if points and "fgsm/top1_clean" in run.scalars:
+            points.append((0.0, run.last("fgsm/top1_clean")))
+        series.append(_plot.Series(run.name, *zip(*sorted(points), strict=True)) if points else None)
+    title = "Accuracy under white-box FGSM, last measurement"
+    png = _plot.curves(series, "FGSM step eps (1/255 of the pixel range)", AXES["accuracy/top1"], title, ylim=(0, 102))
+    text = "One gradient step of size eps in pixel space against each validation image; eps 0 is no attack."
+    blocks = [text, _page.grid(_page.figure(png, f"{title}, against eps"))]
+    masked = [run.name for run in runs if run.last("fgsm/zero_grad") > 0.01]
+    if masked:
+        blocks.append(
+            _page.note(
+                f"More than 1 % of the images have an all-zero gradient in {', '.join(masked)}: FGSM overrates the "
+                "robustness there; go by PGD (tools/attack.py --pgd-steps)."
+            )
+        )
+    return [_page.section("Robustness (FGSM)", *blocks)]
 
 
-def _style():
-    settings = {"figure.figsize": (6.4, 3.8), "figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3}
-    settings |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
-    return plt.style.context(["tableau-colorblind10", settings])
+def _read_layers(run: Run) -> Layers:
+    """Norms of the last checkpoint's layers. Whatever goes wrong is a reason and not an error."""
+    path = _last_checkpoint(run.work_dir)
+    if path is None:
+        return Layers(reason="no checkpoint in the work dir")
+    if not run.config.get("model"):
+        return Layers(reason="no config with a model")
+    try:
+        config = Config.fromfile(sorted(run.work_dir.glob("**/vis_data/config.py"))[-1])
+        model, _ = load_model(config, path)
+        return Layers(path.name, audit(model, folded=True))
+    except Exception as error:  # models and their configs are any code
+        text = " ".join(str(error).split())
+        return Layers(reason=f"{path.name}: {type(error).__name__}: {text[:300]}")
 
 
-def _embed(figure, description: str) -> str:
-    """The figure as an ``img`` element that carries its own pixels."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+def _last_checkpoint(work_dir: Path) -> Path | None:
+    """The checkpoint that mmengine names as the last, also where the folder was moved; else the highest number."""
+    named = work_dir / "last_checkpoint"
+    if named.is_file():
+        path = Path(named.read_text().strip())
+        for candidate in (work_dir / path.name, path):
+            if candidate.is_file():
+                return candidate
+    numbered = [(int(m[1]), p) for p in work_dir.glob("*.pth") if (m := re.fullmatch(r"(?:epoch|iter)_(\d+)", p.stem))]
+    return max(numbered)[1] if numbered else None
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+def _layers(runs: Sequence[Run], layers: Sequence[Layers]) -> list[_page.Html]:
+    blocks: list[str] = []
+    figures = []
+    tables = [one.table for one in layers]
+    if any(tables):
+        series = [
+            _plot.Series(run.name, range(1, len(table) + 1), [row.sq_norm for row in table]) if table else None
+            for run, table in zip(runs, tables, strict=True)
+        ]
+        title = "Squared norm of each layer, batch norms folded in"
+        png = _plot.curves(series, "layer, from the input", "squared Frobenius norm", title, logy=True, whole_x=True)
+        figures.append(_page.figure(png, title, "Last checkpoint; kernels diag(γ/σ) W."))
+    layerwise = [key for key in _keys(runs, MONITOR) if key.endswith("/norm")]
+    if layerwise:
+        series = [
+            _plot.Series(run.name, range(1, len(own) + 1), [run.last(key) for key in own]) if own else None
+            for run in runs
+            for own in [[key for key in layerwise if key in run.scalars]]
+        ]
+        title = "Norm of each layer's free weight W"
+        png = _plot.curves(series, "ENC layer, from the input", "Frobenius norm of W", title, logy=True, whole_x=True)
+        figures.append(_page.figure(png, title, "Last measurement."))
+    for quantity, (title, ylabel) in MONITORED.items():
+        key = f"{MONITOR}{quantity}/median"
+        if _keys(runs, key):
+            band = (f"{MONITOR}{quantity}/min", f"{MONITOR}{quantity}/max")
+            caption = "Median over the ENC layers; band: smallest to largest."
+            figures.append(_draw(runs, key, title, ylabel, caption, logy=True, band=band))
+    if figures:
+        blocks.append(_page.grid(*figures))
+    if any(tables):
+        blocks.append(
+            "AM-GM slack: log of the mean power over the product of the layers' norms (eq. 17). It is 0 where all "
+            "layers have the same norm."
+        )
+        rows = [
+            [run.name, one.checkpoint, str(len(one.table)), f"{one.table.slack:.4g}", f"{len(one.table.unfolded)}"]
+            for run, one in zip(runs, layers, strict=True)
+            if one.table
+        ]
+        head = ["run", "checkpoint", "layers", "AM-GM slack", "batch norms that fold into no layer"]
+        blocks.append(_page.table(head, rows))
+        blocks.append(_page.details("Squared norm of every layer", _layer_table(runs, tables)))
+        missing = [f"{run.name}: {one.reason}" for run, one in zip(runs, layers, strict=True) if one.table is None]
+        if missing:
+            blocks.extend(["Without norms of their layers:", _page.items(*missing)])
+    elif layers:
+        reasons = [f"{run.name}: {one.reason}" for run, one in zip(runs, layers, strict=True)]
+        blocks.append(_page.details("Why no checkpoint was read", _page.items(*reasons)))
+    return [_page.section("Layers", *blocks)] if blocks else []
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #222; }}
-h1, h2 {{ line-height: 1.2; }}
-img {{ max-width: 100%; height: auto; display: block; margin: 1rem 0; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }}
-th {{ border-bottom: 2px solid #888; }}
-</style></head>
-<body><h1>{title}</h1>
-{body}
-</body></html>
-"""
+def _layer_table(runs: Sequence[Run], tables: Sequence[FoldedAudit | None]) -> _page.Html:
+    shown = [
+        (run.name, {row.name: row.sq_norm for row in table}) for run, table in zip(runs, tables, strict=True) if table
+    ]
+    names = list(dict.fromkeys(name for _, norms in shown for name in norms))
+    rows = [[name, *(f"{norms[name]:.4g}" if name in norms else "" for _, norms in shown)] for name in names]
+    return _page.table(["layer", *(name for name, _ in shown)], rows)
+
+
+def _cost(runs: Sequence[Run]) -> list[_page.Html]:
+    head = ["run", "iterations", "s / iteration (median)", "waiting for data (%)", "training (s)", "measurements (s)"]
+    head.append("peak memory (MB)")
+    rows = []
+    for run in runs:
+        time = run.seconds_per_iteration
+        waited, spent = sum(run.values("train/data_time")), sum(run.values("train/time"))
+        measured = [sum(run.values(key)) for key in run.scalars if key.endswith("/seconds")]
+        memory = run.values("memory")
+        cells = [run.name, str(run.iterations), "" if math.isnan(time) else f"{time:.4f}"]
+        cells.append(f"{100 * waited / spent:.0f}" if spent else "")
+        cells.append("" if math.isnan(time) else f"{time * run.iterations:.0f}")
+        cells.append(f"{sum(measured):.1f}" if measured else "")
+        cells.append(f"{max(memory):.0f}" if memory else "")
+        rows.append(cells)
+    used = [i for i in range(len(head)) if i == 0 or any(row[i] for row in rows)]
+    table = _page.table([head[i] for i in used], [[row[i] for i in used] for row in rows])
+    text = "Training is the median time of an iteration times their number; validation is not counted."
+    return [_page.section("Cost", table, text)]
+
+
+def _differences(runs: Sequence[Run]) -> list[_page.Html]:
+    if len(runs) < 2:
+        return []
+    unknown = [run.name for run in runs if not run.config]
+    blocks: list[str] = []
+    rows = config_differences(runs)
+    if rows:
+        table = _page.table(["setting", *(run.name for run in runs)], rows)
+        blocks.append(table if len(rows) < FOLDED_ROWS else _page.details(f"{len(rows)} settings", table))
+    elif len(runs) - len(unknown) > 1:
+        blocks.append("None: the configs are equal.")
+    if unknown:
+        blocks.append(_page.note(f"No config was found for {', '.join(unknown)}."))
+    return [_page.section("Settings that differ", *blocks)] if blocks else []
+
+
+def _more(runs: Sequence[Run]) -> list[_page.Html]:
+    """Whatever else was logged, folded away."""
+    main = _main_metrics(runs)
+    keys = [
+        key
+        for key in _keys(runs, "")
+        if not DRAWN.match(key) and key not in main and any(len(set(run.values(key))) > 1 for run in runs)
+    ]
+    if not keys:
+        return []
+    figures = [_draw(runs, key, key, AXES.get(key, key)) for key in keys[:MORE_FIGURES]]
+    left_out = keys[MORE_FIGURES:]
+    blocks: list[str] = [_page.grid(*figures)]
+    if left_out:
+        blocks.append(f"Not drawn: {', '.join(left_out)}.")
+    return [_page.section("More", _page.details(f"{len(figures)} more curves", *blocks))]
+
+
+def _notes(runs: Sequence[Run]) -> list[_page.Html]:
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    return [_page.items(*notes)] if notes else []

@@ -163,9 +163,9 @@ def latest_checkpoint(work_dir: str | Path, candidates: Iterable[Path]) -> tuple
         named = pointer.read_text(errors="replace").strip()
         if "://" in named or Path(named or "nowhere").is_dir():  # not ours to look into
             return named, []
-        # A work dir that has been moved has its checkpoints beside the pointer.
-        moved = [path for path in candidates if path.name == Path(named).name]
-        candidates = [Path(named), *moved, *candidates] if named else candidates
+        # The pointer of a work dir that was moved or copied names the old place.
+        own = [path for path in candidates if path.name == Path(named).name]
+        candidates = [*(own or [Path(named)]), *candidates] if named else candidates
         if not named:
             problems.append(f"{pointer}: it is empty")
     elif candidates:

@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import torch
 from helpers import ROOT, digits_config
+from phases import mark, read
 
-HERE = Path(__file__).parent
 # What a kill aims at: the phases (tests/crash/phases.py) that count as hit.
 KINDS = {
     "step": ("step",),
-    "writing": ("checkpoint", "writing", "pointer"),
+    "saving": ("checkpoint", "pointer"),
+    "writing": ("writing", "syncing"),
     "hook": ("gbr", "fgsm"),
     "validation": ("validation",),
     "anywhere": (),
@@ -53,7 +55,6 @@ def make_config(work_dir: Path, epochs: int, workers: int = 0) -> Path:
         default_hooks__checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2, save_best="auto"),
         model__train_cfg=dict(augments=dict(type="Mixup", alpha=0.2)),
     )
-    cfg.custom_imports = dict(imports=["enc_plugin", "phases"], allow_failed_imports=False)
     cfg.custom_hooks = [
         dict(type="GBRHook", num_samples=32, batch_size=16),
         dict(type="FGSMHook", eps=[4], num_samples=32),
@@ -80,27 +81,27 @@ def _live(config: Path, phase_file: Path | None) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     if phase_file is not None:
-        os.environ["PHASE_FILE"] = str(phase_file)
-    sys.path[:0] = [str(HERE), str(ROOT / "tools")]
+        mark(phase_file)
+    sys.path.insert(0, str(ROOT / "tools"))
     sys.argv = ["train.py", str(config), "--work-dir", str(config.parent), "--resume"]
     runpy.run_path(str(ROOT / "tools" / "train.py"), run_name="__main__")
 
 
 def kill_and_resume(config: Path, kills: int, seed: int, kinds: tuple[str, ...] = tuple(KINDS)) -> Survived:
     """Kill the run ``kills`` times, aiming at each kind in turn, check what is left each time, and let it finish."""
-    from phases import read
-
     work_dir, rng, survived = config.parent, random.Random(seed), Survived()
     phase_file = work_dir / "phase"
     for number in range(kills):
         kind = kinds[number % len(kinds)]
         phase_file.unlink(missing_ok=True)
+        pointer = _pointer(work_dir)
         process = start(config, phase_file)
         _wait_until(process, lambda: read(phase_file) not in ("", "resume"))  # training, and not still starting
-        time.sleep(rng.uniform(0, 0.8))
-        if KINDS[kind]:
-            _wait_until(process, lambda kind=kind: read(phase_file) in KINDS[kind])
-        time.sleep(rng.uniform(0, 0.01) if rng.random() < 0.5 else 0)
+        if rng.random() < 0.5:  # a life that writes a checkpoint, where others do not get that far
+            _wait_until(process, lambda pointer=pointer: _pointer(work_dir) != pointer)
+        _wait_for_phase(process, phase_file, kind)
+        if kind == "anywhere":
+            time.sleep(rng.uniform(0, 0.5))
         process.kill()
         process.join()
         assert process.exitcode == -9, f"the run ended by itself ({process.exitcode}) before kill {number + 1}"
@@ -116,11 +117,25 @@ def kill_and_resume(config: Path, kills: int, seed: int, kinds: tuple[str, ...] 
     return survived
 
 
-def _wait_until(process: BaseProcess, condition, timeout: float = 240) -> None:
-    deadline = time.monotonic() + timeout
+def _wait_until(process: BaseProcess, condition: Callable[[], bool], pause: Callable[[], float] = lambda: 5e-4) -> None:
+    """Look at ``condition`` every ``pause()`` seconds until it holds or the process ends."""
+    deadline = time.monotonic() + 240
     while process.is_alive() and not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.0005)
+        time.sleep(pause())
+
+
+def _wait_for_phase(process: BaseProcess, phase_file: Path, kind: str) -> None:
+    def pause() -> float:
+        # Of the time that saving takes, writing the file is a moment.
+        return 0 if kind == "writing" and read(phase_file) in KINDS["saving"] else 5e-4
+
+    _wait_until(process, lambda: not KINDS[kind] or read(phase_file) in KINDS[kind], pause)
+
+
+def _pointer(work_dir: Path) -> str:
+    path = work_dir / "last_checkpoint"
+    return path.read_text() if path.is_file() else ""
 
 
 def _check(work_dir: Path) -> None:
@@ -130,8 +145,5 @@ def _check(work_dir: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None, path
         assert torch.load(path)["state_dict"], path
-    pointer = work_dir / "last_checkpoint"
-    if pointer.exists():
-        assert Path(pointer.read_text()) in paths
-    else:
-        assert len(paths) <= 1  # killed between the first checkpoint and the pointer to it
+    # No pointer: killed before the first one, at most one checkpoint old.
+    assert Path(_pointer(work_dir)) in paths if _pointer(work_dir) else len(paths) <= 1

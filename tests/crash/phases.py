@@ -1,4 +1,4 @@
-"""Imported by the config of a run that is going to be killed: writes where the run is to a file that outlives it.
+"""Writes where a run is to a file that outlives it.
 
 Only what marks the phases is added; the code in between is the real one.
 """
@@ -6,6 +6,7 @@ Only what marks the phases is added; the code in between is the real one.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -14,14 +15,10 @@ from mmengine.fileio import LocalBackend
 from mmengine.model import BaseModel
 from mmengine.runner import ValLoop
 
-import enc_plugin.engine.checkpoint_hook
-import enc_plugin.engine.fgsm_hook
-import enc_plugin.engine.gbr_hook
-import enc_plugin.engine.runner
-from enc_plugin.engine import RNGStateHook
+from enc_plugin import checkpoint
+from enc_plugin.engine import RNGStateHook, checkpoint_hook, fgsm_hook, gbr_hook, runner
 
-WIDTH = 16
-_FILE = os.open(os.environ["PHASE_FILE"], os.O_RDWR | os.O_CREAT) if "PHASE_FILE" in os.environ else None
+WIDTH = 16  # characters of the file
 
 
 def read(path: Path) -> str:
@@ -29,52 +26,44 @@ def read(path: Path) -> str:
     return path.read_text().strip() if path.is_file() else ""
 
 
-def _write(phase: str) -> None:
-    os.pwrite(_FILE, phase.ljust(WIDTH).encode(), 0)
-
-
-_stack = [""]
-
-
-@contextmanager
-def _phase(name: str):
-    _stack.append(name)
-    _write(name)
-    try:
-        yield
-    finally:
-        _stack.pop()
-        _write(_stack[-1])
-
-
-def _mark(owner, attribute: str, name: str) -> None:
-    original = getattr(owner, attribute)
-
-    @wraps(original)
-    def marked(*args, **kwargs):
-        with _phase(name):
-            return original(*args, **kwargs)
-
-    setattr(owner, attribute, marked)
-
-
-def _mark_replacing(module) -> None:
-    original = module.replacing
+def mark(path: Path) -> None:
+    """Let this process write its phases to ``path``."""
+    file, phases = os.open(path, os.O_RDWR | os.O_CREAT), [""]
 
     @contextmanager
-    def marked(path):
-        with _phase("pointer" if Path(path).name == "last_checkpoint" else "checkpoint"), original(path) as partial:
-            yield partial
+    def phase(name: str):
+        phases.append(name)
+        os.pwrite(file, name.ljust(WIDTH).encode(), 0)
+        try:
+            yield
+        finally:
+            phases.pop()
+            os.pwrite(file, phases[-1].ljust(WIDTH).encode(), 0)
 
-    module.replacing = marked
+    def wrap(owner, attribute: str, name: str) -> None:
+        original = getattr(owner, attribute)
 
+        @wraps(original)
+        def marked(*args, **kwargs):
+            with phase(name):
+                return original(*args, **kwargs)
 
-if _FILE is not None:
-    _mark(BaseModel, "train_step", "step")
-    _mark(ValLoop, "run_iter", "validation")
-    _mark(enc_plugin.engine.gbr_hook, "measure_gbr", "gbr")
-    _mark(enc_plugin.engine.fgsm_hook, "measure_robustness", "fgsm")
-    _mark(RNGStateHook, "before_train", "resume")
-    _mark_replacing(enc_plugin.engine.runner)
-    _mark_replacing(enc_plugin.engine.checkpoint_hook)
-    _mark(LocalBackend, "put", "writing")
+        setattr(owner, attribute, marked)
+
+    def wrap_replacing(module, replacing: Callable) -> None:
+        @contextmanager
+        def marked(path):
+            with phase("pointer" if Path(path).name == "last_checkpoint" else "checkpoint"), replacing(path) as partial:
+                yield partial
+
+        module.replacing = marked
+
+    wrap(BaseModel, "train_step", "step")
+    wrap(ValLoop, "run_iter", "validation")
+    wrap(gbr_hook, "measure_gbr", "gbr")
+    wrap(fgsm_hook, "measure_robustness", "fgsm")
+    wrap(RNGStateHook, "before_train", "resume")
+    wrap(LocalBackend, "put", "writing")
+    wrap(checkpoint, "_sync", "syncing")
+    wrap_replacing(runner, runner.replacing)
+    wrap_replacing(checkpoint_hook, checkpoint_hook.replacing)

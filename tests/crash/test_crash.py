@@ -28,8 +28,8 @@ def unbroken_and_killed(tmp_path: Path, kills: int, epochs: int, workers: int = 
 
 
 def test_three_kills_in_a_step_while_writing_and_in_a_hook(tmp_path):
-    survived = unbroken_and_killed(tmp_path, 3, epochs=12, seed=0, kinds=("step", "writing", "hook"))
-    assert len(survived.resumed_from) >= 2
+    survived = unbroken_and_killed(tmp_path, 3, epochs=9, seed=0, kinds=("step", "writing", "hook"))
+    assert survived.resumed_from
 
 
 @pytest.mark.crash
@@ -37,7 +37,8 @@ def test_three_kills_in_a_step_while_writing_and_in_a_hook(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_many_kills(tmp_path, workers, capsys):
     """``make test-crash``; the environment's KILLS says how many, for each number of workers."""
-    survived = unbroken_and_killed(tmp_path, KILLS, epochs=4 * KILLS, workers=workers, seed=workers)
+    survived = unbroken_and_killed(tmp_path, KILLS, epochs=2 * KILLS + 3, workers=workers, seed=workers)
     with capsys.disabled():
         print(f"\n{workers} workers: {survived}")
-    assert all(survived.hits(kind) >= KILLS // 10 for kind in ("step", "writing", "hook"))
+    assert all(survived.hits(kind) >= KILLS // 10 for kind in ("step", "saving", "hook"))
+    assert survived.torn_files >= 1

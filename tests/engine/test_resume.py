@@ -185,14 +185,7 @@ def batches(workers: int, persistent: bool, epochs: list[int], build=ENCRunner.b
             num_workers=workers,
             persistent_workers=persistent,
             sampler=dict(type="DefaultSampler", shuffle=False),
-            dataset=dict(
-                type="Digits",
-                indices=32,
-                pipeline=[
-                    dict(type="mmpretrain.RandomCrop", crop_size=8, padding=3),
-                    dict(type="mmpretrain.PackInputs"),
-                ],
-            ),
+            dataset=dict(type="Digits", indices=32, pipeline=[crop, dict(type="mmpretrain.PackInputs")]),
         ),
         seed=3,
     )

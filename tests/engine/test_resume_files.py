@@ -95,11 +95,12 @@ def test_a_broken_pointer_is_not_the_end(tmp_path, content):
     assert problem.startswith(f"{tmp_path / 'last_checkpoint'}: ")
 
 
-def test_a_moved_work_dir_goes_on_from_the_same_checkpoint(tmp_path):
+@pytest.mark.parametrize("how", [shutil.move, shutil.copytree])
+def test_a_moved_or_copied_work_dir_goes_on_from_its_own_checkpoint(tmp_path, how):
     (tmp_path / "old").mkdir()
     paths = work_dir_of_three(tmp_path / "old")
     (tmp_path / "old" / "last_checkpoint").write_text(str(paths[1]))
-    shutil.move(tmp_path / "old", tmp_path / "new")
+    how(tmp_path / "old", tmp_path / "new")
     path, _ = latest_checkpoint(tmp_path / "new", (tmp_path / "new").glob("*.pth"))
     assert path == str(tmp_path / "new" / paths[1].name)
 
@@ -158,9 +159,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(trained, tmp_path):
     (tmp_path / "run" / "last_checkpoint").unlink()
     for path in (tmp_path / "run").glob("*.pth"):
         truncate(path)
-    with pytest.raises(
-        ValueError, match="resume: no checkpoint in .* is whole .*epoch_3.pth: BadZipFile.*leave --resume"
-    ):
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole .*epoch_3.pth: BadZipFile.*leave --resume"):
         train(digits_config(tmp_path / "run", resume=True))
 
 

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-crash lint bench clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+# Kills training runs and resumes them, KILLS times (30) for each number of data loading workers.
+test-crash: $(STAMP)
+	$(BIN)/python -m pytest -m crash tests/crash
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py

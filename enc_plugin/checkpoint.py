@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +105,79 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
     return state_dict, {k: v for k, v in content.items() if k != "state_dict"} if state_dict is not content else {}
 
 
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Block that writes ``path`` whole or not at all: ``path`` is the old file until the new one is safe on the disk.
+
+    Yields the path to write to in its place, in the same folder; what is left there after a crash is overwritten by the
+    next attempt. An exception leaves ``path`` as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)  # the new name, too, outlives a power cut
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def find_damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint file, in a few words; None: it is whole, and its checksums are right.
+
+    ``torch.load`` does not look at checksums: it loads flipped bits. Files of another format than torch's zip archives
+    have none, and pass if they are not empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return "there is no such file"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if not start.strip(b"\0"):
+            return "it is empty" if path.stat().st_size == 0 else "it starts with zeros"
+        if start != b"PK\3\4":
+            return None
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return _first_line(error)
+    return None if broken is None else f"the checksum of its record {broken!r} is wrong"
+
+
+def latest_checkpoint(work_dir: str | Path, candidates: Iterable[Path]) -> tuple[str | None, list[str]]:
+    """The checkpoint to resume from: the one that ``last_checkpoint`` names, else the newest that is whole.
+
+    Args:
+        work_dir: Where ``last_checkpoint`` lies.
+        candidates: Checkpoints to fall back on.
+
+    Returns:
+        Its path, None if there is none; and what is wrong with the files that should have come first.
+    """
+    pointer = Path(work_dir, "last_checkpoint")
+    candidates = sorted((path for path in candidates if path.is_file()), key=_age, reverse=True)
+    problems = []
+    if pointer.is_file():
+        named = pointer.read_text(errors="replace").strip()
+        if "://" in named or Path(named or "nowhere").is_dir():  # not ours to look into
+            return named, []
+        # The pointer of a work dir that was moved or copied names the old place.
+        own = [path for path in candidates if path.name == Path(named).name]
+        candidates = [*(own or [Path(named)]), *candidates] if named else candidates
+        if not named:
+            problems.append(f"{pointer}: it is empty")
+    elif candidates:
+        problems.append(f"{pointer}: there is no such file")
+    for path in dict.fromkeys(candidates):
+        damage = find_damage(path)
+        if damage is None:
+            return str(path), problems
+        problems.append(f"{path}: {damage}")
+    return None, problems
+
+
 def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
     """The config's model with the checkpoint's weights, and what the checkpoint says of itself.
 
@@ -131,6 +208,20 @@ def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk holds a file's bytes, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _age(path: Path) -> tuple[int, list[int]]:
+    """Sort key: when the file was written, then the numbers in its name."""
+    return path.stat().st_mtime_ns, [int(part) for part in re.findall(r"\d+", path.stem)]
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ from mmpretrain import get_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .checkpoint import read_checkpoint
+from .checkpoint import read_checkpoint, replacing
 from .convert import enc_layers, fold
 from .layers import ENC_LAYERS, saved_settings
 from .version import __version__
@@ -246,8 +246,7 @@ def _output_error(model: nn.Module, stock: nn.Module, batch: dict) -> float:
 def _write(out: Path, state_dict: dict[str, Tensor], meta: dict, safetensors: bool) -> None:
     """Write to a file beside ``out``, read it back, and only then give it its name."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.stem}.{os.getpid()}.partial{out.suffix}")
-    try:
+    with replacing(out) as partial:
         if safetensors:
             from safetensors.torch import save_file
 
@@ -258,14 +257,9 @@ def _write(out: Path, state_dict: dict[str, Tensor], meta: dict, safetensors: bo
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o666 & ~umask)  # as a file written straight to its place; safetensors leaves it private
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
         written, _ = read_checkpoint(partial)
         if written.keys() != state_dict.keys() or not all(torch.equal(written[k], v) for k, v in state_dict.items()):
             raise ValueError(f"out: {out} did not read back as written; is the disk full?")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _summary(error: Exception) -> str:

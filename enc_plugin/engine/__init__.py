@@ -3,17 +3,21 @@
 from .amp import BFloat16OptimWrapper
 from .audit_hook import ENCAuditHook
 from .bn_eps_hook import BatchNormEpsHook
+from .checkpoint_hook import ENCCheckpointHook
 from .fgsm_hook import FGSMHook
 from .gbr_hook import GBRHook
 from .optim import ENCOptimWrapperConstructor
+from .rng_hook import RNGStateHook
 from .runner import ENCRunner
 
 __all__ = [
     "BFloat16OptimWrapper",
     "BatchNormEpsHook",
     "ENCAuditHook",
+    "ENCCheckpointHook",
     "ENCOptimWrapperConstructor",
     "ENCRunner",
     "FGSMHook",
     "GBRHook",
+    "RNGStateHook",
 ]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import atexit
 import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from mmengine.dist import is_distributed
+from mmengine.dist import broadcast_object_list, is_distributed, is_main_process
+from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
+from ..checkpoint import find_damage, latest_checkpoint, replacing
 from .amp import without_cuda
 from .audit_hook import unwrap
+from .rng_hook import RNGStateHook
+from .worker_seeds import seed_workers_by_epoch
 
 
 @RUNNERS.register_module()
@@ -22,7 +31,11 @@ class ENCRunner(Runner):
 
     - Without CUDA, distributed runs use gloo, DDP wraps without device ids, and ``AmpOptimWrapper`` becomes bfloat16
       autocast, each with a log line; stock mmengine stops with an error at all three.
-    - :class:`ENCAuditHook` joins the default hooks (``default_hooks=dict(enc_audit=None)`` turns it off).
+    - :class:`ENCAuditHook` and :class:`RNGStateHook` join the default hooks, as ``enc_audit`` and ``rng_state``
+      (``default_hooks=dict(enc_audit=None)`` turns one off); ``CheckpointHook`` becomes :class:`ENCCheckpointHook`.
+    - A checkpoint is written whole or not at all. Resuming goes by checksums: ``resume=True`` falls back on the newest
+      checkpoint that is whole, with a warning; a damaged one that is named explicitly is an error.
+    - Data loading workers are seeded by epoch, where mmengine's would repeat the same augmentations.
 
     Args:
         *args, **kwargs: As for mmengine's Runner.
@@ -58,12 +71,112 @@ class ENCRunner(Runner):
         """Build the optimizer wrapper, mixed precision included, on any device."""
         return super().build_optim_wrapper(without_cuda(optim_wrapper, self.logger))
 
+    def train(self) -> nn.Module:
+        """Train as mmengine does; a resumed run starts from the last checkpoint that is whole, with its seed.
+
+        Raises:
+            ValueError: If the run is to be resumed and has checkpoints, all of them damaged.
+        """
+        if self._resume and not self._has_loaded:
+            if self._load_from is None:
+                self._load_from = self._latest_checkpoint()
+            if self._load_from is not None:
+                self._take_seed(self._load_from)
+        return super().train()
+
+    def _latest_checkpoint(self) -> str | None:
+        """The checkpoint to go on from, None if there is none; rank 0 decides."""
+        found: list = [None, []]
+        if is_main_process():
+            found = list(latest_checkpoint(self.work_dir, self._checkpoints()))
+        broadcast_object_list(found)
+        path, problems = found
+        if path is None and problems:
+            raise ValueError(
+                f"resume: no checkpoint in {self.work_dir} is whole ({'; '.join(problems)}); leave --resume out to "
+                "train from the beginning"
+            )
+        for problem in problems:
+            self.logger.warning(f"ENC: cannot resume from {problem}")
+        if problems:
+            self.logger.warning(f"ENC: the newest checkpoint that is whole is {path}; the run goes on from there")
+        return path
+
+    def _checkpoints(self) -> Iterator[Path]:
+        """Files that CheckpointHook wrote to go on from (best_*.pth hold no optimizer)."""
+        for hook in self.hooks:
+            if isinstance(hook, CheckpointHook):
+                folder = Path(hook.out_dir, Path(self.work_dir).name) if hook.out_dir else Path(self.work_dir)
+                yield from folder.glob(hook.filename_tmpl.format("*"))
+
+    def _take_seed(self, filename: str) -> None:
+        """Draw with the seed of the checkpoint from the start: mmengine takes it once the sampler has another one."""
+        if find_damage(filename) is not None:  # a remote file, or one that loading will refuse
+            return
+        meta = torch.load(filename, map_location="cpu", mmap=zipfile.is_zipfile(filename)).get("meta", {})
+        seed, configured = meta.get("seed"), self._randomness_cfg.get("seed")
+        if seed is None or seed == configured:
+            return
+        if configured is not None:
+            self.logger.warning(
+                f"ENC: the resumed run has seed {seed}, the config {configured}; it goes on with {seed}"
+            )
+        self._randomness_cfg.update(seed=seed)
+        self.set_randomness(**self._randomness_cfg)
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """Build as mmengine does, with workers that draw other random numbers in each epoch."""
+        built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        if isinstance(dataloader, dict) and built.num_workers and seed is not None:
+            seed_workers_by_epoch(built, seed)
+        return built
+
+    def save_checkpoint(self, out_dir: str, filename: str, file_client_args: dict | None = None, **kwargs) -> None:
+        """Save as mmengine does, but whole or not at all, and with the random states of all ranks.
+
+        Args:
+            out_dir, filename, file_client_args, **kwargs: As for mmengine's Runner. Every rank has to call it.
+
+        Raises:
+            OSError: If the file cannot be written, for a full disk, say; an older one of this name is as it was.
+        """
+        for hook in self.hooks:
+            if isinstance(hook, RNGStateHook):
+                hook.gather(self)
+        if not is_main_process():
+            return
+        kwargs["file_client_args"] = file_client_args
+        if file_client_args or not isinstance(
+            get_file_backend(out_dir, backend_args=kwargs.get("backend_args")), LocalBackend
+        ):
+            super().save_checkpoint(out_dir, filename, **kwargs)  # object stores replace whole files by themselves
+            return
+        path = Path(out_dir, filename)
+        try:
+            with replacing(path) as partial:
+                super().save_checkpoint(out_dir, partial.name, **kwargs)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"checkpoint: {path} could not be written ({error.strerror}). Earlier checkpoints are as they were: "
+                "make room (max_keep_ckpts of CheckpointHook keeps fewer), then go on from the last one with --resume",
+            ) from error
+
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
         """Load as mmengine does, which only logs what does not fit; a file of which nothing fits is an error.
 
         Raises:
-            ValueError: If no key of the checkpoint is a key of the model.
+            ValueError: If the file is damaged, or no key of the checkpoint is a key of the model.
         """
+        damage = find_damage(filename) if Path(filename).is_file() else None  # else a URL: mmengine's business
+        if damage is not None:
+            raise ValueError(
+                f"load_from: {filename} is damaged ({damage}); name another checkpoint, or leave it out with --resume "
+                "to go on from the newest one that is whole"
+            )
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         # mmengine looks through the prefix of a distributed wrapper.
         found = [key.removeprefix("module.") for key in checkpoint.get("state_dict", checkpoint)]
@@ -75,9 +188,18 @@ class ENCRunner(Runner):
             )
         return checkpoint
 
+    def register_hook(self, hook: Hook | dict, priority: str | int | None = None) -> None:
+        """Register as mmengine does, with ENCCheckpointHook for CheckpointHook."""
+        if isinstance(hook, dict) and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
+            hook = dict(hook, type="ENCCheckpointHook")
+        super().register_hook(hook, priority)
+
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Register mmengine's default hooks and the ENC audit."""
-        super().register_default_hooks({"enc_audit": {"type": "ENCAuditHook"}} | (hooks or {}))
+        """Register mmengine's default hooks and ours."""
+        own = {"enc_audit": {"type": "ENCAuditHook"}, "rng_state": {"type": "RNGStateHook"}}
+        # None switches off; mmengine knows that of its own hooks only.
+        hooks = {name: hook for name, hook in (own | (hooks or {})).items() if name not in own or hook is not None}
+        super().register_default_hooks(hooks)
 
 
 def _leave_process_group() -> None:

@@ -100,43 +100,6 @@ def test_clean_accuracy_is_that_of_the_validation(tmp_path):
     assert [line["fgsm/top1_clean"] for line in attacks(tmp_path / "run")] == validations
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "hooks"),
-    [
-        ("resnet8_enc-ws_1xb64", {}, []),
-        ("resnet8_1xb64", {"optim_wrapper__type": "AmpOptimWrapper"}, []),
-        ("resnet8_enc-ws_1xb64", {"model__backbone__with_cp": True}, [dict(type="EMAHook")]),
-    ],
-    ids=["enc", "plain-amp", "enc-ema-checkpointing"],
-)
-def test_weights_are_bit_identical_with_and_without_the_hook(tmp_path, name, options, hooks):
-    ends = []
-    for attacked in (False, True):
-        cfg = digits_config(tmp_path / str(attacked), name, epochs=2, **options)
-        # A validation pipeline that draws random numbers, so that restoring them is put to the test.
-        flip = dict(type="RandomFlip", prob=0.5, direction="horizontal")
-        cfg.val_dataloader.dataset.pipeline.insert(0, flip)
-        own = [dict(type="FGSMHook", eps=[1, 8], num_samples=40, batch_size=16)] if attacked else []
-        cfg.custom_hooks = hooks + own
-        runner = train(cfg)
-        checkpoint = torch.load(tmp_path / str(attacked) / "epoch_2.pth")
-        draws = torch.rand(3), np.random.rand(), random.random()
-        grads = [p.grad for p in runner.model.parameters()]
-        ends.append(
-            (
-                checkpoint["state_dict"],
-                checkpoint.get("ema_state_dict", {}),
-                checkpoint["optimizer"]["state"],
-                draws,
-                grads,
-            )
-        )
-        if attacked:
-            assert len(attacks(tmp_path / "True")) == 2
-    for without, with_ in zip(*ends, strict=True):
-        torch.testing.assert_close(with_, without, rtol=0, atol=0)
-
-
 def test_interval_counts_epochs_and_the_last_epoch_is_always_measured(tmp_path):
     train(with_hook(tmp_path / "run", hook=dict(interval=2), epochs=3))
     assert [line["step"] for line in attacks(tmp_path / "run")] == [2, 3]

@@ -1,0 +1,89 @@
+"""CheckpointHook that never leaves a run without a good checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ..checkpoint import replacing
+
+
+@HOOKS.register_module()
+class ENCCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook in a safe order: write the new file, then point to it, and only then remove old ones.
+
+    mmengine's removes what ``max_keep_ckpts`` and ``save_best`` make superfluous first, so that a crash can leave
+    nothing to resume from, and writes ``last_checkpoint`` in place. With ``ENCRunner``, which puts this hook where a
+    config says ``CheckpointHook`` and writes each checkpoint whole or not at all, a run can be killed at any moment.
+    For a moment there is one file more than ``max_keep_ckpts``.
+
+    Args:
+        *args, **kwargs: As for mmengine's ``CheckpointHook``.
+    """
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        outdated = []
+        # A second save of one step (after a new best) makes nothing superfluous.
+        if self.max_keep_ckpts > 0 and list(self.keep_ckpt_ids)[-1:] != [step]:
+            outdated = list(self.keep_ckpt_ids)[: max(0, len(self.keep_ckpt_ids) + 1 - self.max_keep_ckpts)]
+            self.keep_ckpt_ids.append(step)  # the deque drops the outdated
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        filename = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            filename,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            with replacing(Path(runner.work_dir, "last_checkpoint")) as partial:
+                partial.write_text(self.last_ckpt)
+            for old in outdated:
+                _remove(self.file_backend, self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)))
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        backend = self.file_backend
+        self.file_backend = later = _RemovesLater(backend)
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self.file_backend = backend
+        info = runner.message_hub.runtime_info
+        current = {value for key, value in info.items() if key.startswith("best_ckpt")}
+        for path in later.outdated - current:
+            _remove(backend, path)
+
+
+class _RemovesLater:
+    """File backend that notes what it is asked to remove."""
+
+    def __init__(self, backend):
+        self._backend = backend
+        self.outdated: set[str] = set()
+
+    def __getattr__(self, name: str):
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self.outdated.add(path)
+
+    rmtree = remove
+
+
+def _remove(backend, path: str) -> None:
+    """Remove a checkpoint, a file or (sharded) a folder; it may be gone already."""
+    if backend.isfile(path):
+        backend.remove(path)
+    elif backend.isdir(path):
+        backend.rmtree(path)

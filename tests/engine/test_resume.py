@@ -1,0 +1,216 @@
+"""A stopped and resumed run is the unbroken one, bit for bit: weights, optimizer, schedules, random states, logs."""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exactness import Stopped, assert_same, assert_same_run
+from helpers import build_runner, digits_config, free_port, train
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from enc_plugin.engine import ENCRunner
+
+FLIP = dict(type="RandomFlip", prob=0.5, direction="horizontal")
+
+
+def config(
+    work_dir: Path, name: str = "resnet8_enc-ws_1xb64", epochs: int = 3, hooks=(), train_cfg=None, **options
+) -> Config:
+    """Every iteration logged, and random numbers drawn in validation, too."""
+    cfg = digits_config(work_dir, name, epochs=epochs, default_hooks__logger__interval=1, **options)
+    cfg.train_cfg = train_cfg or cfg.train_cfg
+    if not cfg.val_dataloader.persistent_workers:
+        cfg.val_dataloader.dataset.pipeline.insert(0, FLIP)
+    cfg.custom_hooks = list(hooks)
+    return cfg
+
+
+def by_iterations(**options) -> dict:
+    """Options of a run of nine iterations without epochs."""
+    return dict(
+        train_cfg=dict(by_epoch=False, max_iters=9, val_interval=3),
+        train_dataloader__sampler__type="InfiniteSampler",
+        log_processor__by_epoch=False,
+        param_scheduler=None,
+        default_hooks__logger__log_metric_by_epoch=False,
+        default_hooks__checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=options.pop("interval", 2)),
+        **options,
+    )
+
+
+EMA = dict(type="EMAHook", momentum=0.1)
+EVERY_TWO = dict(type="CheckpointHook", by_epoch=False, interval=2)
+WORKERS = dict(train_dataloader__num_workers=2, val_dataloader__num_workers=1)
+PERSISTENT = WORKERS | dict(train_dataloader__persistent_workers=True, val_dataloader__persistent_workers=True)
+MIXUP = dict(model__train_cfg=dict(augments=dict(type="Mixup", alpha=0.2)))
+# Options of the run, where it is stopped (epochs from 0, validations and iterations from 1), its last checkpoint.
+CASES = {
+    "after an epoch's validation": ({}, dict(epoch=1), "epoch_3.pth"),
+    "before it, dropblock and mixup": ({"name": "resnet8_dropblock_1xb64"} | MIXUP, dict(val=1), "epoch_3.pth"),
+    "penalty on the GBR": (dict(model__gbr_penalty=dict(weight=1e-3)), dict(epoch=1), "epoch_3.pth"),
+    "workers": (WORKERS | MIXUP, dict(epoch=1), "epoch_3.pth"),
+    "persistent workers": (PERSISTENT | MIXUP, dict(val=2), "epoch_3.pth"),
+    "bf16, averaging, accumulation": (
+        dict(hooks=[EMA], optim_wrapper__type="AmpOptimWrapper", optim_wrapper__accumulative_counts=2),
+        dict(epoch=1),
+        "epoch_3.pth",
+    ),
+    "best checkpoint, plateau schedule": (
+        dict(
+            default_hooks__checkpoint=dict(type="CheckpointHook", interval=1, save_best="auto", max_keep_ckpts=1),
+            param_scheduler=[dict(type="ReduceOnPlateauLR", monitor="accuracy/top1", factor=0.5, patience=0)],
+        ),
+        dict(val=2),
+        "epoch_3.pth",
+    ),
+    "within an epoch": (dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
+    "within an epoch, workers": (WORKERS | dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
+    "at an epoch's last iteration": (dict(default_hooks__checkpoint=EVERY_TWO), dict(val=2), "iter_9.pth"),
+    "iterations": (by_iterations(), dict(iter=5), "iter_9.pth"),
+    "iterations, before a validation": (by_iterations(interval=3), dict(val=2), "iter_9.pth"),
+    "iterations, workers": (by_iterations(**WORKERS), dict(iter=5), "iter_9.pth"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_stopped(tmp_path, case):  # and resumed ends as the unbroken one
+    options, stop, last = CASES[case]
+    train(config(tmp_path / "unbroken", **options))
+    hooks = [*options.get("hooks", []), dict(type="StopHook", **stop)]
+    stopped = config(tmp_path / "resumed", **options | {"hooks": hooks})
+    with pytest.raises(Stopped):
+        train(stopped)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # what a new process would start from
+    train(config(tmp_path / "resumed", **options, resume=True))
+    assert_same_run(tmp_path / "unbroken", tmp_path / "resumed", last)
+    files = [sorted(path.name for path in (tmp_path / run).glob("*.pth")) for run in ("unbroken", "resumed")]
+    assert files[0] == files[1]
+
+
+def test_a_seed_that_was_drawn_is_drawn_with_again(tmp_path):
+    """Without a seed in the config every run draws one; a resumed run goes on with the first one's."""
+    for work_dir, stop in ((tmp_path / "unbroken", []), (tmp_path / "resumed", [dict(type="StopHook", epoch=1)])):
+        np.random.seed(7)  # what mmengine draws the seed from
+        cfg = config(work_dir, epochs=2, hooks=stop, randomness=dict(seed=None))
+        cfg.randomness.seed = None
+        if stop:
+            with pytest.raises(Stopped):
+                train(cfg)
+        else:
+            train(cfg)
+    np.random.seed(8)
+    cfg.custom_hooks, cfg.resume = [], True
+    runner = build_runner(cfg)
+    drawn = runner.seed
+    runner.train()
+    assert runner.seed != drawn
+    assert_same_run(tmp_path / "unbroken", tmp_path / "resumed", "epoch_2.pth")
+
+
+def ddp_rank(rank: int, port: int, path: Path, resume: bool) -> None:
+    """One of two processes that train the config at ``path``; ends quietly where it is stopped."""
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    cfg = Config.fromfile(path)
+    cfg.resume = resume
+    if resume:
+        cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != "StopHook"]
+    with suppress(Stopped):
+        train(cfg)
+    torch.distributed.barrier()
+
+
+def ddp(path: Path, resume: bool = False) -> None:
+    # The server imports the package once and forks; a fork of this process could not run autograd.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["enc_plugin", "exactness"])
+    port = free_port()
+    ranks = [context.Process(target=ddp_rank, args=(rank, port, path, resume)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def test_two_processes_resume_exactly_and_one_says_what_it_cannot(tmp_path):
+    """Gradients are pending at the stop, and each rank has statistics, gradients and random states of its own."""
+    for name, stop in (("unbroken", []), ("resumed", [dict(type="StopHook", epoch=1)])):
+        options = dict(train_dataloader__batch_size=32, optim_wrapper__accumulative_counts=2)
+        cfg = config(tmp_path / name, "resnet8_dropblock_1xb64", epochs=2, hooks=stop, **options)
+        cfg.launcher = "pytorch"
+        cfg.randomness = dict(seed=0, diff_rank_seed=True)
+        cfg.dump(tmp_path / f"{name}.py")
+        ddp(tmp_path / f"{name}.py")
+    ddp(tmp_path / "resumed.py", resume=True)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "resumed", "epoch_2.pth")
+    first, second = torch.load(tmp_path / "unbroken" / "epoch_1.pth")["rng_state"]["ranks"]
+    assert first["python"] != second["python"]
+    assert second["buffers"]
+    assert first["gradients"].keys() == second["gradients"].keys() != set()
+
+    cfg = config(tmp_path / "resumed", "resnet8_dropblock_1xb64", resume=True, **options)
+    train(cfg)
+    assert "the checkpoint was written with 2 processes, this run has 1" in log_of(tmp_path / "resumed")
+
+
+def log_of(work_dir: Path) -> str:
+    return "".join(path.read_text() for path in sorted(work_dir.glob("*/*.log")))
+
+
+def test_a_checkpoint_without_random_states_resumes_with_a_warning(tmp_path):
+    cfg = config(tmp_path, epochs=1)
+    cfg.default_hooks.rng_state = None
+    train(cfg)
+    assert "rng_state" not in torch.load(tmp_path / "epoch_1.pth")
+    train(config(tmp_path, epochs=2, resume=True))
+    assert "the checkpoint holds no random states" in log_of(tmp_path)
+
+
+def batches(workers: int, persistent: bool, epochs: list[int], build=ENCRunner.build_dataloader) -> list[torch.Tensor]:
+    """The pixels of each of these epochs, randomly cropped, in file order."""
+    crop = dict(type="mmpretrain.RandomCrop", crop_size=8, padding=3)
+    loader = build(
+        dict(
+            batch_size=8,
+            num_workers=workers,
+            persistent_workers=persistent,
+            sampler=dict(type="DefaultSampler", shuffle=False),
+            dataset=dict(type="Digits", indices=32, pipeline=[crop, dict(type="mmpretrain.PackInputs")]),
+        ),
+        seed=3,
+    )
+    found = []
+    for epoch in epochs:
+        loader.sampler.set_epoch(epoch)
+        found.append(torch.stack([picture for batch in loader for picture in batch["inputs"]]))
+    return found
+
+
+def test_workers_draw_other_augmentations_in_each_epoch_and_the_same_from_any_start():
+    stock = batches(2, False, [0, 1], Runner.build_dataloader)
+    assert torch.equal(stock[0], stock[1])  # what this is about
+    first, second, third = batches(2, False, [0, 1, 2])
+    assert torch.equal(first, stock[0])
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    persistent = batches(2, True, [0, 1, 2])
+    assert_same(persistent, [first, second, third])
+    assert_same(batches(2, True, [2]), [third])
+
+
+def test_persistent_workers_take_nothing_from_the_generator_of_the_training(tmp_path):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    batches(2, True, [0, 1])
+    assert torch.equal(torch.rand(3), expected)

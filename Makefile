@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-matrix test-long lint bench clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+test-matrix: $(STAMP)
+	$(BIN)/python -m pytest -m "matrix or not matrix and not long" tests/engine/test_composition.py
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m "long or not long" tests/test_long_training.py
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py

@@ -14,6 +14,7 @@ from torch import nn
 
 from .amp import without_cuda
 from .audit_hook import unwrap
+from .limits import check_distributed
 
 
 @RUNNERS.register_module()
@@ -44,7 +45,13 @@ class ENCRunner(Runner):
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Wrap for distributed training as mmengine does, without device ids where there is no CUDA."""
+        """Wrap for distributed training as mmengine does, without device ids where there is no CUDA.
+
+        Raises:
+            ValueError: For synchronised batch norm on the CPU, and for sharded parameters (FSDP).
+        """
+        if self.distributed:
+            check_distributed(self.cfg.get("sync_bn"), model_wrapper_cfg, model)
         if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():
             model_wrapper_cfg = {
                 "type": "MMDistributedDataParallel",

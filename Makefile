@@ -25,10 +25,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-matrix: $(STAMP)
-	$(BIN)/python -m pytest -m "matrix or not matrix and not long" tests/engine/test_composition.py
+	$(BIN)/python -m pytest -m "not long" tests/engine/test_composition.py
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m "long or not long" tests/test_long_training.py
+	$(BIN)/python -m pytest -m long tests/test_long_training.py
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py

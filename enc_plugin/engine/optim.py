@@ -27,8 +27,9 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Biases (they do not appear in the bound, eq. 10-13), learnable alphas and batch norm biases get no decay; batch norm
     weights keep theirs. ENC weights get the gradient of the epsilon-shifted regularizer,
     :math:`\lambda (W - \epsilon U)` (:func:`enc_plugin.functional.shifted_l2_grad`), once per optimizer step, after
-    unscaling and clipping. Works for any torch optimizer: with coupled decay (SGD, Adam) the shift joins the gradient;
-    with decoupled decay (AdamW) it joins the decay. Parameters with equal settings share one group.
+    unscaling and clipping. Works for any torch optimizer: with coupled decay (SGD, Adam, LARS) the shift joins the
+    gradient; with decoupled decay (AdamW) it joins the decay, which Lamb scales together with the rest of the update.
+    Parameters with equal settings share one group.
 
     Args:
         optim_wrapper_cfg: As for mmengine's default constructor.

@@ -189,69 +189,57 @@ def test_activation_checkpointing_trains_the_same_weights_and_the_warning_says_w
     assert run.model.state_dict()[count] == 2 * plain.model.state_dict()[count]
 
 
+STEPPED = "backbone.layer2.0.conv1.weight"
+
+
+def steps(work_dir: Path, optimizer: dict, **options) -> tuple[_Trace, Tensor, list[Tensor]]:
+    """A run with a large shift (0.2), and of one weight, in float64, its start and its gradients."""
+    options = dict(optim_wrapper__paramwise_cfg=dict(shift_eps=0.2), **options)
+    optimizer = dict(_delete_=True, **optimizer)
+    runner = cell(work_dir, hooks=(dict(type="_Trace"),), optim_wrapper__optimizer=optimizer, **options)
+    assert "is not known" not in log_text(work_dir)
+    found = trace(runner)
+    assert len(found.grads[STEPPED]) == 3
+    return found, found.states[0][STEPPED].double(), found.grads[STEPPED]
+
+
 def test_frozen_stages_stay_bit_for_bit_and_the_rest_follows_adamw_with_the_decoupled_shift(tmp_path):
-    adamw = dict(_delete_=True, type="AdamW", lr=0.01, weight_decay=0.5)
-    runner = cell(
-        tmp_path,
-        hooks=(dict(type="_Trace"),),
-        model__backbone__frozen_stages=1,
-        optim_wrapper__optimizer=adamw,
-        optim_wrapper__paramwise_cfg=dict(shift_eps=0.2),
-    )
-    states = trace(runner).states
-    frozen = [k for k in states[0] if k.startswith(("backbone.conv1", "backbone.bn1", "backbone.layer1"))]
+    adamw = dict(type="AdamW", lr=0.01, weight_decay=0.5)
+    found, weight, grads = steps(tmp_path, adamw, model__backbone__frozen_stages=1)
+    start, end = found.states[0], found.states[-1]
+    frozen = [key for key in start if key.startswith(("backbone.conv1", "backbone.bn1", "backbone.layer1"))]
     assert len(frozen) == 3 * 6
     for key in frozen:
-        assert torch.equal(states[0][key], states[-1][key]), key
-    name = "backbone.layer2.0.conv1.weight"
-    weight, grads = states[0][name].double(), trace(runner).grads[name]
+        assert torch.equal(start[key], end[key]), key
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
-    assert len(grads) == 3
     for step, grad in enumerate(grads, 1):
         first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
         update = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         weight = weight - 0.01 * update - 0.01 * 0.5 * shifted(weight, "ws", 0.2)
-    assert_close({name: states[-1][name]}, {name: weight}, 1e-5)
+    assert_close({STEPPED: end[STEPPED]}, {STEPPED: weight}, 1e-5)
 
 
 def test_lars_steps_along_the_gradient_with_the_shifted_decay(tmp_path):
-    lars = dict(_delete_=True, type="LARS", lr=5.0, momentum=0.9, weight_decay=0.1, eta=0.01)
-    runner = cell(
-        tmp_path,
-        hooks=(dict(type="_Trace"),),
-        optim_wrapper__optimizer=lars,
-        optim_wrapper__paramwise_cfg=dict(shift_eps=0.2),
-    )
-    assert "is not known" not in log_text(tmp_path)
-    states, name = trace(runner).states, "backbone.layer2.0.conv1.weight"
-    weight, momentum = states[0][name].double(), 0.0
-    for grad in trace(runner).grads[name]:
+    lars = dict(type="LARS", lr=5.0, momentum=0.9, weight_decay=0.1, eta=0.01)
+    found, weight, grads = steps(tmp_path, lars)
+    momentum = torch.zeros_like(weight)
+    for grad in grads:
         decayed = grad + 0.1 * shifted(weight, "ws", 0.2)
-        norm = weight.norm()
-        rate = 0.01 * norm / ((decayed - 0.1 * weight).norm() + 0.1 * norm + 1e-8)
+        rate = 0.01 * weight.norm() / ((decayed - 0.1 * weight).norm() + 0.1 * weight.norm() + 1e-8)
         momentum = 0.9 * momentum + 5.0 * rate * decayed
         weight = weight - momentum
-    assert_close({name: states[-1][name]}, {name: weight}, 1e-4)
+    assert_close({STEPPED: found.states[-1][STEPPED]}, {STEPPED: weight}, 1e-4)
 
 
 def test_lamb_scales_gradient_and_shifted_decay_by_one_ratio(tmp_path):
-    lamb = dict(_delete_=True, type="Lamb", lr=0.05, weight_decay=0.5, max_grad_norm=1e9)
-    runner = cell(
-        tmp_path,
-        hooks=(dict(type="_Trace"),),
-        optim_wrapper__optimizer=lamb,
-        optim_wrapper__paramwise_cfg=dict(shift_eps=0.2),
-    )
-    assert "is not known" not in log_text(tmp_path)
-    states, name = trace(runner).states, "backbone.layer2.0.conv1.weight"
-    weight = states[0][name].double()
+    found, weight, grads = steps(tmp_path, dict(type="Lamb", lr=0.05, weight_decay=0.5, max_grad_norm=1e9))
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
-    for step, grad in enumerate(trace(runner).grads[name], 1):
+    for step, grad in enumerate(grads, 1):
         first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
         decay = shifted(weight, "ws", 0.2)
         update = first / (1 - 0.9**step) / (second.sqrt() / math.sqrt(1 - 0.999**step) + 1e-6) + 0.5 * decay
         weight = weight - 0.05 * decay.norm() / update.norm() * update
-    assert_close({name: states[-1][name]}, {name: weight}, 1e-4)
+    assert_close({STEPPED: found.states[-1][STEPPED]}, {STEPPED: weight}, 1e-4)
 
 
 @pytest.mark.parametrize("variant", ALL)

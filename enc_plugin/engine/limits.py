@@ -37,6 +37,17 @@ def refuse_sharding(model_wrapper: type | nn.Module | None) -> None:
         )
 
 
+def refuse_strategy(strategy: Mapping | str | None) -> None:
+    """Raise ``ValueError`` for a config's ``strategy``, which mmengine's Runner would pass over in silence."""
+    if strategy is not None:
+        name = strategy.get("type") if isinstance(strategy, Mapping) else strategy
+        raise ValueError(
+            f"strategy: {name!r} is for mmengine's FlexibleRunner, this runner would train without it; leave it out "
+            "(several processes train with DDP), or set runner_type='FlexibleRunner' (not with FSDPStrategy, which "
+            "splits the rows that ENC normalises)"
+        )
+
+
 def check_distributed(sync_bn: str | None, model_wrapper_cfg: Mapping | None, model: nn.Module) -> None:
     """Refuse what a distributed run of ``model`` cannot have here.
 

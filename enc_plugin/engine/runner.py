@@ -14,7 +14,7 @@ from torch import nn
 
 from .amp import without_cuda
 from .audit_hook import unwrap
-from .limits import check_distributed
+from .limits import check_distributed, refuse_strategy
 
 
 @RUNNERS.register_module()
@@ -48,8 +48,9 @@ class ENCRunner(Runner):
         """Wrap for distributed training as mmengine does, without device ids where there is no CUDA.
 
         Raises:
-            ValueError: For synchronised batch norm on the CPU, and for sharded parameters (FSDP).
+            ValueError: For synchronised batch norm on the CPU, sharded parameters (FSDP), and a ``strategy``.
         """
+        refuse_strategy(self.cfg.get("strategy"))
         if self.distributed:
             check_distributed(self.cfg.get("sync_bn"), model_wrapper_cfg, model)
         if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():

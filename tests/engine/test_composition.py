@@ -309,6 +309,17 @@ def test_a_norm_cfg_of_sync_bn_is_refused_with_the_layers_name(tmp_path):
         check_distributed(None, None, model)
 
 
+def test_mmengines_flexible_runner_trains_the_same_network(tmp_path):
+    flexible = cell(tmp_path / "a", hooks=(dict(type="ENCAuditHook"),), runner_type="FlexibleRunner")
+    assert type(flexible).__name__ == "FlexibleRunner"
+    assert_close(dict(flexible.model.state_dict()), dict(cell(tmp_path / "b").model.state_dict()), 0)
+
+
+def test_a_strategy_is_not_passed_over(tmp_path):
+    with pytest.raises(ValueError, match="strategy: 'FSDPStrategy' is for mmengine's FlexibleRunner.*train with DDP"):
+        build_runner(digits_config(tmp_path, strategy=dict(type="FSDPStrategy")))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mmcv._ext") is not None, reason="full mmcv is installed")
 def test_mmcvs_sync_bn_is_refused_where_mmcv_is_lite(monkeypatch):
     monkeypatch.setattr(limits, "get_device", lambda: "cuda")

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: setup demo test test-crash lint bench clean
+.PHONY: setup demo test test-crash test-matrix test-long lint bench clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,12 @@ test: $(STAMP)
 # Kills training runs and resumes them, KILLS times (30) for each number of data loading workers.
 test-crash: $(STAMP)
 	$(BIN)/python -m pytest -m crash tests/crash
+
+test-matrix: $(STAMP)
+	$(BIN)/python -m pytest -m "not long" tests/engine/test_composition.py
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long tests/test_long_training.py
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py

@@ -25,7 +25,9 @@ _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 # torch optimizers that shrink the weight itself instead of adding decay to the gradient. Adam, NAdam and RAdam say
 # which they do in their groups ('decoupled_weight_decay').
 _DECOUPLED = {"AdamW", "Adafactor", "Muon"}
-_COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop"}
+_COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop", "LARS"}
+# Neither: they scale the decayed update by a ratio of norms, and so the shift has to be within the update.
+_SCALED = {"Lamb"}
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def add_shift(
     Args:
         optimizer: Any torch optimizer whose groups hold ``lr`` and ``weight_decay``.
         decoupled: Whether its weight decay is decoupled from the gradient; None: known for torch's own optimizers,
-            taken as coupled, with a warning, for others.
+            LARS and Lamb, taken as coupled, with a warning, for others.
         warn: Called with the text of that warning.
 
     Example:
@@ -210,9 +212,12 @@ def add_shift(
     """
     if not any("shift_eps" in group for group in optimizer.param_groups):
         return
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
     known = decoupled is not None
+    if names & _SCALED:
+        _shift_around_step(optimizer)
+        return
     if not known:
-        names = {cls.__name__ for cls in type(optimizer).__mro__}
         decoupled = bool(names & _DECOUPLED)
         if not names & (_DECOUPLED | _COUPLED):
             warn(
@@ -257,6 +262,30 @@ def _shift_decay(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
                 amount = amount * grad_scale
             sign = 1.0 if group.get("maximize") else -1.0
             torch._foreach_add_([p.grad for p in trained], torch._foreach_mul(directions, sign * amount))
+
+
+def _shift_around_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let each step see ``W - eps U`` in the place of W, and so decay that, whatever factors it puts before it."""
+    pending: list[tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]] = []
+
+    @torch.no_grad()
+    def subtract(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        pending.clear()
+        for group in optimizer.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            if "shift_eps" in group and group["weight_decay"] and trained:
+                directions = [shift_direction(p, group["enc_variant"]) for p in trained]
+                pending.append((trained, torch._foreach_mul(directions, group["shift_eps"])))
+                torch._foreach_sub_(*pending[-1])
+
+    @torch.no_grad()
+    def add(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for trained, offsets in pending:
+            torch._foreach_add_(trained, offsets)
+        pending.clear()
+
+    optimizer.register_step_pre_hook(subtract)
+    optimizer.register_step_post_hook(add)
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..convert import audit, check_normalizable, enc_layers
 from ..layers import ENCLayer, saved_settings
+from .limits import warn_of_recomputation
 
 DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
 
@@ -21,9 +22,9 @@ DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
 class ENCAuditHook(Hook):
     r"""Logs how many layers are ENC and the largest deviation of :math:`\lVert\hat W\rVert_F^2` from alpha.
 
-    Before training (after initialisation and loading) it refuses weights that cannot be normalised. It reads the model
-    and changes nothing. A model without ENC layers is reported as such. Scalars: ``enc/layers`` and
-    ``enc/max_deviation``, by epoch.
+    Before training (after initialisation and loading) it refuses weights that cannot be normalised, and warns if
+    activation checkpointing will update batch norm statistics twice. It reads the model and changes nothing. A model
+    without ENC layers is reported as such. Scalars: ``enc/layers`` and ``enc/max_deviation``, by epoch.
     """
 
     priority = "VERY_LOW"
@@ -46,6 +47,7 @@ class ENCAuditHook(Hook):
         for name, layer in enc_layers(model):
             check_normalizable(name, layer.weight, layer.variant)
         self._report(runner, model)
+        warn_of_recomputation(runner, model)
 
     def after_train(self, runner: Runner) -> None:
         """Report the weights that training ended with."""

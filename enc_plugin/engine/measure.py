@@ -64,6 +64,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def recomputed(model: nn.Module) -> list[str]:
+    """Names of the modules whose forward pass runs twice in training, because activation checkpointing is on."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if _is_wrapped(module.__dict__.get("forward")) or any(getattr(module, f, False) is True for f in _CHECKPOINTING)
+    ]
+
+
 def _is_wrapped(forward: Callable | None) -> bool:
     """Whether a module's own ``forward`` is mmengine's wrapper around its class's."""
     # By its globals: functools.wraps gave it the name and the module of what it wraps.

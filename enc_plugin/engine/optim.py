@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import optim
 from ..optim import DEFAULT_SHIFT_EPS, DecayRules, describe_groups
+from .limits import refuse_sharding
 
 # What the decay rules know, then what concerns mmengine and the optimizer.
 _OPTIONS = (*DecayRules.OPTIONS, "bypass_duplicate", "decoupled_decay")
@@ -26,8 +27,9 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Biases (they do not appear in the bound, eq. 10-13), learnable alphas and batch norm biases get no decay; batch norm
     weights keep theirs. ENC weights get the gradient of the epsilon-shifted regularizer,
     :math:`\lambda (W - \epsilon U)` (:func:`enc_plugin.functional.shifted_l2_grad`), once per optimizer step, after
-    unscaling and clipping. Works for any torch optimizer: with coupled decay (SGD, Adam) the shift joins the gradient;
-    with decoupled decay (AdamW) it joins the decay. Parameters with equal settings share one group.
+    unscaling and clipping. Works for any torch optimizer: with coupled decay (SGD, Adam, LARS) the shift joins the
+    gradient; with decoupled decay (AdamW) it joins the decay, which Lamb scales together with the rest of the update.
+    Parameters with equal settings share one group.
 
     Args:
         optim_wrapper_cfg: As for mmengine's default constructor.
@@ -45,7 +47,8 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             unless it sets ``decay_mult``.
 
     Raises:
-        ValueError: If an option is unknown, a ``custom_keys`` entry matches no parameter, or ``shift_eps`` is negative.
+        ValueError: If an option is unknown, a ``custom_keys`` entry matches no parameter, ``shift_eps`` is negative, or
+            the model is sharded (FSDP).
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
@@ -87,11 +90,14 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return DecayRules(self.base_lr, self.base_wd, self.paramwise_cfg)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Build the optimizer wrapper for ``model``; distributed wrappers are looked through."""
+        """Build the optimizer wrapper for ``model``; distributed wrappers are looked through, sharded ones refused."""
+        refuse_sharding(model)
         model = getattr(model, "module", model)
         # The stock constructor calls add_params only if paramwise_cfg is not empty.
         self.paramwise_cfg = self.paramwise_cfg or {"shift_eps": DEFAULT_SHIFT_EPS}
         wrapper = super().__call__(model)
+        # Of a Config's optimizer, groups are of Config's own kind of dict, which torch.compile cannot trace.
+        wrapper.optimizer.param_groups = [dict(group) for group in wrapper.optimizer.param_groups]
         add_shift(wrapper.optimizer, self.paramwise_cfg.get("decoupled_decay"))
         print_log(describe_groups(wrapper.optimizer), logger="current")
         return wrapper

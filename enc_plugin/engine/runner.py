@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from ..checkpoint import find_damage, latest_checkpoint, replacing
 from .amp import without_cuda
 from .audit_hook import unwrap
+from .limits import check_distributed, refuse_strategy
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
 
@@ -57,7 +58,14 @@ class ENCRunner(Runner):
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Wrap for distributed training as mmengine does, without device ids where there is no CUDA."""
+        """Wrap for distributed training as mmengine does, without device ids where there is no CUDA.
+
+        Raises:
+            ValueError: For synchronised batch norm on the CPU, sharded parameters (FSDP), and a ``strategy``.
+        """
+        refuse_strategy(self.cfg.get("strategy"))
+        if self.distributed:
+            check_distributed(self.cfg.get("sync_bn"), model_wrapper_cfg, model)
         if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():
             model_wrapper_cfg = {
                 "type": "MMDistributedDataParallel",

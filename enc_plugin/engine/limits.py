@@ -1,0 +1,95 @@
+"""What training cannot have, or has at a price, said before it starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+from mmengine.device import get_device
+from mmengine.registry import MODEL_WRAPPERS
+from mmengine.runner import Runner
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .measure import recomputed
+
+_OWN_BATCH = (
+    "each process then normalises with its own batch, so make train_dataloader.batch_size large enough (above about 16)"
+)
+
+
+def refuse_sharding(model_wrapper: type | nn.Module | None) -> None:
+    """Raise ``ValueError`` for a wrapper that shards parameters: a shard has no rows to normalise or to shift.
+
+    Args:
+        model_wrapper: Class of a model wrapper, or a model that may be wrapped.
+    """
+    if isinstance(model_wrapper, nn.Module):
+        sharded = any(isinstance(module, FullyShardedDataParallel) for module in model_wrapper.modules())
+    else:
+        sharded = model_wrapper is not None and issubclass(model_wrapper, FullyShardedDataParallel)
+    if sharded:
+        raise ValueError(
+            "model_wrapper: FullyShardedDataParallel splits the weights among the processes, but the shift of the "
+            "decay, the audit and the measurements need whole rows; use DDP: leave model_wrapper_cfg out, with "
+            "runner_type='ENCRunner' (with FlexibleRunner: strategy=dict(type='DDPStrategy'))"
+        )
+
+
+def refuse_strategy(strategy: Mapping | str | None) -> None:
+    """Raise ``ValueError`` for a config's ``strategy``, which mmengine's Runner would pass over in silence."""
+    if strategy is not None:
+        name = strategy.get("type") if isinstance(strategy, Mapping) else strategy
+        raise ValueError(
+            f"strategy: {name!r} is for mmengine's FlexibleRunner, this runner would train without it; leave it out "
+            "(several processes train with DDP), or set runner_type='FlexibleRunner' (not with FSDPStrategy, which "
+            "splits the rows that ENC normalises)"
+        )
+
+
+def check_distributed(sync_bn: str | None, model_wrapper_cfg: Mapping | None, model: nn.Module) -> None:
+    """Refuse what a distributed run of ``model`` cannot have here.
+
+    Args:
+        sync_bn: The option of mmengine's config, ``'torch'``, ``'mmcv'`` or None.
+        model_wrapper_cfg: Config of the model wrapper, or None for DDP.
+        model: The model, not wrapped.
+
+    Raises:
+        ValueError: For synchronised batch norm where there is none, and for sharded parameters.
+    """
+    if model_wrapper_cfg is not None and "type" in model_wrapper_cfg:
+        kind = model_wrapper_cfg["type"]
+        refuse_sharding(MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind)
+    if get_device() == "cpu":
+        layers = [name for name, module in model.named_modules() if type(module).__name__ == "SyncBatchNorm"]
+        if sync_bn is not None or layers:
+            where = (
+                f"sync_bn: {sync_bn!r}" if sync_bn is not None else f"norm_cfg: layer {layers[0]!r} is SyncBN, which"
+            )
+            raise ValueError(
+                f"{where} needs GPUs (torch's synchronised batch norm and mmcv's alike), and these processes run on "
+                f"the CPU; leave it out: {_OWN_BATCH}"
+            )
+    if sync_bn == "mmcv" and importlib.util.find_spec("mmcv._ext") is None:
+        raise ValueError(
+            "sync_bn: 'mmcv' needs the compiled operators of full mmcv, and this is mmcv-lite; use sync_bn='torch'"
+        )
+
+
+def warn_of_recomputation(runner: Runner, model: nn.Module) -> None:
+    """Log a warning if activation checkpointing will update batch norm statistics twice a step."""
+    names = recomputed(model)
+    modules = dict(model.named_modules())
+    norms = {m for name in names for m in modules[name].modules() if isinstance(m, _BatchNorm) and m.momentum}
+    if not norms:
+        return
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    momentum = max(norm.momentum for norm in norms)
+    runner.logger.warning(
+        f"ENC: activation checkpointing runs the forward pass of {names[0] or 'the model'!r}{more} twice a step, which "
+        f"updates the running statistics of {len(norms)} batch norms twice. Weights train as without it, validation "
+        f"differs; norm_cfg=dict(type='BN', momentum={1 - (1 - momentum) ** 0.5:.4g}) there makes two updates equal to "
+        f"one with {momentum:g}"
+    )

@@ -4,7 +4,16 @@ from .amp import BFloat16OptimWrapper
 from .audit_hook import ENCAuditHook
 from .fgsm_hook import FGSMHook
 from .gbr_hook import GBRHook
+from .guard import ENCGuardHook
 from .optim import ENCOptimWrapperConstructor
 from .runner import ENCRunner
 
-__all__ = ["BFloat16OptimWrapper", "ENCAuditHook", "ENCOptimWrapperConstructor", "ENCRunner", "FGSMHook", "GBRHook"]
+__all__ = [
+    "BFloat16OptimWrapper",
+    "ENCAuditHook",
+    "ENCGuardHook",
+    "ENCOptimWrapperConstructor",
+    "ENCRunner",
+    "FGSMHook",
+    "GBRHook",
+]

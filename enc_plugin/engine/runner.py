@@ -9,11 +9,13 @@ import torch
 from mmengine.dist import is_distributed
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .amp import without_cuda
 from .audit_hook import unwrap
+from .guard import NO_SAMPLES, check_loop, check_work_dir
 
 
 @RUNNERS.register_module()
@@ -22,11 +24,21 @@ class ENCRunner(Runner):
 
     - Without CUDA, distributed runs use gloo, DDP wraps without device ids, and ``AmpOptimWrapper`` becomes bfloat16
       autocast, each with a log line; stock mmengine stops with an error at all three.
-    - :class:`ENCAuditHook` joins the default hooks (``default_hooks=dict(enc_audit=None)`` turns it off).
+    - :class:`ENCAuditHook` and :class:`ENCGuardHook` join the default hooks (``default_hooks=dict(enc_audit=None,
+      enc_guard=None)`` turns them off).
+    - A work dir that cannot be written to, and intervals of 0, are refused before anything is built.
 
     Args:
-        *args, **kwargs: As for mmengine's Runner.
+        model, work_dir, *args, **kwargs: As for mmengine's Runner.
+
+    Raises:
+        ValueError: If the work dir cannot be written to, or a number of epochs or an interval is below 1.
     """
+
+    def __init__(self, model: nn.Module | dict, work_dir: str, *args, **kwargs):
+        check_work_dir(work_dir)
+        check_loop(kwargs.get("train_cfg"))
+        super().__init__(model, work_dir, *args, **kwargs)
 
     def setup_env(self, env_cfg: dict) -> None:
         """Set the environment up as mmengine does, with gloo as the backend where there is no CUDA."""
@@ -58,26 +70,59 @@ class ENCRunner(Runner):
         """Build the optimizer wrapper, mixed precision included, on any device."""
         return super().build_optim_wrapper(without_cuda(optim_wrapper, self.logger))
 
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+        """Build as mmengine does; a dataset without samples is an error that says so."""
+        try:
+            return Runner.build_dataloader(dataloader, *args, **kwargs)
+        except ValueError as error:
+            if "need at least one array to concatenate" not in str(error):
+                raise
+            raise ValueError(f"dataloader: {NO_SAMPLES}") from error  # mmengine stumbles when it serialises them
+
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        """Load as mmengine does, which only logs what does not fit; a file of which nothing fits is an error.
+        """Load as mmengine does, which only logs what does not fit: a checkpoint of another network is an error.
+
+        To train from, half of the tensors that have a place in the model have to fit it (a classifier of other classes
+        may be left out); to validate or test, every tensor of the model has to be there.
 
         Raises:
-            ValueError: If no key of the checkpoint is a key of the model.
+            ValueError: If too little of the checkpoint fits the model, or it holds NaN or Inf.
         """
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         # mmengine looks through the prefix of a distributed wrapper.
-        found = [key.removeprefix("module.") for key in checkpoint.get("state_dict", checkpoint)]
-        wanted = list(unwrap(self.model).state_dict())
-        if not set(found) & set(wanted):
+        saved = {key.removeprefix("module."): value for key, value in checkpoint.get("state_dict", checkpoint).items()}
+        wanted = unwrap(self.model).state_dict()
+        common = saved.keys() & wanted.keys()
+        if not common:
             raise ValueError(
-                f"load_from: nothing of {filename} fits the model; its keys are {', '.join(map(repr, found[:3]))}, "
-                f"..., the model's are {', '.join(map(repr, wanted[:3]))}, ...; is it a checkpoint of another codebase?"
+                f"load_from: nothing of {filename} fits the model; its keys are {', '.join(map(repr, [*saved][:3]))}, "
+                f"..., the model's are {', '.join(map(repr, [*wanted][:3]))}, ...; is it a checkpoint of another "
+                "codebase?"
+            )
+        fitting = {key for key in common if saved[key].shape == wanted[key].shape}
+        if 2 * len(fitting) < len(common):
+            key = next(key for key in wanted if key in common - fitting)
+            raise ValueError(
+                f"load_from: only {len(fitting)} of the {len(common)} tensors that {filename} shares with the model "
+                f"have its shapes ({key!r}: {tuple(saved[key].shape)} there, {tuple(wanted[key].shape)} in the model); "
+                "is it a checkpoint of another architecture?"
+            )
+        broken = [key for key in fitting if saved[key].is_floating_point() and not saved[key].isfinite().all()]
+        if broken:
+            raise ValueError(f"load_from: {filename} holds NaN or Inf in {len(broken)} tensors: {min(broken)!r}, ...")
+        untrained = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
+        if untrained and filename == self._load_from and not isinstance(self._train_loop, BaseLoop):
+            raise ValueError(
+                f"load_from: {filename} lacks {len(untrained)} tensors of the model ({untrained[0]!r}, ...), which "
+                "would be measured untrained; use the config that it was trained with (a copy is in its work_dir)"
             )
         return checkpoint
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Register mmengine's default hooks and the ENC audit."""
-        super().register_default_hooks({"enc_audit": {"type": "ENCAuditHook"}} | (hooks or {}))
+        """Register mmengine's default hooks, the ENC audit and the guard."""
+        own = {"enc_guard": {"type": "ENCGuardHook"}, "enc_audit": {"type": "ENCAuditHook"}}
+        super().register_default_hooks(own | (hooks or {}))
 
 
 def _leave_process_group() -> None:

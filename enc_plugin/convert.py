@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._table import format_table
 from .folded import FoldedAudit, audit_folded
-from .functional.weights import check_alpha, check_variant, is_centered, num_rows
+from .functional._checks import check_type
+from .functional.weights import check_alpha_option, check_variant, is_centered, num_rows
 from .layers import ENC_LAYERS, ENCLayer, enc_class
 from .preserve import Plan, Preservation
 
@@ -109,6 +110,7 @@ def to_enc(
         ValueError: If an option is unknown, a pattern matches no layer, a layer cannot be normalised (a row of one
             element, a constant row), a layer is ENC already with another variant or alpha, or ``preserve`` finds a
             layer whose scale no batch norm can take. The model is then unchanged.
+        TypeError: If an argument is of another type.
 
     Warns:
         NoEffectWarning: If there is no layer to convert.
@@ -120,13 +122,12 @@ def to_enc(
         >>> len(report), report.num_post_norms
         (2, 1)
     """
+    _check_model(model)
     check_variant(variant)
-    if alpha != "learnable":
-        if isinstance(alpha, str):
-            raise ValueError(f"alpha: expected a positive number or 'learnable', got {alpha!r}")
-        check_alpha(alpha)
-    if post_norm not in ("auto", True, False):
+    check_alpha_option(alpha)
+    if post_norm != "auto" and not isinstance(post_norm, bool):
         raise ValueError(f"post_norm: expected 'auto', True or False, got {post_norm!r}")
+    check_type("preserve", preserve, (bool, Tensor), "True, False or a batch of inputs")
 
     problems = _unconvertible(model)
     names = [name for name, module in model.named_modules() if _is_layer(module) and name not in problems]
@@ -168,6 +169,10 @@ def to_enc(
             stacklevel=2,
         )
     return report
+
+
+def _check_model(model: nn.Module) -> None:
+    check_type("model", model, nn.Module, "a torch.nn.Module (of a runner: runner.model)")
 
 
 def enc_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer]]:
@@ -229,6 +234,7 @@ def fold(model: nn.Module) -> nn.Module:
         >>> type(plain[3]).__name__, list(plain[3].state_dict())
         ('Linear', ['weight', 'bias'])
     """
+    _check_model(model)
     if next(enc_layers(model), None) is None:
         warnings.warn(f"fold changed nothing: {type(model).__name__} has no ENC layer", NoEffectWarning, stacklevel=2)
     for name, layer in enc_layers(model):
@@ -342,7 +348,10 @@ def _weight_problem(layer: nn.Module) -> str | None:
 def _select(names: list[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[str]:
     def matching(argument: str, patterns: str | Sequence[str]) -> set[str]:
         found: set[str] = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"{argument}: expected a pattern, a sequence of patterns or None, got {patterns!r}")
+        for pattern in patterns:
             hits = {n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)}
             if not hits:
                 shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
@@ -467,6 +476,9 @@ def audit(model: nn.Module, folded: bool = False, inputs: Tensor | None = None) 
         >>> audit(model).max_deviation < 1e-6
         True
     """
+    _check_model(model)
+    check_type("folded", folded, bool, "True or False")
+    check_type("inputs", inputs, (Tensor, type(None)), "a batch of inputs or None")
     if folded:
         return audit_folded(model, inputs)
     rows = Audit()

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .checkpoint import read_checkpoint, replacing
 from .convert import enc_layers, fold
+from .functional._checks import check_integer, check_number
 from .layers import ENC_LAYERS, saved_settings
 from .version import __version__
 
@@ -91,8 +92,8 @@ def fold_checkpoint(
         ValueError: If the checkpoint is damaged, holds code, is of a plain network or of other ENC settings, does not
             fit the config, or the outputs differ.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    check_integer("num_samples", num_samples, 1)
+    check_number("tolerance", tolerance, "a number >= 0", lambda value: value >= 0)
     out, checkpoint = Path(out), Path(checkpoint)
     if safetensors != (out.suffix == ".safetensors"):
         raise ValueError(f"out: {out.name!r}: files that end in .safetensors, and only they, go with --safetensors")

@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from .functional.weights import check_alpha, check_variant, enc_weight, is_centered
+from .functional._checks import check_type
+from .functional.weights import check_alpha_option, check_variant, enc_weight, is_centered
 
 
 class CheckpointWarning(UserWarning):
@@ -45,13 +46,12 @@ class ENCLayer(nn.Module):
     def _init_enc(self, variant: str, alpha: float | str, post_norm: bool) -> None:
         """Turn an initialised stock layer into an ENC layer; consumes no random numbers and keeps every parameter."""
         check_variant(variant)
+        check_alpha_option(alpha)
+        check_type("post_norm", post_norm, bool, "True or False")
         self.variant = variant
         if alpha == "learnable":
             self.log_alpha = nn.Parameter(self.weight.new_zeros((), dtype=self._stat_dtype()))
-        elif isinstance(alpha, str):
-            raise ValueError(f"alpha: expected a positive number or 'learnable', got {alpha!r}")
         else:
-            check_alpha(alpha)
             self.register_parameter("log_alpha", None)
             self._alpha = float(alpha)
         self.register_module("norm", None)
@@ -83,7 +83,16 @@ class ENCLayer(nn.Module):
         return enc_weight(self.weight, self.variant, self.alpha)
 
     def _post_norm(self, out: Tensor) -> Tensor:
-        return out if self.norm is None else self.norm(out)
+        if self.norm is None:
+            return out
+        # SyncBatchNorm has the values of other processes too.
+        if self.norm.training and out.numel() == out.shape[1] and not isinstance(self.norm, nn.SyncBatchNorm):
+            raise ValueError(
+                f"input: this {type(self).__name__} has a batch norm of its own (post_norm), which in train mode needs "
+                f"more than one value for each output, got an output of shape {tuple(out.shape)}: use batches of at "
+                "least two samples (drop_last=True leaves out a last batch of one), post_norm=False, or model.eval()"
+            )
+        return self.norm(out)
 
     @property
     def settings(self) -> dict[str, str | float | bool]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from .functional._checks import check_number, check_type
 from .functional.decay import check_shift_eps, shift_direction
 from .functional.weights import check_variant
 from .layers import ENC_LAYERS, ENCLayer
@@ -30,6 +31,13 @@ _COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "Adagrad", "Adadelta", "Adamax", "A
 _SCALED = {"Lamb"}
 
 
+_FACTOR = "a finite number >= 0"
+
+
+def _is_factor(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
 @dataclass(frozen=True)
 class DecayRules:
     """The paper's decay as a rule for each parameter: weights decay, biases do not, ENC weights by the shifted L2.
@@ -43,7 +51,9 @@ class DecayRules:
         options: Any of :attr:`OPTIONS`, as documented at :class:`enc_plugin.engine.ENCOptimWrapperConstructor`.
 
     Raises:
-        ValueError: If ``shift_eps`` is negative, here or in ``custom_keys``, or ``plain_shift`` names no variant.
+        ValueError: If ``lr``, ``weight_decay``, ``shift_eps`` or a factor is negative or not finite, or ``plain_shift``
+            names no variant.
+        TypeError: If one of them is no number, or ``custom_keys`` no dict of dicts.
     """
 
     OPTIONS = (
@@ -64,8 +74,21 @@ class DecayRules:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        for settings in (self.options, *self.options.get("custom_keys", {}).values()):
-            check_shift_eps(settings.get("shift_eps", 0))
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, torch.Tensor):  # torch takes a tensor as lr
+                check_number(name, value, _FACTOR, _is_factor)
+        check_type("options", self.options, Mapping, "a dict of options")
+        custom_keys = self.options.get("custom_keys", {})
+        check_type("custom_keys", custom_keys, Mapping, "a dict of a dict for each key")
+        for key, settings in custom_keys.items():
+            check_type(f"custom_keys[{key!r}]", settings, Mapping, "a dict of options")
+        for settings in (self.options, *custom_keys.values()):
+            for name, value in settings.items():
+                if name == "shift_eps":
+                    check_shift_eps(value, name)
+                elif name.endswith("_mult"):
+                    check_number(name, value, _FACTOR, _is_factor)
         if self.options.get("plain_shift") is not None:
             check_variant(self.options["plain_shift"])
 
@@ -182,10 +205,12 @@ def param_groups_enc(
     for option in options:
         if option not in DecayRules.OPTIONS:
             raise ValueError(f"options: unknown option {option!r}; expected any of {', '.join(DecayRules.OPTIONS)}")
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    rules = DecayRules(lr, weight_decay, options)
     factors = [options, *options.get("custom_keys", {}).values()]
     if lr is None and any(key.endswith("lr_mult") for settings in factors for key in settings):
         raise ValueError("lr: a factor of the learning rate is given (lr_mult, bias_lr_mult), so pass lr=... too")
-    return DecayRules(lr, weight_decay, options).groups(model)
+    return rules.groups(model)
 
 
 def _warn(text: str) -> None:
@@ -210,6 +235,8 @@ def add_shift(
         >>> optimizer = torch.optim.SGD(param_groups_enc(model, weight_decay=1e-4), lr=0.1, momentum=0.9)
         >>> add_shift(optimizer)
     """
+    check_type("optimizer", optimizer, torch.optim.Optimizer, "a torch optimizer")
+    check_type("decoupled", decoupled, (bool, type(None)), "True, False or None")
     if not any("shift_eps" in group for group in optimizer.param_groups):
         return
     names = {cls.__name__ for cls in type(optimizer).__mro__}

@@ -206,7 +206,7 @@ def test_rows_of_one_element_name_the_layer_and_the_way_out():
     [
         (dict(variant="eq22"), "variant: expected one of"),
         (dict(alpha=0.0), "alpha: expected a positive"),
-        (dict(alpha="auto"), "alpha: expected a positive number or 'learnable'"),
+        (dict(alpha="auto"), "alpha: expected a positive finite number or 'learnable'"),
         (dict(post_norm="always"), "post_norm: expected 'auto', True or False, got 'always'"),
     ],
 )

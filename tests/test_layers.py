@@ -149,9 +149,9 @@ def test_half_precision_layer_keeps_float32_statistics():
     ("kwargs", "message"),
     [
         (dict(variant="eq22"), "variant: expected one of"),
-        (dict(alpha=0), "alpha: expected a positive finite number, got 0"),
+        (dict(alpha=0), "alpha: expected a positive finite number or 'learnable', got 0"),
         (dict(alpha=-2.0), "alpha: expected a positive"),
-        (dict(alpha="learn"), "alpha: expected a positive number or 'learnable', got 'learn'"),
+        (dict(alpha="learn"), "alpha: expected a positive finite number or 'learnable', got 'learn'"),
     ],
 )
 def test_bad_options_are_named(kwargs, message):

@@ -8,6 +8,7 @@ import mmcv
 from mmengine.registry import DATASETS
 from mmpretrain.datasets import BaseDataset
 
+from ..functional._checks import check_integer
 from .digits import SPLITS
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -37,8 +38,7 @@ class CIFAR10Folder(BaseDataset):
     def __init__(self, data_root: str = "data/cifar10", split: str = "train", per_class: int | None = None, **kwargs):
         if split not in SPLITS:
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
-        if per_class is not None and per_class < 1:
-            raise ValueError(f"per_class: expected a positive number or None, got {per_class}")
+        check_integer("per_class", per_class, 1, none="all")
         self.split, self.per_class = split, per_class
         super().__init__(ann_file="", data_root=data_root, **kwargs)
 

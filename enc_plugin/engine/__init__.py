@@ -6,6 +6,7 @@ from .bn_eps_hook import BatchNormEpsHook
 from .checkpoint_hook import ENCCheckpointHook
 from .fgsm_hook import FGSMHook
 from .gbr_hook import GBRHook
+from .guard import ENCGuardHook
 from .monitor_hook import ENCMonitorHook
 from .optim import ENCOptimWrapperConstructor
 from .rng_hook import RNGStateHook
@@ -16,6 +17,7 @@ __all__ = [
     "BatchNormEpsHook",
     "ENCAuditHook",
     "ENCCheckpointHook",
+    "ENCGuardHook",
     "ENCMonitorHook",
     "ENCOptimWrapperConstructor",
     "ENCRunner",

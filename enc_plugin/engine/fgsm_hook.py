@@ -8,6 +8,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
+from ..functional._checks import check_integer
 from .audit_hook import unwrap
 from .measure import untouched
 from .robustness import check_pixel_eps, collate_pixels, measure_robustness
@@ -59,9 +60,9 @@ class FGSMHook(Hook):
         batch_size: int | None = None,
     ):
         self.eps = check_pixel_eps(eps)
-        for name, value in (("interval", interval), ("num_samples", num_samples), ("batch_size", batch_size)):
-            if (value is None and name == "interval") or (value is not None and value < 1):
-                raise ValueError(f"{name}: expected at least 1, got {value!r}")
+        check_integer("interval", interval, 1)
+        check_integer("num_samples", num_samples, 1, none="all")
+        check_integer("batch_size", batch_size, 1, none="that of the validation dataloader")
         self.interval = interval
         self.num_samples = num_samples
         self.batch_size = batch_size

@@ -14,6 +14,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..functional._checks import check_integer
 from ..functional.jacobian import check_output, check_projections, gbr
 from .measure import untouched
 from .robustness import PixelClassifier
@@ -72,8 +73,7 @@ class FixedSamples:
                 f"dataset: {type(dataset).__name__} has no get_data_info(index), which mmengine's datasets have, so "
                 "that its samples cannot be read without augmentation; derive it from mmpretrain's BaseDataset"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
+        check_integer("batch_size", batch_size, 1)
         self.dataset = dataset
         self.pipeline = Compose(list(pipeline))
         self.batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
@@ -114,6 +114,8 @@ def choose_samples(length: int, num_samples: int | None, seed: int) -> list[int]
     """Indices of ``num_samples`` different samples (None, or more than there are: all), by ``seed``, ascending."""
     if length < 1:
         raise ValueError("dataset: expected at least one sample, got none")
+    check_integer("num_samples", num_samples, 1, none="all")
+    check_integer("seed", seed, 0)
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
     return sorted(order[:num_samples].tolist())
 
@@ -147,6 +149,7 @@ def measure_gbr(
         The estimate, equal on all ranks.
     """
     check_space(space)
+    check_integer("seed", seed, 0)
     start = time.perf_counter()
     device = next(model.parameters()).device
     seeds = torch.randint(2**32, (len(samples),), generator=torch.Generator().manual_seed(seed))
@@ -188,15 +191,12 @@ def check_options(output: str, projections: int | None, space: str, num_samples:
     check_output(output)
     check_projections(projections)
     check_space(space)
-    if num_samples is not None and num_samples < 2:
-        raise ValueError(
-            f"num_samples: expected at least 2 (for a standard error), or None for all, got {num_samples!r}"
-        )
+    check_integer("num_samples", num_samples, 2, none="all")  # two have a standard error
 
 
 def check_space(space: str) -> None:
     """Raise ``ValueError`` unless ``space`` names what x is."""
-    if space not in SPACES:
+    if not isinstance(space, str) or space not in SPACES:
         raise ValueError(f"space: expected one of {', '.join(map(repr, SPACES))}, got {space!r}")
 
 

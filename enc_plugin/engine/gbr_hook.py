@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
+from ..functional._checks import check_integer, check_type
 from .audit_hook import unwrap
 from .gbr import FixedSamples, check_options, choose_samples, find_pipeline, measure_gbr
 from .measure import untouched
@@ -73,9 +74,11 @@ class GBRHook(Hook):
         pipeline: Sequence[dict] | None = None,
     ):
         check_options(output, projections, space, num_samples)
-        for name, value in (("batch_size", batch_size), ("interval", interval)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value!r}")
+        check_integer("batch_size", batch_size, 1)
+        check_integer("interval", interval, 1)
+        check_integer("seed", seed, 0)
+        check_type("by_epoch", by_epoch, (bool, type(None)), "True, False or None")
+        check_type("pipeline", pipeline, (list, tuple, type(None)), "a list of transforms or None")
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.projections = projections

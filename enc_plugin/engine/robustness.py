@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from mmengine.dist import all_reduce, get_dist_info
@@ -14,6 +15,7 @@ from mmpretrain.evaluation import Accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..functional._checks import check_integer, check_number
 from ..functional.attack import input_gradient, pgd, sign_step
 from .measure import untouched
 
@@ -130,6 +132,9 @@ def measure_robustness(
     """
     start = time.perf_counter()
     eps = check_pixel_eps(eps)
+    for name, value, minimum in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
+        check_integer(name, value, minimum)
+    check_integer("pgd_steps", pgd_steps, 0)
     indices = spread(len(dataset), num_samples)
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     rank, world_size = get_dist_info()
@@ -178,12 +183,15 @@ def measure_robustness(
 
 
 def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:
-    """``eps`` as a list; ``ValueError`` unless it holds different numbers above 0 and up to 255."""
-    values = [eps] if isinstance(eps, (int, float)) else list(eps)
+    """``eps`` as a list; an error unless it holds different numbers above 0 and up to 255."""
+    expected = "different numbers above 0, in 1/255 of the pixel range"
+    if isinstance(eps, str) or not isinstance(eps, (Real, Iterable)):
+        raise TypeError(f"eps: expected {expected}, got {eps!r}")
+    values = [eps] if isinstance(eps, Real) else list(eps)
+    for value in values:
+        check_number("eps", value, expected, lambda number: True)
     if not values or len(set(values)) < len(values) or not all(0 < value <= PIXEL_MAX for value in values):
-        raise ValueError(
-            f"eps: expected different numbers above 0, in 1/255 of the pixel range (at most 255), got {eps!r}"
-        )
+        raise ValueError(f"eps: expected {expected} (at most 255), got {eps!r}")
     return values
 
 
@@ -191,8 +199,7 @@ def spread(length: int, num_samples: int | None) -> list[int]:
     """Evenly spaced indices into a dataset: the first ones would be a single class where the dataset is sorted."""
     if length == 0:
         raise ValueError("dataset: expected at least one sample, got none")
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples: expected at least 1, or None for all, got {num_samples!r}")
+    check_integer("num_samples", num_samples, 1, none="all")
     count = length if num_samples is None else min(num_samples, length)
     return [i * length // count for i in range(count)]
 

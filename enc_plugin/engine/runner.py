@@ -14,13 +14,14 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint import find_damage, latest_checkpoint, replacing
 from .amp import without_cuda
 from .audit_hook import unwrap
+from .guard import NO_SAMPLES, check_loop, check_work_dir
 from .limits import check_distributed, refuse_strategy
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
@@ -32,15 +33,25 @@ class ENCRunner(Runner):
 
     - Without CUDA, distributed runs use gloo, DDP wraps without device ids, and ``AmpOptimWrapper`` becomes bfloat16
       autocast, each with a log line; stock mmengine stops with an error at all three.
-    - :class:`ENCAuditHook` and :class:`RNGStateHook` join the default hooks, as ``enc_audit`` and ``rng_state``
-      (``default_hooks=dict(enc_audit=None)`` turns one off); ``CheckpointHook`` becomes :class:`ENCCheckpointHook`.
+    - :class:`ENCAuditHook`, :class:`ENCGuardHook` and :class:`RNGStateHook` join the default hooks, as ``enc_audit``,
+      ``enc_guard`` and ``rng_state`` (``default_hooks=dict(enc_audit=None)`` turns one off); ``CheckpointHook`` becomes
+      :class:`ENCCheckpointHook`.
+    - A work dir that cannot be written to, and intervals of 0, are refused before anything is built.
     - A checkpoint is written whole or not at all. Resuming goes by checksums: ``resume=True`` falls back on the newest
       checkpoint that is whole, with a warning; a damaged one that is named explicitly is an error.
     - Data loading workers are seeded by epoch, where mmengine's would repeat the same augmentations.
 
     Args:
-        *args, **kwargs: As for mmengine's Runner.
+        model, work_dir, *args, **kwargs: As for mmengine's Runner.
+
+    Raises:
+        ValueError: If the work dir cannot be written to, or a number of epochs or an interval is below 1.
     """
+
+    def __init__(self, model: nn.Module | dict, work_dir: str, *args, **kwargs):
+        check_work_dir(work_dir)
+        check_loop(kwargs.get("train_cfg"))
+        super().__init__(model, work_dir, *args, **kwargs)
 
     def setup_env(self, env_cfg: dict) -> None:
         """Set the environment up as mmengine does, with gloo as the backend where there is no CUDA."""
@@ -136,8 +147,17 @@ class ENCRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """Build as mmengine does, with workers that draw other random numbers in each epoch."""
-        built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        """Build as mmengine does, with workers that draw other random numbers in each epoch.
+
+        Raises:
+            ValueError: If the dataset has no samples.
+        """
+        try:
+            built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        except ValueError as error:
+            if "need at least one array to concatenate" not in str(error):
+                raise
+            raise ValueError(f"dataloader: {NO_SAMPLES}") from error  # mmengine stumbles when it serialises them
         if isinstance(dataloader, dict) and built.num_workers and seed is not None:
             seed_workers_by_epoch(built, seed)
         return built
@@ -174,10 +194,13 @@ class ENCRunner(Runner):
             ) from error
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        """Load as mmengine does, which only logs what does not fit; a file of which nothing fits is an error.
+        """Load as mmengine does, which only logs what does not fit: a checkpoint of another network is an error.
+
+        To train from, half of the tensors that have a place in the model have to fit it (a classifier of other classes
+        may be left out); to validate or test, every tensor of the model has to be there.
 
         Raises:
-            ValueError: If the file is damaged, or no key of the checkpoint is a key of the model.
+            ValueError: If the file is damaged, too little of it fits the model, or it holds NaN or Inf.
         """
         damage = find_damage(filename) if Path(filename).is_file() else None  # else a URL: mmengine's business
         if damage is not None:
@@ -187,12 +210,31 @@ class ENCRunner(Runner):
             )
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         # mmengine looks through the prefix of a distributed wrapper.
-        found = [key.removeprefix("module.") for key in checkpoint.get("state_dict", checkpoint)]
-        wanted = list(unwrap(self.model).state_dict())
-        if not set(found) & set(wanted):
+        saved = {key.removeprefix("module."): value for key, value in checkpoint.get("state_dict", checkpoint).items()}
+        wanted = unwrap(self.model).state_dict()
+        common = saved.keys() & wanted.keys()
+        if not common:
             raise ValueError(
-                f"load_from: nothing of {filename} fits the model; its keys are {', '.join(map(repr, found[:3]))}, "
-                f"..., the model's are {', '.join(map(repr, wanted[:3]))}, ...; is it a checkpoint of another codebase?"
+                f"load_from: nothing of {filename} fits the model; its keys are {', '.join(map(repr, [*saved][:3]))}, "
+                f"..., the model's are {', '.join(map(repr, [*wanted][:3]))}, ...; is it a checkpoint of another "
+                "codebase?"
+            )
+        fitting = {key for key in common if saved[key].shape == wanted[key].shape}
+        if 2 * len(fitting) < len(common):
+            key = next(key for key in wanted if key in common - fitting)
+            raise ValueError(
+                f"load_from: only {len(fitting)} of the {len(common)} tensors that {filename} shares with the model "
+                f"have its shapes ({key!r}: {tuple(saved[key].shape)} there, {tuple(wanted[key].shape)} in the model); "
+                "is it a checkpoint of another architecture?"
+            )
+        broken = [key for key in fitting if saved[key].is_floating_point() and not saved[key].isfinite().all()]
+        if broken:
+            raise ValueError(f"load_from: {filename} holds NaN or Inf in {len(broken)} tensors: {min(broken)!r}, ...")
+        untrained = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
+        if untrained and filename == self._load_from and not isinstance(self._train_loop, BaseLoop):
+            raise ValueError(
+                f"load_from: {filename} lacks {len(untrained)} tensors of the model ({untrained[0]!r}, ...), which "
+                "would be measured untrained; use the config that it was trained with (a copy is in its work_dir)"
             )
         return checkpoint
 
@@ -204,7 +246,11 @@ class ENCRunner(Runner):
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Register mmengine's default hooks and ours."""
-        own = {"enc_audit": {"type": "ENCAuditHook"}, "rng_state": {"type": "RNGStateHook"}}
+        own = {
+            "enc_guard": {"type": "ENCGuardHook"},
+            "enc_audit": {"type": "ENCAuditHook"},
+            "rng_state": {"type": "RNGStateHook"},
+        }
         # None switches off; mmengine knows that of its own hooks only.
         hooks = {name: hook for name, hook in (own | (hooks or {})).items() if name not in own or hook is not None}
         super().register_default_hooks(hooks)

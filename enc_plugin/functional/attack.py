@@ -2,13 +2,15 @@ r"""White-box attacks in the L-inf ball: FGSM (one gradient) and PGD (several)."
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type
 from ._eval_mode import require_eval_mode
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -44,9 +46,9 @@ def fgsm(
         Adversarial images, of the shape, dtype and device of ``images``; for a sequence of ``eps`` a list of them.
 
     Raises:
-        ValueError: If the model is in train mode, images lie outside the bounds, ``eps`` exceeds the range, or the
-            output is not a differentiable function of the images.
-        TypeError: If ``images`` are integers.
+        ValueError: If the model is in train mode, images lie outside the bounds, ``eps`` exceeds the range, a label is
+            no class, or the output is not a differentiable function of the images.
+        TypeError: If ``images`` are integers, or an argument is of another type.
 
     Example:
         >>> images, labels = torch.tensor([[0.5, 0.9]]), torch.tensor([0])
@@ -109,10 +111,11 @@ def pgd(
         tensor([[0.2500, 1.0000]])
     """
     budgets = _check_arguments(images, labels, eps, lower, upper)
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps!r}")
-    if step_size is not None and not 0 < step_size < float("inf"):
-        raise ValueError(f"step_size: expected a positive finite number or None, got {step_size!r}")
+    check_integer("steps", steps, 1)
+    if step_size is not None:
+        check_number("step_size", step_size, "a positive finite number or None", lambda value: 0 < value < float("inf"))
+    check_type("random_start", random_start, bool, "True or False")
+    check_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator or None")
 
     images = images.detach()
     adversarial = []
@@ -152,6 +155,7 @@ def input_gradient(
     Raises:
         ValueError: If the model is in train mode, or the output is not a differentiable function of the images.
     """
+    check_type("forward", forward, Callable, "a model or another callable")
     if loss != "cross_entropy" and not callable(loss):
         raise ValueError(f"loss: expected 'cross_entropy' or a callable, got {loss!r}")
     # Callers may be in no_grad or inference mode (validation loops are).
@@ -162,6 +166,8 @@ def input_gradient(
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"forward: expected logits of shape ({len(images)}, C), got {got}")
+        if loss == "cross_entropy":
+            check_class_numbers("labels", labels, logits.shape[1])
         scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         total = loss(scores, labels).sum() if callable(loss) else F.cross_entropy(scores, labels, reduction="sum")
         gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
@@ -188,20 +194,33 @@ def _is_number(eps: float | Tensor | Sequence[float]) -> bool:
     return isinstance(eps, Real) or getattr(eps, "ndim", None) == 0
 
 
+def _holds_integers(labels: Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+
+
 def _check_arguments(
     images: Tensor, labels: Tensor, eps: float | Sequence[float], lower: float, upper: float
 ) -> list[float]:
     """Refuse what would attack something else than meant; the values of ``eps`` as a list."""
-    if not images.is_floating_point():
-        raise TypeError(f"images: expected floating point pixels, got {images.dtype}; convert them with images.float()")
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
+    check_floating_tensor("images", images, "; convert them with images.float()")
+    if images.ndim == 0:
+        raise ValueError("images: expected a batch (N, ...), got a scalar")
+    check_type("labels", labels, Tensor, "a tensor of class numbers")
+    if labels.shape != images.shape[:1] or not _holds_integers(labels):
         raise ValueError(
             f"labels: expected {len(images)} class numbers, got shape {tuple(labels.shape)} of {labels.dtype}"
         )
+    for name, value in (("lower", lower), ("upper", upper)):
+        check_number(name, value, "a finite number", math.isfinite)
     if not lower < upper:
         raise ValueError(f"lower, upper: expected lower < upper, got {lower!r}, {upper!r}")
-    budgets = [float(eps)] if _is_number(eps) else list(eps)
-    for budget in budgets:
+    if not _is_number(eps) and (isinstance(eps, str) or not isinstance(eps, Iterable)):
+        raise TypeError(f"eps: expected a number or a sequence of numbers, got {eps!r}")
+    budgets = [eps] if _is_number(eps) else list(eps)
+    for i, budget in enumerate(budgets):
+        if getattr(budget, "ndim", None) == 0:
+            budgets[i] = budget = budget.item()
+        check_number("eps", budget, "a number or a sequence of numbers", lambda value: True)
         if not 0 <= budget <= upper - lower:
             raise ValueError(
                 f"eps: expected numbers from 0 to upper - lower = {upper - lower:g}, got {budget!r}; eps has the unit "

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ._checks import check_floating_tensor, check_integer, check_number, check_type
+
 
 def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
     r"""The two upper bounds on the GBR of a bias-free network whose activations have slopes of at most 1 (eq. 17).
@@ -29,12 +31,19 @@ def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
 
     Raises:
         ValueError: If there are no weights, or a squared norm is negative.
+        TypeError: If a weight is neither a tensor nor a number.
 
     Example:
         >>> chain = bound_chain([torch.eye(2), torch.eye(2) * 2])
         >>> round(chain["product"], 6), round(chain["mean_power"], 6)
         (16.0, 25.0)
     """
+    if isinstance(weights, (str, bytes, dict)) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights: expected a sequence of tensors or squared norms, got {type(weights).__name__}")
+    if isinstance(weights, Tensor) and weights.ndim != 1:
+        raise TypeError(
+            f"weights: expected a sequence with a tensor for each layer, got one tensor of shape {tuple(weights.shape)}"
+        )
     logs = torch.tensor([_log_sq_norm(weight) for weight in weights], dtype=torch.float64)
     if not len(logs):
         raise ValueError("weights: expected at least one layer, got none")
@@ -52,15 +61,15 @@ def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
 
 def _log_sq_norm(weight: Tensor | float) -> float:
     if isinstance(weight, Tensor) and weight.ndim:
+        check_floating_tensor("weights", weight)
         w = weight.detach().double()
         largest = w.abs().amax() if w.numel() else w.new_zeros(())
         if not 0 < largest < math.inf:
             return w.square().sum().log().item()
         # Scaled, so that squares neither overflow nor vanish.
         return (2 * largest.log() + (w / largest).square().sum().log()).item()
-    value = weight.item() if isinstance(weight, Tensor) else float(weight)
-    if value < 0:
-        raise ValueError(f"weights: expected tensors or squared norms that are not negative, got {value!r}")
+    value = weight.item() if isinstance(weight, Tensor) else weight
+    check_number("weights", value, "tensors or squared norms that are not negative", lambda v: not v < 0)
     return math.log(value) if value != 0 else -math.inf  # the logarithm passes NaN on
 
 
@@ -94,27 +103,41 @@ def conv_map_sq_norm(
         Scalar of the dtype of ``weight`` (float32 at least).
 
     Raises:
-        ValueError: If the number of sizes does not fit the kernel.
+        ValueError: If a size or their number does not fit the kernel, or an option is out of range.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> conv_map_sq_norm(torch.ones(1, 1, 3), (4,), padding=1)  # the tridiagonal 4 x 4 matrix of ones
         tensor(10.)
     """
+    check_floating_tensor("weight", weight)
+    if weight.ndim < 2:
+        raise ValueError(f"weight: expected (out, in / groups, *kernel), got shape {tuple(weight.shape)}")
     kernel = weight.shape[2:]
+    check_type("input_size", input_size, Sequence, f"a sequence of {len(kernel)} sizes")
     if len(input_size) != len(kernel):
         raise ValueError(
             f"input_size: expected {len(kernel)} sizes for a kernel of shape {tuple(weight.shape)}, "
             f"got {tuple(input_size)}"
         )
     per_tap = weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum((0, 1))
-    strides, dilations = (_per_dimension(v, len(kernel)) for v in (stride, dilation))
-    paddings = [None] * len(kernel) if isinstance(padding, str) else _per_dimension(padding, len(kernel))
+    input_size = _per_dimension("input_size", input_size, len(kernel), 1)
+    strides = _per_dimension("stride", stride, len(kernel), 1)
+    dilations = _per_dimension("dilation", dilation, len(kernel), 1)
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise ValueError(f"padding: expected a number, one per dimension, 'same' or 'valid', got {padding!r}")
+    paddings = [None] * len(kernel) if isinstance(padding, str) else _per_dimension("padding", padding, len(kernel), 0)
     for i, (size, taps) in enumerate(zip(input_size, kernel, strict=True)):
         reach = dilations[i] * (taps - 1)
         before, both = paddings[i], 2 * (paddings[i] or 0)
         if isinstance(padding, str):
             both = {"same": reach, "valid": 0}[padding]
             before = both // 2
+        if size + both <= reach:
+            raise ValueError(
+                f"input_size: expected sizes that the kernel fits into, got {size} + {both} (padding) for a reach of "
+                f"{reach + 1}"
+            )
         outputs = torch.arange((size + both - reach - 1) // strides[i] + 1) * strides[i] - before
         pixels = outputs[:, None] + torch.arange(taps) * dilations[i]
         hits = ((pixels >= 0) & (pixels < size)).sum(0)
@@ -122,8 +145,13 @@ def conv_map_sq_norm(
     return per_tap.sum()
 
 
-def _per_dimension(value: int | Sequence[int], count: int) -> list[int]:
-    return [value] * count if isinstance(value, int) else list(value)
+def _per_dimension(name: str, value: int | Sequence[int], count: int, minimum: int) -> list[int]:
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{name}: expected a number or {count} of them, got {value!r}")
+    for number in values:
+        check_integer(name, number, minimum)
+    return values
 
 
 def robustness_gap(delta_s: float, n: int, num_cells: int, loss_bound: float, confidence: float) -> float:
@@ -143,6 +171,7 @@ def robustness_gap(delta_s: float, n: int, num_cells: int, loss_bound: float, co
 
     Raises:
         ValueError: If an argument is out of its range.
+        TypeError: If an argument is no number.
 
     Example:
         >>> round(robustness_gap(0.1, n=10_000, num_cells=10, loss_bound=1.0, confidence=0.95), 4)
@@ -154,10 +183,8 @@ def robustness_gap(delta_s: float, n: int, num_cells: int, loss_bound: float, co
         ("num_cells", num_cells, 1),
         ("loss_bound", loss_bound, 0),
     ):
-        if not value >= low:
-            raise ValueError(f"{name}: expected at least {low}, got {value!r}")
-    if not 0 <= confidence < 1:
-        raise ValueError(f"confidence: expected a probability 1 - delta in [0, 1), got {confidence!r}")
+        check_number(name, value, f"at least {low}", lambda v, low=low: v >= low)
+    check_number("confidence", confidence, "a probability 1 - delta in [0, 1)", lambda v: 0 <= v < 1)
     log_inverse_delta = -math.log1p(-confidence)
     return delta_s + loss_bound * math.sqrt((2 * num_cells * math.log(2) + 2 * log_inverse_delta) / n)
 
@@ -182,16 +209,23 @@ def robustness_delta(
         d(s), in the unit of the loss, to be used in :func:`robustness_gap`; shaped like ``gradient_norm``.
 
     Raises:
-        ValueError: If ``task`` is unknown, or ``lipschitz`` or ``cell_diameter`` is not positive.
+        ValueError: If ``task`` is unknown, ``lipschitz`` or ``cell_diameter`` is not positive, or ``gradient_norm``
+            negative.
+        TypeError: If an argument is no number.
 
     Example:
         >>> robustness_delta(2.0, lipschitz=1.0, cell_diameter=0.5)
         1.0
     """
-    if task not in ("classification", "regression"):
+    if not isinstance(task, str) or task not in ("classification", "regression"):
         raise ValueError(f"task: expected 'classification' or 'regression', got {task!r}")
     for name, value in (("lipschitz", lipschitz), ("cell_diameter", cell_diameter)):
-        if not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        check_number(name, value, "a positive number", lambda v: v > 0)
+    if isinstance(gradient_norm, Tensor):
+        check_floating_tensor("gradient_norm", gradient_norm)
+        if (gradient_norm < 0).any():
+            raise ValueError(f"gradient_norm: expected norms, which are not negative, got {gradient_norm.min().item()}")
+    else:
+        check_number("gradient_norm", gradient_norm, "a norm, which is not negative", lambda v: not v < 0)
     offset = cell_diameter if task == "regression" else 0.0
     return lipschitz * cell_diameter * gradient_norm + offset

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .weights import enc_weight, is_centered, num_rows
+from ._checks import check_floating_tensor, check_number
+from .weights import check_variant, enc_weight, is_centered, num_rows
 
 
 def shift_direction(weight: Tensor, variant: str) -> Tensor:
@@ -21,6 +22,8 @@ def shift_direction(weight: Tensor, variant: str) -> Tensor:
     Returns:
         Tensor of the shape, dtype and device of ``weight``.
     """
+    check_variant(variant)
+    check_floating_tensor("weight", weight)
     alpha = weight.numel() if is_centered(variant) else num_rows(weight, variant)
     return enc_weight(weight, variant, float(alpha))
 
@@ -60,7 +63,7 @@ def shifted_l2_grad(weight: Tensor, variant: str, eps: float) -> Tensor:
     return weight - eps * shift_direction(weight, variant)
 
 
-def check_shift_eps(eps: float) -> None:
-    """Raise ``ValueError`` unless ``eps`` is a finite number that is not negative."""
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}; 0 turns the shift off")
+def check_shift_eps(eps: float, name: str = "eps") -> None:
+    """Refuse what is no finite number that is not negative; ``name`` is what the argument is called."""
+    expected = "a finite number >= 0 (0 turns the shift off)"
+    check_number(name, eps, expected, lambda value: 0 <= value < float("inf"))

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ._checks import check_class_numbers, check_floating_tensor, check_integer, check_type
+
 OUTPUTS = {
     "logits": "what forward returns",
     "probs": "its softmax",
@@ -67,7 +69,7 @@ def gbr(
         >>> gbr(lambda x: x @ weight.T + 1, torch.zeros(2, 2))
         tensor([14., 14.])
     """
-    _check_arguments(inputs, output, labels, projections, seeds, batch_size)
+    _check_arguments(forward, inputs, output, labels, projections, generator, seeds, batch_size)
     values = []
     with _reading(inputs):
         if projections is not None and seeds is None:
@@ -107,11 +109,23 @@ def gbr_penalty(
     Returns:
         Scalar with a graph, not halved, in float32 at least.
 
+    Raises:
+        ValueError: If ``inputs`` or ``outputs`` hold no sample or have no graph, or ``projections`` is below 1.
+        TypeError: If an argument is of another type.
+
     Example:
         >>> x, weight = torch.zeros(3, 2, requires_grad=True), torch.tensor([[1.0, 2.0]], requires_grad=True)
         >>> gbr_penalty(x, x @ weight.T)
         tensor(5., grad_fn=<DivBackward0>)
     """
+    for name, tensor in (("inputs", inputs), ("outputs", outputs)):
+        check_floating_tensor(name, tensor)
+        if not tensor.requires_grad:
+            raise ValueError(f"{name}: expected a tensor that requires grad, or its gradient is none")
+        if tensor.ndim == 0 or not len(tensor):
+            raise ValueError(f"{name}: expected at least one sample, got shape {tuple(tensor.shape)}")
+    check_integer("projections", projections, 1)
+    check_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator or None")
     outputs = outputs.flatten(1)
     count, size = outputs.shape
     device = generator.device if generator is not None else "cpu"
@@ -216,6 +230,7 @@ def _graph(
     if output != "logits":
         out = out.softmax(1, dtype=_at_least_float32(out))
     if output == "label_prob":
+        check_class_numbers("labels", labels, out.shape[1])
         out = out.gather(1, labels.to(out.device).long()[:, None])
     return x, out
 
@@ -283,39 +298,44 @@ def _at_least_float32(like: Tensor) -> torch.dtype:
 
 
 def _check_arguments(
+    forward: Callable[[Tensor], Tensor],
     inputs: Tensor,
     output: str,
     labels: Tensor | None,
     projections: int | None,
+    generator: torch.Generator | None,
     seeds: Tensor | None,
     batch_size: int,
 ) -> None:
-    if not inputs.is_floating_point():
-        raise TypeError(f"inputs: expected floating point, got {inputs.dtype}; convert them with inputs.float()")
+    check_type("forward", forward, Callable, "a model or another callable")
+    check_floating_tensor("inputs", inputs, "; convert them with inputs.float()")
+    check_type("labels", labels, (Tensor, type(None)), "a tensor of class numbers or None")
+    check_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator or None")
+    check_type("seeds", seeds, (Tensor, type(None)), "a tensor of integers or None")
     check_output(output)
     if inputs.ndim == 0:
         raise ValueError("inputs: expected a batch (N, ...), got a scalar")
-    if output == "label_prob" and (
-        labels is None or labels.shape != inputs.shape[:1] or labels.is_floating_point() or labels.is_complex()
-    ):
+    if output == "label_prob" and (labels is None or labels.shape != inputs.shape[:1] or not _holds_integers(labels)):
         got = "None" if labels is None else f"shape {tuple(labels.shape)} of {labels.dtype}"
         raise ValueError(f"labels: 'label_prob' needs {len(inputs)} class numbers, got {got}")
     check_projections(projections)
-    if seeds is not None and (seeds.shape != inputs.shape[:1] or seeds.is_floating_point()):
+    if seeds is not None and (seeds.shape != inputs.shape[:1] or not _holds_integers(seeds)):
         raise ValueError(f"seeds: expected {len(inputs)} integers, got shape {tuple(seeds.shape)} of {seeds.dtype}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
+    if seeds is not None and seeds.numel() and not 0 <= int(seeds.min()) <= int(seeds.max()) < 2**32:
+        raise ValueError(f"seeds: expected integers from 0 to 2^32 - 1, got {int(seeds.min())}..{int(seeds.max())}")
+    check_integer("batch_size", batch_size, 1)
 
 
 def check_output(output: str) -> None:
     """Raise ``ValueError`` unless ``output`` names something that :func:`gbr` differentiates."""
-    if output not in OUTPUTS:
+    if not isinstance(output, str) or output not in OUTPUTS:
         raise ValueError(f"output: expected one of {', '.join(map(repr, OUTPUTS))}, got {output!r}")
 
 
 def check_projections(projections: int | None) -> None:
-    """Raise ``ValueError`` unless ``projections`` is None (exact) or a positive integer."""
-    if projections is not None and (
-        isinstance(projections, bool) or projections < 1 or int(projections) != projections
-    ):
-        raise ValueError(f"projections: expected None (exact) or an integer of at least 1, got {projections!r}")
+    """Refuse what is neither None (exact) nor a positive integer."""
+    check_integer("projections", projections, 1, none="exact")
+
+
+def _holds_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import check_floating_tensor, check_number
+
 VARIANTS = {
     "fro": "eq. 20: the whole layer over its Frobenius norm",
     "wn": "eq. 21: every row over its norm (weight normalization)",
@@ -20,7 +22,7 @@ _CENTERED = ("ws", "centered_fro")
 
 def check_variant(variant: str) -> None:
     """Raise ``ValueError`` unless ``variant`` names one of eq. 20-23."""
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
 
 
@@ -60,19 +62,23 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0)
         Tensor of the shape, dtype and device of ``weight``.
 
     Raises:
-        ValueError: If ``variant`` is unknown, ``weight`` has fewer than two dimensions, or rows of one element under
-            a centered variant, or if the number ``alpha`` is not positive.
+        ValueError: If ``variant`` is unknown, ``weight`` is empty or has fewer than two dimensions, or rows of one
+            element under a centered variant, or if the number ``alpha`` is not positive.
+        TypeError: If ``weight`` is no floating point tensor, or ``alpha`` no number.
 
     Example:
         >>> enc_weight(torch.tensor([[3.0, 4.0]]), "fro")
         tensor([[0.6000, 0.8000]])
     """
     check_variant(variant)
+    check_floating_tensor("weight", weight)
     if weight.ndim < 2:
         raise ValueError(
             f"weight: expected (out, in) or (out, in / groups, *kernel), got shape {tuple(weight.shape)}; "
             "a 1-D parameter has no rows to normalise"
         )
+    if not weight.numel():
+        raise ValueError(f"weight: expected at least one element, got shape {tuple(weight.shape)}")
     check_alpha(alpha)
     rows = num_rows(weight, variant)
     w = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
@@ -135,8 +141,18 @@ def check_alpha(alpha: float | Tensor) -> None:
     if isinstance(alpha, Tensor):
         if alpha.numel() != 1:
             raise ValueError(f"alpha: expected a number or a tensor of one element, got shape {tuple(alpha.shape)}")
-    elif not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha: expected a positive finite number, got {alpha!r}")
+    else:
+        check_number("alpha", alpha, "a positive finite number", lambda value: 0 < value < float("inf"))
+
+
+def check_alpha_option(alpha: float | str) -> None:
+    """Refuse what is neither a positive number nor ``'learnable'``: a layer's alpha, which is no tensor."""
+    if isinstance(alpha, str) and alpha == "learnable":
+        return
+    expected = "a positive finite number or 'learnable'"
+    if isinstance(alpha, str):
+        raise ValueError(f"alpha: expected {expected}, got {alpha!r}")
+    check_number("alpha", alpha, expected, lambda value: 0 < value < float("inf"))
 
 
 def _scale(like: Tensor, alpha: float | Tensor, count: int, shape: tuple[int, ...]) -> Tensor:

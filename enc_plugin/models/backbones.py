@@ -17,6 +17,9 @@ class ResNetCIFAR6n(ResNet_CIFAR):
     Args:
         depth: 6n + 2 for n basic blocks a stage; 20, 32, 44, 56 or 110 (8 for tests).
         **kwargs: As for ``ResNet_CIFAR``: ``conv_cfg``, ``norm_cfg``, ``zero_init_residual``, ...
+
+    Raises:
+        ValueError: If ``depth`` is none of these.
     """
 
     arch_settings = {6 * n + 2: (BasicBlock, (n, n, n)) for n in (1, 3, 5, 7, 9, 18)}
@@ -30,4 +33,6 @@ class ResNetCIFAR6n(ResNet_CIFAR):
             "stem_channels": 16,
             "base_channels": 16,
         } | kwargs
+        if depth not in self.arch_settings:
+            raise ValueError(f"depth: expected one of {', '.join(map(str, self.arch_settings))}, got {depth!r}")
         super().__init__(depth, **kwargs)

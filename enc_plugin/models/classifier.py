@@ -6,6 +6,7 @@ from mmengine.registry import MODELS
 from mmpretrain.models.classifiers import ImageClassifier
 
 from ..convert import check_normalizable, enc_layers, to_enc
+from ..functional._checks import check_type
 from .gbr_penalty import GBRImageClassifier
 
 
@@ -28,6 +29,7 @@ class ENCImageClassifier(GBRImageClassifier):
 
     def __init__(self, *args, enc: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        check_type("enc", enc, (dict, type(None)), "a dict of options of to_enc, or None")
         self.enc = dict(enc or {})
         # There is no function to keep before weights are loaded.
         self.enc_report = to_enc(self, **{**self.enc, "preserve": False})

@@ -10,6 +10,7 @@ from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torchvision.ops import drop_block2d
 
+from ..functional._checks import check_integer, check_number
 from .backbones import ResNetCIFAR6n
 
 
@@ -31,9 +32,9 @@ class DropBlock(nn.Module):
 
     def __init__(self, drop_prob: float, block_size: int = 7):
         super().__init__()
-        if not 0 <= drop_prob < 1:
-            raise ValueError(f"drop_prob: expected a share from 0 to below 1, got {drop_prob!r}")
-        if block_size < 1 or block_size % 2 == 0:
+        check_number("drop_prob", drop_prob, "a share from 0 to below 1", lambda value: 0 <= value < 1)
+        check_integer("block_size", block_size, 1)
+        if block_size % 2 == 0:
             raise ValueError(f"block_size: expected an odd number, got {block_size!r}; a block has a centre")
         self.drop_prob = drop_prob
         self.block_size = block_size
@@ -90,9 +91,14 @@ class _DropBlockMixin:
         if kwargs.get("with_cp"):
             raise ValueError("with_cp: DropBlock's blocks have no activation checkpointing; leave it out")
         super().__init__(*args, **kwargs)
+        check_number("drop_prob", drop_prob, "a share from 0 to below 1", lambda value: 0 <= value < 1)
         if drop_stages is None:
             drop_stages = tuple(range(1, len(self.res_layers) + 1))[-2:]
-        if not set(drop_stages) <= set(range(1, len(self.res_layers) + 1)):
+        if not isinstance(drop_stages, (list, tuple)):
+            raise TypeError(f"drop_stages: expected a sequence of numbers or None, got {drop_stages!r}")
+        for stage in drop_stages:
+            check_integer("drop_stages", stage, 1)
+        if max(drop_stages, default=0) > len(self.res_layers):
             raise ValueError(f"drop_stages: expected numbers from 1 to {len(self.res_layers)}, got {drop_stages!r}")
         for stage, name in enumerate(self.res_layers, start=1):
             # As in the authors' code, every stage before the last one drops a quarter of what its successor drops.

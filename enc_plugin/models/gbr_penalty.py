@@ -8,7 +8,8 @@ from mmengine.registry import MODELS
 from mmpretrain.models.classifiers import ImageClassifier
 from torch import Tensor
 
-from ..functional.jacobian import check_projections, gbr_penalty
+from ..functional._checks import check_integer, check_number, check_type
+from ..functional.jacobian import gbr_penalty
 
 
 @MODELS.register_module()
@@ -27,11 +28,8 @@ class GBRPenalty:
     """
 
     def __init__(self, weight: float, projections: int = 1):
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weight: expected a finite number >= 0, got {weight!r}")
-        if projections is None:
-            raise ValueError("projections: expected an integer of at least 1, got None; the number of classes is exact")
-        check_projections(projections)
+        check_number("weight", weight, "a finite number >= 0", lambda value: 0 <= value < math.inf)
+        check_integer("projections", projections, 1)  # the number of classes is exact
         self.weight = weight
         self.projections = projections
 
@@ -57,6 +55,7 @@ class GBRImageClassifier(ImageClassifier):
 
     def __init__(self, *args, gbr_penalty: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        check_type("gbr_penalty", gbr_penalty, (dict, type(None)), "a dict of options or None")
         self.gbr_penalty = None if gbr_penalty is None else GBRPenalty(**gbr_penalty)
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:

@@ -332,7 +332,7 @@ def test_wrong_arguments_are_named():
     def forward(x):
         return x * 1
 
-    with pytest.raises(TypeError, match="images: expected floating point pixels, got torch.uint8"):
+    with pytest.raises(TypeError, match="images: expected floating point, got torch.uint8"):
         fgsm(forward, images.byte(), labels, 0.1)
     with pytest.raises(ValueError, match="labels: expected 2 class numbers"):
         fgsm(forward, images, labels[:1], 0.1)

@@ -282,7 +282,7 @@ def test_no_samples_give_no_values():
         (lambda x: x, {"output": "label_prob"}, ValueError, "labels: 'label_prob' needs 4 class numbers, got None"),
         (lambda x: x, {"output": "label_prob", "labels": torch.zeros(4)}, ValueError, "labels: .*float32"),
         (lambda x: x, {"projections": 0}, ValueError, "projections: expected None"),
-        (lambda x: x, {"projections": 1.5}, ValueError, "projections: expected None"),
+        (lambda x: x, {"projections": 1.5}, TypeError, "projections: expected None"),
         (lambda x: x, {"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
         (lambda x: x, {"seeds": torch.zeros(3, dtype=torch.long)}, ValueError, "seeds: expected 4 integers"),
         (lambda x: (x, x), {}, TypeError, "forward: expected it to return a tensor .* got tuple"),

@@ -109,5 +109,5 @@ def test_folding_leaves_a_stock_classifier():
     ],
 )
 def test_options_out_of_range_are_named(options, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((ValueError, TypeError), match=name):
         classifier(gbr_penalty=options)

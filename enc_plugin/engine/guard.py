@@ -1,0 +1,334 @@
+"""Guards of a run: what would fail late is refused before the first step, and a run that has diverged stops."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
+
+from ..convert import check_normalizable, enc_layers
+from ..functional._checks import check_integer, check_type
+from ..layers import ENCLinear
+from .audit_hook import unwrap
+
+NO_SAMPLES = "its dataset holds no sample; look at data_root, data_prefix, ann_file, split and indices"
+_IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+@HOOKS.register_module()
+class ENCGuardHook(Hook):
+    """Refuses data that cannot be trained on before training starts, and stops a run that has diverged.
+
+    Before training, and before validation and test: a dataset without samples, labels that are no class of the head, a
+    last batch of one image where the head has a batch norm of its own, a work dir without room for one checkpoint. A
+    dataset of a single class is warned of. Every label is read once for this (8 s for 1.3 million samples).
+
+    In training: gradients that are NaN or infinite stop the run before the optimizer uses them, with the name of the
+    layer where it began and the last checkpoint; weights are looked at before each checkpoint, so that none holds such
+    values. A step that a gradient scaler skips is no reason to stop, a loss that is not finite is.
+
+    It changes nothing: training with and without it gives the same weights, bit by bit.
+    ``default_hooks=dict(enc_guard=None)`` turns it off.
+
+    Args:
+        data: Whether to look at datasets, labels and batch sizes.
+        finite: Whether to look at gradients, losses and weights. It costs a pass over the gradients each step.
+    """
+
+    priority = "HIGH"  # before anything that measures or saves
+
+    def __init__(self, data: bool = True, finite: bool = True):
+        check_type("data", data, bool, "True or False")
+        check_type("finite", finite, bool, "True or False")
+        self.data = data
+        self.finite = finite
+        self._batch: Any = None
+        self._checked: list[Dataset] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Look at the data and the work dir, and watch the optimizers."""
+        if self.data:
+            check_batches(runner.train_dataloader, unwrap(runner.model))
+            self._check_dataset(runner, "train_dataloader", runner.train_dataloader.dataset)
+            if runner.val_loop is not None:
+                self._check_dataset(runner, "val_dataloader", runner.val_dataloader.dataset)
+        if is_main_process():
+            _check_room(runner)
+        if self.finite:
+            wrappers = runner.optim_wrapper
+            for wrapper in wrappers.values() if hasattr(wrappers, "optim_wrappers") else [wrappers]:
+                wrapper.optimizer.register_step_pre_hook(
+                    lambda optimizer, args, kwargs: self._check_gradients(runner, optimizer)
+                )
+
+    def before_val(self, runner: Runner) -> None:
+        """Look at the validation set, once."""
+        if self.data:
+            self._check_dataset(runner, "val_dataloader", runner.val_dataloader.dataset)
+
+    def before_test(self, runner: Runner) -> None:
+        """Look at the test set."""
+        if self.data:
+            self._check_dataset(runner, "test_dataloader", runner.test_dataloader.dataset)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        """Remember the batch, to look for the cause in it."""
+        self._batch = data_batch
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
+        """Stop at a loss that is not finite, and at weights that are not before they are saved."""
+        if not self.finite:
+            return
+        loss = (outputs or {}).get("loss")
+        if isinstance(loss, Tensor) and not loss.isfinite():  # mmengine has waited for it to log it
+            self._stop(runner, "the loss")
+        for hook in runner.hooks:
+            if (
+                isinstance(hook, CheckpointHook)
+                and not hook.by_epoch
+                and hook.every_n_train_iters(runner, hook.interval)
+            ):
+                self._check_weights(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Stop before weights that are not finite are saved."""
+        if self.finite:
+            self._check_weights(runner)
+
+    def _check_dataset(self, runner: Runner, name: str, dataset: Dataset) -> None:
+        if any(dataset is known for known in self._checked):
+            return
+        self._checked.append(dataset)
+        head = getattr(unwrap(runner.model), "head", None)
+        single = check_dataset(name, dataset, getattr(head, "num_classes", None))
+        if single is not None:
+            runner.logger.warning(f"ENC: all {len(dataset)} samples of {name} are of class {single}")
+
+    def _check_gradients(self, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
+        # Fused optimizers skip the step of an infinite gradient themselves, where a gradient scaler asks for it.
+        if getattr(optimizer, "found_inf", None) is None and not _are_finite(
+            p.grad for group in optimizer.param_groups for p in group["params"]
+        ):
+            self._stop(runner, "a gradient")
+
+    def _check_weights(self, runner: Runner) -> None:
+        if not _are_finite(t for t in runner.model.state_dict().values() if t.is_floating_point()):
+            self._stop(runner, "a weight or a running statistic")
+
+    def _stop(self, runner: Runner, what: str) -> None:
+        last = find_latest_checkpoint(runner.work_dir)
+        way_out = "no checkpoint has been written yet" if last is None else f"the last checkpoint is {last} (--resume)"
+        raise FloatingPointError(
+            f"training: {what} is NaN or infinite in epoch {runner.epoch + 1}, iteration {runner.iter + 1}; "
+            f"{_find_cause(runner, self._batch)}. Nothing of this step was saved, {way_out}. Usual causes: the "
+            "learning rate (lr, warm-up), no gradient clipping (optim_wrapper=dict(clip_grad=dict(max_norm=...))), "
+            "pictures or labels that are damaged. default_hooks=dict(enc_guard=dict(finite=False)) goes on all the same"
+        )
+
+
+def check_dataset(name: str, dataset: Dataset, num_classes: int | None) -> int | None:
+    """Refuse a dataset without samples, or with labels that are no class.
+
+    Args:
+        name: What the error calls it, such as ``'train_dataloader'``.
+        dataset: Dataset of mmengine or mmpretrain; of others, the length alone is looked at.
+        num_classes: Of the model; None: not known.
+
+    Returns:
+        The class, if all samples are of the same one; else None.
+
+    Raises:
+        ValueError: If there is no sample, or a label is out of range.
+    """
+    if not len(dataset):
+        raise ValueError(f"{name}: {NO_SAMPLES}")
+    if num_classes == 1:
+        raise ValueError(
+            "num_classes: expected at least 2, got 1: the softmax of one output is always 1, so that there is nothing "
+            "to train"
+        )
+    if not hasattr(dataset, "get_data_info"):
+        return None
+    seen: dict[int, int] = {}
+    for index in range(len(dataset)):
+        labels = dataset.get_data_info(index).get("gt_label")
+        if labels is None:
+            return None
+        for label in tree_leaves(labels.tolist() if hasattr(labels, "tolist") else labels):
+            seen.setdefault(label, index)
+    for label, index in seen.items():
+        if num_classes is not None and label != _IGNORED and not 0 <= label < num_classes:
+            raise ValueError(
+                f"{name}: expected labels from 0 to {num_classes - 1}, since the head has num_classes={num_classes}, "
+                f"got {label} (sample {index}); set num_classes of model.head and of data_preprocessor to the number "
+                "of the dataset's classes"
+            )
+    return next(iter(seen)) if len(seen) == 1 else None
+
+
+def check_batches(loader: DataLoader, model: nn.Module) -> None:
+    """Refuse a training loader without a batch, or with a batch of one where the head normalises over the batch.
+
+    Args:
+        loader: Of the training data.
+        model: The model, not wrapped.
+
+    Raises:
+        ValueError: If there is such a batch.
+    """
+    sampler = loader.batch_sampler
+    size, drop_last = getattr(sampler, "batch_size", None), getattr(sampler, "drop_last", False)
+    if size is None or isinstance(loader.sampler, InfiniteSampler) or not len(loader.dataset):
+        return
+    count = len(loader.sampler)  # of this process
+    if drop_last and count < size:
+        raise ValueError(
+            f"batch_size: expected at most the {count} samples that a process has, got {size}; with drop_last=True "
+            "there is no batch to train on"
+        )
+    smallest = size if drop_last or count % size == 0 else count % size
+    norms = [
+        name
+        for name, layer in enc_layers(model)
+        if isinstance(layer, ENCLinear)
+        and name.startswith("head")
+        and layer.norm is not None
+        and not isinstance(layer.norm, nn.SyncBatchNorm)
+    ]
+    if smallest == 1 and norms:
+        raise ValueError(
+            f"train_dataloader: {count} samples in batches of {size} leave a batch of one, over which {norms[0]!r} "
+            "cannot normalise (an ENC classifier has a batch norm of its own, post_norm); set drop_last=True in "
+            f"train_dataloader, {'a larger' if size == 1 else 'another'} batch_size, or enc=dict(post_norm=False)"
+        )
+
+
+def check_work_dir(work_dir: str | Path) -> None:
+    """Make the work dir, and refuse one that cannot be written to.
+
+    Args:
+        work_dir: Folder for logs and checkpoints.
+
+    Raises:
+        TypeError: If it is no path.
+        ValueError: If a file is in its place, or the disk is full or read-only.
+    """
+    check_type("work_dir", work_dir, (str, Path), "a folder's path")
+    try:
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work_dir) as file:
+            file.write(bytes(1 << 16))  # a full disk still takes an empty file
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(path for path in (Path(work_dir), *Path(work_dir).parents) if path.exists())
+        raise ValueError(f"work_dir: {file} is a file, and no folder; name another") from error
+    except OSError as error:
+        raise ValueError(
+            f"work_dir: {work_dir} cannot be written to ({error.strerror}); make room or name another folder"
+        ) from error
+
+
+def check_loop(train_cfg: Mapping | None) -> None:
+    """Refuse numbers of epochs and intervals that mmengine would stumble over after the first epoch.
+
+    Args:
+        train_cfg: Of the runner; other objects than dicts are left to mmengine.
+
+    Raises:
+        TypeError: If one is no integer.
+        ValueError: If one is below 1.
+    """
+    if isinstance(train_cfg, Mapping):
+        for name in ("max_epochs", "max_iters", "val_interval", "val_begin"):
+            if train_cfg.get(name) is not None:
+                check_integer(f"train_cfg.{name}", train_cfg[name], 1)
+
+
+def _check_room(runner: Runner) -> None:
+    """Refuse to start where not even one checkpoint would fit."""
+    saves = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+    tensors = unwrap(runner.model).state_dict().values()
+    needed = sum(t.numel() * t.element_size() for t in tensors) * (1 + any(hook.save_optimizer for hook in saves))
+    free = shutil.disk_usage(runner.work_dir).free
+    if saves and free < needed:
+        raise ValueError(
+            f"work_dir: {runner.work_dir} has {free / 1e6:.1f} MB free, and a checkpoint takes about "
+            f"{needed / 1e6:.1f} MB; make room or name another folder"
+        )
+
+
+@torch.no_grad()
+def _are_finite(tensors) -> bool:
+    tensors = [t for t in tensors if t is not None and t.numel()]
+    # The largest magnitude, since a sum of squares overflows where the values do not. NaN passes through the maximum.
+    return not tensors or math.isfinite(torch.nn.utils.get_total_norm(tensors, math.inf).item())
+
+
+def _find_cause(runner: Runner, batch: Any) -> str:
+    """Where values stopped being finite: in the batch, the weights, the forward pass, or on the way back."""
+    model = unwrap(runner.model)
+    inputs = batch.get("inputs") if isinstance(batch, Mapping) else None
+    if not all(x.isfinite().all() for x in tree_leaves(inputs) if isinstance(x, Tensor)):
+        return f"the batch holds NaN or Inf itself{_pictures(batch)}"
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        return f"{len(broken)} weights hold NaN or Inf: {', '.join(map(repr, broken[:3]))}"
+    for name, layer in enc_layers(model):
+        try:
+            check_normalizable(name, layer.weight, layer.variant)
+        except ValueError as error:
+            return str(error)
+    layer = _first_overflow(runner, model, batch)
+    if layer is not None:
+        return f"the weights are finite, and the first output that is not is that of {layer}"
+    broken = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    if broken:
+        return f"weights and outputs are finite; of the gradients, that of {broken[-1]!r} is the nearest to the loss"
+    return "a second pass over the last batch is finite, so chance (augmentation, dropout) or an earlier batch is in it"
+
+
+@torch.no_grad()
+def _first_overflow(runner: Runner, model: nn.Module, batch: Any) -> str | None:
+    """The module whose output is the first that is not finite, when the batch goes through once more."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, out: Any) -> None:
+        if not found and not all(t.isfinite().all() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            found.append(f"{name!r} ({type(module).__name__})")
+
+    handles = [
+        module.register_forward_hook(lambda module, args, out, name=name: look(name, module, out))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        data = model.data_preprocessor(batch, True)
+        with runner.optim_wrapper.optim_context(model):
+            model(**data, mode="loss")
+    except Exception:  # some wrappers' parts do not run alone; what was found counts
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _pictures(batch: Mapping) -> str:
+    names = [
+        str(sample.get("img_path") or f"number {i} of the batch")
+        for i, (x, sample) in enumerate(zip(batch["inputs"], batch["data_samples"], strict=False))
+        if not x.isfinite().all()
+    ]
+    return f" ({', '.join(names[:3])})" if names else ""

@@ -64,7 +64,7 @@ def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | 
         run: The run.
         results: Folder of the results; this one's is ``<arena>/<cell>-seed<N>.json``.
         work: Folder for checkpoints and logs, below which the run has its own while it lasts. A run that was stopped
-            starts again.
+            goes on from its last checkpoint, exactly (:class:`enc_plugin.engine.RNGStateHook`).
         root: The project's folder, which the arena's config is relative to.
 
     Returns:
@@ -86,7 +86,7 @@ def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | 
     }
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        shutil.rmtree(work_dir, ignore_errors=True)
+        result["resumed"] = (work_dir / "last_checkpoint").is_file()
         measured = _train_and_measure(run, work_dir, root)
         diverged = not math.isfinite(measured["final"]["test_loss"] or math.nan)
         result |= {"status": DIVERGED if diverged else FINISHED, **measured}
@@ -103,6 +103,7 @@ def _train_and_measure(run: PlannedRun, work_dir: Path, root: str | Path) -> dic
     cfg = run.config(root)
     cfg.work_dir = str(work_dir)
     cfg.launcher = "none"
+    cfg.resume = (work_dir / "last_checkpoint").is_file()
     cfg.experiment_name = run.id.replace("/", "_")
     runner = RUNNERS.build(cfg)
     _channels_last(unwrap(runner.model))

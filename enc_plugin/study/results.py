@@ -58,7 +58,8 @@ LOG_PRODUCT = Metric("log of eq. 17's product, linear maps", _norm("map_log_prod
 FREE_NORM = Metric("squared norm of all free weights", _norm("sum_sq_free"), ".4g", as_ratio=True)
 GAP = Metric("test loss - training loss (nats)", _gap, ".3f")
 TRAIN_LOSS = Metric("training loss (nats)", _final("train_loss"), ".3f")
-CPU_SECONDS = Metric("core seconds a run", lambda result: result["seconds"]["cpu"], ".0f", as_ratio=True)
+# What a run took before it was stopped and resumed is not known.
+CPU_SECONDS = Metric("core seconds a run", lambda r: None if r.get("resumed") else r["seconds"]["cpu"], ".0f", True)
 STEP_SECONDS = Metric("seconds a step", lambda result: result["measured_seconds"].get("an_iteration"), ".3f", True)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers import ROOT, run_command
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 
 from enc_plugin.study import describe_plan, execute, load_grid, pending, read_result, run_all
 
@@ -96,6 +99,33 @@ def test_the_same_run_gives_the_same_result(done, tmp_path):
     assert json.loads((tmp_path / "results" / f"{run.id}.json").read_text())["by_epoch"] == want["by_epoch"]
     assert again["status"] == "finished"
     assert not (tmp_path / "work" / run.id).exists()
+
+
+@HOOKS.register_module()
+class StopAfterFirstEpoch(Hook):
+    """Stands for whatever stops a study: Ctrl-C, a machine that goes away."""
+
+    priority = "VERY_LOW"
+
+    def after_train_epoch(self, runner):
+        if runner.epoch == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_goes_on_to_the_result_of_an_unbroken_one(done, tmp_path):
+    folder = done[0]
+    run = next(run for run in load_grid(folder / "grid.py").runs() if run.id == "digits/enc-seed0")
+    stop = {"default_hooks.stop": {"type": "StopAfterFirstEpoch"}}
+    stopped = replace(run, cell=replace(run.cell, overrides={**run.cell.overrides, **stop}))
+    with pytest.raises(KeyboardInterrupt):
+        execute(stopped, tmp_path / "results", tmp_path / "work", ROOT)
+    assert pending([run], tmp_path / "results") == [run]
+    found = execute(run, tmp_path / "results", tmp_path / "work", ROOT)
+    assert (found["status"], found["resumed"]) == ("finished", True)
+    want = results_of(folder, run.id)
+    again = json.loads((tmp_path / "results" / f"{run.id}.json").read_text())
+    assert again["by_epoch"] == want["by_epoch"]
+    assert again["final"] == want["final"]
 
 
 def test_dry_run_prints_the_plan_and_runs_nothing(tmp_path):

@@ -5,6 +5,15 @@ from .audit_hook import ENCAuditHook
 from .fgsm_hook import FGSMHook
 from .gbr_hook import GBRHook
 from .optim import ENCOptimWrapperConstructor
+from .progress_hook import ProgressHook
 from .runner import ENCRunner
 
-__all__ = ["BFloat16OptimWrapper", "ENCAuditHook", "ENCOptimWrapperConstructor", "ENCRunner", "FGSMHook", "GBRHook"]
+__all__ = [
+    "BFloat16OptimWrapper",
+    "ENCAuditHook",
+    "ENCOptimWrapperConstructor",
+    "ENCRunner",
+    "FGSMHook",
+    "GBRHook",
+    "ProgressHook",
+]

@@ -22,7 +22,8 @@ class ENCRunner(Runner):
 
     - Without CUDA, distributed runs use gloo, DDP wraps without device ids, and ``AmpOptimWrapper`` becomes bfloat16
       autocast, each with a log line; stock mmengine stops with an error at all three.
-    - :class:`ENCAuditHook` joins the default hooks (``default_hooks=dict(enc_audit=None)`` turns it off).
+    - :class:`ENCAuditHook` and, on a terminal, :class:`ProgressHook` join the default hooks
+      (``default_hooks=dict(enc_audit=None, progress=None)`` turns them off).
 
     Args:
         *args, **kwargs: As for mmengine's Runner.
@@ -76,8 +77,11 @@ class ENCRunner(Runner):
         return checkpoint
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Register mmengine's default hooks and the ENC audit."""
-        super().register_default_hooks({"enc_audit": {"type": "ENCAuditHook"}} | (hooks or {}))
+        """Register mmengine's default hooks, the ENC audit and the progress display."""
+        own = {"enc_audit": {"type": "ENCAuditHook"}, "progress": {"type": "ProgressHook"}}
+        hooks = own | (hooks or {})
+        # mmengine lets None remove its own hooks only.
+        super().register_default_hooks({k: v for k, v in hooks.items() if v is not None or k not in own})
 
 
 def _leave_process_group() -> None:

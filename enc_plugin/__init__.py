@@ -9,6 +9,7 @@ from ._environment import check_environment
 check_environment()
 
 from . import checkpoint, datasets, engine, models  # noqa: E402
+from ._paths import config_path  # noqa: E402
 from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc  # noqa: E402
 from .layers import CheckpointWarning, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear  # noqa: E402
 from .version import __version__  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "NoEffectWarning",
     "__version__",
     "audit",
+    "config_path",
     "datasets",
     "engine",
     "fold",

@@ -7,11 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from ._paths import ROOT
 from .report import write_report
 
-_PACKAGE = Path(__file__).resolve().parent
-# Tools and configs: beside the package in a checkout, within it once it is installed.
-ROOT = _PACKAGE / ".mim" if (_PACKAGE / ".mim").is_dir() else _PACKAGE.parent
 RUNS = {"plain": "configs/demo/resnet8_plain.py", "ENC (eq. 22)": "configs/demo/resnet8_enc-ws.py"}
 
 

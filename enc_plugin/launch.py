@@ -7,9 +7,13 @@ from pathlib import Path
 
 import mmpretrain
 
+from .engine.quiet import shorten_terminal_log
+
 
 def run_mmpretrain_tool(name: str) -> None:
     """Run mmpretrain's ``tools/<name>`` as the main program, with the command line of this process.
+
+    The terminal gets the short log of :mod:`enc_plugin.engine.quiet`.
 
     Args:
         name: File name of the tool, such as ``'train.py'``.
@@ -17,6 +21,7 @@ def run_mmpretrain_tool(name: str) -> None:
     Raises:
         FileNotFoundError: If this installation of mmpretrain carries no tools.
     """
+    shorten_terminal_log()
     package = Path(mmpretrain.__file__).parent
     places = (package / ".mim" / "tools" / name, package.parent / "tools" / name)  # wheel, checkout
     for path in places:

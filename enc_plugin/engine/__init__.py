@@ -9,6 +9,7 @@ from .gbr_hook import GBRHook
 from .guard import ENCGuardHook
 from .monitor_hook import ENCMonitorHook
 from .optim import ENCOptimWrapperConstructor
+from .progress_hook import ProgressHook
 from .rng_hook import RNGStateHook
 from .runner import ENCRunner
 
@@ -23,5 +24,6 @@ __all__ = [
     "ENCRunner",
     "FGSMHook",
     "GBRHook",
+    "ProgressHook",
     "RNGStateHook",
 ]

@@ -33,9 +33,9 @@ class ENCRunner(Runner):
 
     - Without CUDA, distributed runs use gloo, DDP wraps without device ids, and ``AmpOptimWrapper`` becomes bfloat16
       autocast, each with a log line; stock mmengine stops with an error at all three.
-    - :class:`ENCAuditHook`, :class:`ENCGuardHook` and :class:`RNGStateHook` join the default hooks, as ``enc_audit``,
-      ``enc_guard`` and ``rng_state`` (``default_hooks=dict(enc_audit=None)`` turns one off); ``CheckpointHook`` becomes
-      :class:`ENCCheckpointHook`.
+    - :class:`ENCAuditHook`, :class:`ENCGuardHook`, :class:`RNGStateHook` and, on a terminal, :class:`ProgressHook` join
+      the default hooks, as ``enc_audit``, ``enc_guard``, ``rng_state`` and ``progress``
+      (``default_hooks=dict(enc_audit=None)`` turns one off); ``CheckpointHook`` becomes :class:`ENCCheckpointHook`.
     - A work dir that cannot be written to, and intervals of 0, are refused before anything is built.
     - A checkpoint is written whole or not at all. Resuming goes by checksums: ``resume=True`` falls back on the newest
       checkpoint that is whole, with a warning; a damaged one that is named explicitly is an error.
@@ -250,6 +250,7 @@ class ENCRunner(Runner):
             "enc_guard": {"type": "ENCGuardHook"},
             "enc_audit": {"type": "ENCAuditHook"},
             "rng_state": {"type": "RNGStateHook"},
+            "progress": {"type": "ProgressHook"},
         }
         # None switches off; mmengine knows that of its own hooks only.
         hooks = {name: hook for name, hook in (own | (hooks or {})).items() if name not in own or hook is not None}

@@ -1,0 +1,55 @@
+"""A short log on the terminal; the log file holds everything. ``ENC_VERBOSE=1`` shows everything on the terminal too."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+from mmengine.logging import MMLogger
+from mmengine.runner import Runner
+
+# What mmengine logs for the record (some 270 lines before the first iteration), and warnings about its own code.
+_FOR_THE_RECORD = re.compile(
+    r"\n-+\nSystem environment:|Config:\n|Hooks will be executed in the following order:|Exp name: |paramwise_options -- "
+    r'|"FileClient" will be deprecated|"HardDiskBackend" is the alias'
+)
+
+
+def is_verbose() -> bool:
+    """Whether the environment variable ``ENC_VERBOSE`` asks for everything on the terminal."""
+    return os.environ.get("ENC_VERBOSE", "0") not in ("", "0")
+
+
+def terminal_handlers(logger: logging.Logger) -> list[logging.StreamHandler]:
+    """The logger's handlers that write to a stream which is not a file."""
+    return [
+        handler
+        for handler in logger.handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    ]
+
+
+def shorten_terminal_log() -> None:
+    """Keep what is logged for the record off the terminal, for every Runner that this process builds from now on.
+
+    The log file stays whole. Nothing changes where there is none, or where ``ENC_VERBOSE`` is set.
+    """
+    build_logger = Runner.build_logger
+    if is_verbose() or getattr(build_logger, "is_short", False):
+        return
+
+    def build_short_logger(self: Runner, *args, **kwargs) -> MMLogger:
+        logger = build_logger(self, *args, **kwargs)
+        if logger.log_file is not None:
+            for handler in terminal_handlers(logger):
+                handler.addFilter(_is_for_the_user)
+            logger.info(f"System, config and hooks: see {logger.log_file} (ENC_VERBOSE=1 prints them)")
+        return logger
+
+    build_short_logger.is_short = True
+    Runner.build_logger = build_short_logger
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    return _FOR_THE_RECORD.match(record.getMessage()) is None

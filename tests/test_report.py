@@ -144,3 +144,15 @@ def test_a_browser_shows_the_page_whole_at_desktop_and_phone_width(work_dirs, tm
             )
             assert tab.evaluate("document.title") == "ENC report"
         assert tab.complaints == []
+
+
+def test_the_monitors_scalars_stand_at_their_iteration_and_are_drawn_by_layer_and_over_training(tmp_path):
+    keys = ("norm/min", "norm/median", "norm/max", "stem/norm", "head.fc/norm")
+    monitor = {f"enc_monitor/{key}": float(i + 1) for i, key in enumerate(keys)}
+    write_log(tmp_path, [monitor | {"step": 5}, *epoch(1, 3.0, 10.0), monitor | {"step": 15}, *epoch(2, 2.0, 20.0)])
+    run = load_run(tmp_path)
+    assert run.scalars["enc_monitor/stem/norm"] == [(0.5, 4.0), (1.5, 4.0)]
+    write_report([tmp_path], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert 'alt="Norm of each layer&#x27;s free weight W"' in page
+    assert 'alt="Norm of the free weights W over training' in page

@@ -118,12 +118,13 @@ h2 { font-size: 1.25rem; border-bottom: 1px solid var(--line); padding-bottom: .
 figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; max-width: 780px; height: auto; background: #fff; border-radius: 6px; }
 figcaption, caption { color: var(--soft); font-size: .875rem; text-align: left; padding: .3rem 0; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem; }
 .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-thead th { vertical-align: bottom; border-bottom: 2px solid var(--soft); }
-th[scope=row] { position: sticky; left: 0; background: var(--back); max-width: 40vw; overflow-wrap: anywhere; }
+thead th { vertical-align: bottom; min-width: 4.4rem; border-bottom: 2px solid var(--soft); }
+th[scope=row] { position: sticky; left: 0; background: var(--back); min-width: 5rem; max-width: 40vw;
+  overflow-wrap: break-word; }
 .n { text-align: right; white-space: nowrap; }
 thead .n { white-space: normal; }
 details { margin: .8rem 0; }

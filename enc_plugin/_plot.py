@@ -31,8 +31,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "os^Dv<>pP"
 # Lengths coprime to each other: sixty series and more before a look comes again.
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
-DPI = 150
-SIZE = (5.2, 3.6)  # inches: the text stays readable when a phone shrinks the figure to its width
+DPI = 170
+SIZE = (4.6, 3.3)  # inches: the text stays readable when a phone shrinks the figure to its width
 MANY_POINTS = 30  # from here on marks would hide the line
 LONGEST_LABEL = 40  # characters
 
@@ -78,7 +78,7 @@ def new_axes(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float
     lines = [[line] if "$" in line else textwrap.wrap(line, int(size[1] * 11)) for line in ylabel.split("\n")]
     axes.set_ylabel("\n".join(part for parts in lines for part in parts))
     if title:
-        axes.set_title(title, fontsize=11)
+        axes.set_title("\n".join(textwrap.wrap(title, int(size[0] * 9))), fontsize=11)
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -104,7 +104,7 @@ def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     for key in _gbr_keys(runs):
         columns.append((key, f"GBR {key.removeprefix('gbr/')}", ".4g"))
     for key in _keys(runs, FGSM_PREFIX):
-        columns.append((key, f"top-1 (%) under FGSM {key.removeprefix(FGSM_PREFIX)}/255", ".2f"))
+        columns.append((key, f"top-1 (%), FGSM {key.removeprefix(FGSM_PREFIX)}/255", ".2f"))
     columns = [column for column in columns if any(column[0] in run.scalars for run in runs)]
     rows = []
     for run in runs:
@@ -213,7 +213,7 @@ def _curves(runs: Sequence[Run]) -> list[_page.Html]:
         figures.append(_draw(runs, "loss", "Training loss", AXES["loss"]))
     rates = [value for run in runs for value in run.values("lr")]
     if rates:
-        wide = min(rates) > 0 and max(rates) > 20 * min(rates)
+        wide = min(rates) > 0 and max(rates) > 5 * min(rates)
         figures.append(_draw(runs, "lr", "Learning rate", "learning rate", logy=wide))
     return [_page.section("Curves", _page.grid(*figures))] if figures else []
 
@@ -332,12 +332,18 @@ def _layers(runs: Sequence[Run], layers: Sequence[Layers]) -> list[_page.Html]:
             "layers have the same norm."
         )
         rows = [
-            [run.name, one.checkpoint, str(len(one.table)), f"{one.table.slack:.4g}", f"{len(one.table.unfolded)}"]
+            [
+                run.name,
+                one.checkpoint,
+                f"{len(one.table)}",
+                f"{one.table.slack:.4g}",
+                f"{len(one.table.unfolded) or ''}",
+            ]
             for run, one in zip(runs, layers, strict=True)
             if one.table
         ]
         head = ["run", "checkpoint", "layers", "AM-GM slack", "batch norms that fold into no layer"]
-        blocks.append(_page.table(head, rows))
+        blocks.append(_page.table(*_filled(head, rows)))
         blocks.append(_page.details("Squared norm of every layer", _layer_table(runs, tables)))
         missing = [f"{run.name}: {one.reason}" for run, one in zip(runs, layers, strict=True) if one.table is None]
         if missing:
@@ -372,10 +378,15 @@ def _cost(runs: Sequence[Run]) -> list[_page.Html]:
         cells.append(f"{sum(measured):.1f}" if measured else "")
         cells.append(f"{max(memory):.0f}" if memory else "")
         rows.append(cells)
-    used = [i for i in range(len(head)) if i == 0 or any(row[i] for row in rows)]
-    table = _page.table([head[i] for i in used], [[row[i] for i in used] for row in rows])
+    table = _page.table(*_filled(head, rows))
     text = "Training is the median time of an iteration times their number; validation is not counted."
     return [_page.section("Cost", table, text)]
+
+
+def _filled(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns that are empty in all rows."""
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return [head[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def _differences(runs: Sequence[Run]) -> list[_page.Html]:

@@ -53,9 +53,12 @@ PERSISTENT = WORKERS | dict(train_dataloader__persistent_workers=True, val_datal
 MIXUP = dict(model__train_cfg=dict(augments=dict(type="Mixup", alpha=0.2)))
 # Options of the run, where it is stopped (epochs from 0, validations and iterations from 1), its last checkpoint.
 CASES = {
-    "after an epoch's validation": ({}, dict(epoch=1), "epoch_3.pth"),
+    "after an epoch's validation, penalty on the GBR": (
+        dict(model__gbr_penalty=dict(weight=1e-3)),
+        dict(epoch=1),
+        "epoch_3.pth",
+    ),
     "before it, dropblock and mixup": ({"name": "resnet8_dropblock_1xb64"} | MIXUP, dict(val=1), "epoch_3.pth"),
-    "penalty on the GBR": (dict(model__gbr_penalty=dict(weight=1e-3)), dict(epoch=1), "epoch_3.pth"),
     "workers": (WORKERS | MIXUP, dict(epoch=1), "epoch_3.pth"),
     "persistent workers": (PERSISTENT | MIXUP, dict(val=2), "epoch_3.pth"),
     "bf16, averaging, accumulation": (
@@ -71,10 +74,8 @@ CASES = {
         dict(val=2),
         "epoch_3.pth",
     ),
-    "within an epoch": (dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
     "within an epoch, workers": (WORKERS | dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
     "at an epoch's last iteration": (dict(default_hooks__checkpoint=EVERY_TWO), dict(val=2), "iter_9.pth"),
-    "iterations": (by_iterations(), dict(iter=5), "iter_9.pth"),
     "iterations, before a validation": (by_iterations(interval=3), dict(val=2), "iter_9.pth"),
     "iterations, workers": (by_iterations(**WORKERS), dict(iter=5), "iter_9.pth"),
 }

@@ -177,7 +177,9 @@ def test_a_checkpoint_without_random_states_resumes_with_a_warning(tmp_path):
     assert "the checkpoint holds no random states" in log_of(tmp_path)
 
 
-def batches(workers: int, persistent: bool, epochs: list[int], build=ENCRunner.build_dataloader) -> list[torch.Tensor]:
+def batches(
+    workers: int, persistent: bool, epochs: list[int], build=ENCRunner.build_dataloader, **options
+) -> list[torch.Tensor]:
     """The pixels of each of these epochs, randomly cropped, in file order."""
     crop = dict(type="mmpretrain.RandomCrop", crop_size=8, padding=3)
     loader = build(
@@ -187,6 +189,7 @@ def batches(workers: int, persistent: bool, epochs: list[int], build=ENCRunner.b
             persistent_workers=persistent,
             sampler=dict(type="DefaultSampler", shuffle=False),
             dataset=dict(type="Digits", indices=32, pipeline=[crop, dict(type="mmpretrain.PackInputs")]),
+            **options,
         ),
         seed=3,
     )
@@ -215,3 +218,15 @@ def test_persistent_workers_take_nothing_from_the_generator_of_the_training(tmp_
     torch.manual_seed(0)
     batches(2, True, [0, 1])
     assert torch.equal(torch.rand(3), expected)
+
+
+def seed_with(worker: int, number: int) -> None:
+    """A ``worker_init_fn`` of one's own."""
+    np.random.seed(number + worker)
+
+
+def test_a_worker_init_fn_of_the_config_is_left_alone():
+    own = dict(type=seed_with, number=5)
+    first, second = batches(2, False, [0, 1], worker_init_fn=own)
+    assert torch.equal(first, second)
+    assert_same(batches(2, False, [1], Runner.build_dataloader, worker_init_fn=own), [second])

@@ -37,8 +37,8 @@ class RNGStateHook(Hook):
 
     - without workers, and with any number of workers, persistent or not, for epochs (the runner seeds workers by epoch:
       :func:`~enc_plugin.engine.worker_seeds.seed_workers_by_epoch`) and for iterations as mmengine counts them;
-    - not with a ``worker_init_fn`` of one's own that does not know the epoch, nor for the draws of persistent workers
-      under a sampler without ``set_epoch``;
+    - not for what workers draw under a ``worker_init_fn`` of one's own, or persistent ones under a sampler without
+      ``set_epoch`` or in validation, which is told no epoch;
     - not on another number of processes or with epochs of another length: a warning says what differs;
     - not for the patience of ``EarlyStoppingHook``, which mmengine does not store (a warning, too).
 
@@ -85,7 +85,7 @@ class RNGStateHook(Hook):
             "world_size": get_world_size(),
             "validated": self._validating,
             "batch": 0 if complete else self._batch,
-            "epoch_length": len(runner.train_dataloader),
+            "epoch_length": _epoch_length(runner),
         }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -130,7 +130,7 @@ class RNGStateHook(Hook):
         """Whether this run can go on exactly; a warning if not."""
         for what, before, now in (
             ("processes", saved["world_size"], get_world_size()),
-            ("batches an epoch", saved["epoch_length"], len(runner.train_dataloader)),
+            ("batches an epoch", saved["epoch_length"], _epoch_length(runner)),
         ):
             if before != now:
                 rest = f"; the {saved['batch']} batches that are done come again" if saved["batch"] else ""
@@ -141,6 +141,13 @@ class RNGStateHook(Hook):
                 )
                 return False
         return True
+
+
+def _epoch_length(runner: Runner) -> int | None:
+    try:
+        return len(runner.train_dataloader)
+    except TypeError:  # a dataset without a length, trained on by iterations
+        return None
 
 
 def _state(runner: Runner) -> dict:

@@ -132,7 +132,7 @@ class ENCRunner(Runner):
         """Draw with the seed of the checkpoint from the start: mmengine takes it once the sampler has another one."""
         if find_damage(filename) is not None:  # a remote file, or one that loading will refuse
             return
-        meta = torch.load(filename, map_location="cpu", mmap=zipfile.is_zipfile(filename)).get("meta", {})
+        meta = torch.load(filename, map_location="cpu", mmap=zipfile.is_zipfile(filename)).get("meta") or {}
         seed, configured = meta.get("seed"), self._randomness_cfg.get("seed")
         if seed is None or seed == configured:
             return

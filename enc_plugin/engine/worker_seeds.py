@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from mmengine.dataset import worker_init_fn
 from mmengine.dist import get_world_size
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -19,7 +20,8 @@ def seed_workers_by_epoch(loader: DataLoader, seed: int) -> None:
     is told (``set_epoch``); a sampler that is told none leaves the workers as they were.
 
     Args:
-        loader: As mmengine builds it, with its own ``worker_init_fn`` and workers not yet started; changed in place.
+        loader: As mmengine builds it, its workers not yet started; changed in place. A ``worker_init_fn`` of the
+            config's is left alone.
         seed: What torch draws the seeds from that mmengine's overwrite.
     """
     if loader.persistent_workers:
@@ -29,7 +31,7 @@ def seed_workers_by_epoch(loader: DataLoader, seed: int) -> None:
     # mmengine tells the epoch to the sampler, or to the one in the batch sampler.
     samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     sampler = next((sampler for sampler in samplers if hasattr(sampler, "set_epoch")), None)
-    if sampler is None or not isinstance(loader.worker_init_fn, partial):
+    if sampler is None or getattr(loader.worker_init_fn, "func", None) is not worker_init_fn:
         return
     epoch = torch.zeros((), dtype=torch.int64).share_memory_()
     set_epoch = sampler.set_epoch

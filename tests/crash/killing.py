@@ -140,7 +140,7 @@ def _pointer(work_dir: Path) -> str:
 
 def _check(work_dir: Path) -> None:
     """All files under a checkpoint's name are whole, and ``last_checkpoint`` names one of them."""
-    paths = list(work_dir.glob("*.pth"))
+    paths = list(work_dir.glob("[!.]*.pth"))  # unfinished files are hidden ones
     for path in paths:
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None, path

@@ -53,9 +53,12 @@ PERSISTENT = WORKERS | dict(train_dataloader__persistent_workers=True, val_datal
 MIXUP = dict(model__train_cfg=dict(augments=dict(type="Mixup", alpha=0.2)))
 # Options of the run, where it is stopped (epochs from 0, validations and iterations from 1), its last checkpoint.
 CASES = {
-    "after an epoch's validation": ({}, dict(epoch=1), "epoch_3.pth"),
+    "after an epoch's validation, penalty on the GBR": (
+        dict(model__gbr_penalty=dict(weight=1e-3)),
+        dict(epoch=1),
+        "epoch_3.pth",
+    ),
     "before it, dropblock and mixup": ({"name": "resnet8_dropblock_1xb64"} | MIXUP, dict(val=1), "epoch_3.pth"),
-    "penalty on the GBR": (dict(model__gbr_penalty=dict(weight=1e-3)), dict(epoch=1), "epoch_3.pth"),
     "workers": (WORKERS | MIXUP, dict(epoch=1), "epoch_3.pth"),
     "persistent workers": (PERSISTENT | MIXUP, dict(val=2), "epoch_3.pth"),
     "bf16, averaging, accumulation": (
@@ -71,10 +74,8 @@ CASES = {
         dict(val=2),
         "epoch_3.pth",
     ),
-    "within an epoch": (dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
     "within an epoch, workers": (WORKERS | dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
     "at an epoch's last iteration": (dict(default_hooks__checkpoint=EVERY_TWO), dict(val=2), "iter_9.pth"),
-    "iterations": (by_iterations(), dict(iter=5), "iter_9.pth"),
     "iterations, before a validation": (by_iterations(interval=3), dict(val=2), "iter_9.pth"),
     "iterations, workers": (by_iterations(**WORKERS), dict(iter=5), "iter_9.pth"),
 }
@@ -176,7 +177,9 @@ def test_a_checkpoint_without_random_states_resumes_with_a_warning(tmp_path):
     assert "the checkpoint holds no random states" in log_of(tmp_path)
 
 
-def batches(workers: int, persistent: bool, epochs: list[int], build=ENCRunner.build_dataloader) -> list[torch.Tensor]:
+def batches(
+    workers: int, persistent: bool, epochs: list[int], build=ENCRunner.build_dataloader, **options
+) -> list[torch.Tensor]:
     """The pixels of each of these epochs, randomly cropped, in file order."""
     crop = dict(type="mmpretrain.RandomCrop", crop_size=8, padding=3)
     loader = build(
@@ -186,6 +189,7 @@ def batches(workers: int, persistent: bool, epochs: list[int], build=ENCRunner.b
             persistent_workers=persistent,
             sampler=dict(type="DefaultSampler", shuffle=False),
             dataset=dict(type="Digits", indices=32, pipeline=[crop, dict(type="mmpretrain.PackInputs")]),
+            **options,
         ),
         seed=3,
     )
@@ -214,3 +218,15 @@ def test_persistent_workers_take_nothing_from_the_generator_of_the_training(tmp_
     torch.manual_seed(0)
     batches(2, True, [0, 1])
     assert torch.equal(torch.rand(3), expected)
+
+
+def seed_with(worker: int, number: int) -> None:
+    """A ``worker_init_fn`` of one's own."""
+    np.random.seed(number + worker)
+
+
+def test_a_worker_init_fn_of_the_config_is_left_alone():
+    own = dict(type=seed_with, number=5)
+    first, second = batches(2, False, [0, 1], worker_init_fn=own)
+    assert torch.equal(first, second)
+    assert_same(batches(2, False, [1], Runner.build_dataloader, worker_init_fn=own), [second])

@@ -186,6 +186,8 @@ def draw(found: dict[str, dict], path: Path) -> None:
                     height = found[f"{variant}_shifted_noisy_float32"]["effective_lr"][-1]
                     axis.annotate(names, (run["step"][-1], height), (0, 6), textcoords="offset points", ha="right")
             axis.set_yscale("log")
+            if quantity == "length":
+                axis.set_ylim(bottom=1e-9)  # of what shrinks without end, enough to see it
             axis.set_title(f"{dtype}, lr {RUNS[dtype]['lr']}, decay {DECAY}", fontsize=11)
             axis.set_ylabel(label)
         for axis in axes[1]:

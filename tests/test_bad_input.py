@@ -137,7 +137,7 @@ def within(value: Any, **call: Any) -> None:
     budgets = call["eps"] if isinstance(value, list) else [call["eps"]]
     for adversarial, eps in zip(tensors, budgets, strict=True):
         assert (adversarial - IMAGES).abs().max() <= float(eps) + 1e-6
-        assert call.get("lower", 0) <= adversarial.min() <= adversarial.max() <= call.get("upper", 1)
+        assert call.get("lower", 0) <= adversarial.min().item() <= adversarial.max().item() <= call.get("upper", 1)
 
 
 @dataclass

@@ -122,7 +122,9 @@ class ENCRunner(Runner):
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Register mmengine's default hooks, the ENC audit and the guard."""
         own = {"enc_guard": {"type": "ENCGuardHook"}, "enc_audit": {"type": "ENCAuditHook"}}
-        super().register_default_hooks(own | (hooks or {}))
+        hooks = own | dict(hooks or {})
+        # mmengine takes None for its own hooks alone.
+        super().register_default_hooks({k: v for k, v in hooks.items() if v is not None or k not in own})
 
 
 def _leave_process_group() -> None:

@@ -8,7 +8,11 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: setup demo test test-crash test-matrix test-long lint bench clean
+# Environments of test-compat, 6 GB each.
+OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
+COMPAT := oldest onedl
+
+.PHONY: setup demo test test-crash test-matrix test-long test-compat lint bench clean
 
 setup: $(STAMP)
 
@@ -34,6 +38,25 @@ test-matrix: $(STAMP)
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests/test_long_training.py
 
+# The suite on the oldest versions that pyproject.toml admits, and on the maintained forks of the OpenMMLab stack.
+test-compat: $(COMPAT:%=test-%)
+
+test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -p no:cacheprovider
+
+.venv-oldest/.installed: pyproject.toml requirements/compat-oldest.txt requirements/peers.txt
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet -c requirements/compat-oldest.txt -e '.[lite,dev]'
+	.venv-oldest/bin/pip install --quiet --no-deps -r requirements/peers.txt
+	touch $@
+
+.venv-onedl/.installed: pyproject.toml constraints.txt requirements/compat-onedl.txt requirements/peers.txt
+	$(PYTHON) -m venv .venv-onedl
+	grep -vE '^(mmengine|mmpretrain|mmcv-lite)==' constraints.txt > .venv-onedl/constraints.txt
+	.venv-onedl/bin/pip install --quiet -c .venv-onedl/constraints.txt -c requirements/compat-onedl.txt -e '.[onedl,dev]'
+	.venv-onedl/bin/pip install --quiet --no-deps -r requirements/peers.txt
+	touch $@
+
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py
 
@@ -43,4 +66,4 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist work_dirs
+	rm -rf $(VENV) $(COMPAT:%=.venv-%) build dist work_dirs

@@ -125,7 +125,7 @@ def to_enc(
     _check_model(model)
     check_variant(variant)
     check_alpha_option(alpha)
-    if post_norm != "auto" and not isinstance(post_norm, bool):
+    if not isinstance(post_norm, bool) and not (isinstance(post_norm, str) and post_norm == "auto"):
         raise ValueError(f"post_norm: expected 'auto', True or False, got {post_norm!r}")
     check_type("preserve", preserve, (bool, Tensor), "True, False or a batch of inputs")
 
@@ -349,7 +349,7 @@ def _select(names: list[str], include: str | Sequence[str] | None, exclude: str 
     def matching(argument: str, patterns: str | Sequence[str]) -> set[str]:
         found: set[str] = set()
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+        if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(f"{argument}: expected a pattern, a sequence of patterns or None, got {patterns!r}")
         for pattern in patterns:
             hits = {n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)}

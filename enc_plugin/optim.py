@@ -76,7 +76,10 @@ class DecayRules:
     def __post_init__(self):
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, torch.Tensor):  # torch takes a tensor as lr
+            if name == "lr" and isinstance(value, torch.Tensor):  # torch takes one; its value may change
+                if value.numel() != 1 or not value.is_floating_point():
+                    raise ValueError(f"lr: expected a number or a floating point tensor of one element, got {value!r}")
+            elif value is not None:
                 check_number(name, value, _FACTOR, _is_factor)
         check_type("options", self.options, Mapping, "a dict of options")
         custom_keys = self.options.get("custom_keys", {})

@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
 from torch import nn
 
 from .convert import to_enc
+from .functional._checks import check_type
 from .optim import add_shift, describe_groups, param_groups_enc
 
 __all__ = ["ARCHITECTURES", "add_shift", "describe_groups", "param_groups_enc"]
@@ -47,6 +48,7 @@ def _register(architecture: str) -> Callable[..., nn.Module]:
                 "without the constraint; to start from them all the same, create the plain model and pass it to "
                 "enc_plugin.to_enc"
             )
+        check_type("enc", enc, (dict, type(None)), "a dict of options of to_enc, or None")
         model = model_entrypoint(architecture)(pretrained=False, **kwargs)
         to_enc(model, **(enc or {}))
         return model

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def digits_config(work_dir: Path, name: str = "resnet8_enc-ws_1xb64", epochs: int = 1, **options) -> Config:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from functional.test_weights import ALL
+from helpers import TORCH
 from test_fold import randomize_norms
 from torch import nn
 
@@ -74,6 +75,8 @@ def test_the_torchscript_exporter_works_too(live, tmp_path):
 @pytest.mark.parametrize("live", [True, False], ids=["live", "folded"])
 @pytest.mark.parametrize("variant", ["ws", "wn"])
 def test_torch_export_keeps_outputs_keys_and_round_trips(variant, live):
+    if live and TORCH < (2, 7):
+        pytest.skip("torch 2.6 does not trace subclasses of the stock layers, such as timm's Conv2dSame")
     model = network(variant, "learnable", live)
     file = io.BytesIO()
     torch.export.save(torch.export.export(model, (X,)), file)
@@ -83,6 +86,7 @@ def test_torch_export_keeps_outputs_keys_and_round_trips(variant, live):
     torch.testing.assert_close(program.module()(X), model(X))
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 does not trace subclasses of the stock layers (Conv2dSame)")
 @pytest.mark.parametrize(("variant", "training"), [*((variant, True) for variant in ALL), ("ws", False)])
 def test_compiled_in_one_graph_with_the_same_outputs_and_gradients(variant, training):
     model = network(variant, "learnable").train(training)

@@ -36,7 +36,7 @@ class CIFAR10Folder(BaseDataset):
     METAINFO = {"classes": list(CLASSES)}
 
     def __init__(self, data_root: str = "data/cifar10", split: str = "train", per_class: int | None = None, **kwargs):
-        if split not in SPLITS:
+        if not isinstance(split, str) or split not in SPLITS:
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
         check_integer("per_class", per_class, 1, none="all")
         self.split, self.per_class = split, per_class

@@ -28,7 +28,7 @@ class Digits(BaseDataset):
     METAINFO = {"classes": [str(digit) for digit in range(10)]}
 
     def __init__(self, split: str = "train", **kwargs):
-        if split not in SPLITS:
+        if not isinstance(split, str) or split not in SPLITS:
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
         self.split = split
         kwargs.setdefault("ann_file", "")

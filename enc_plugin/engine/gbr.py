@@ -14,7 +14,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..functional._checks import check_integer
+from ..functional._checks import check_integer, check_seed
 from ..functional.jacobian import check_output, check_projections, gbr
 from .measure import untouched
 from .robustness import PixelClassifier
@@ -115,8 +115,8 @@ def choose_samples(length: int, num_samples: int | None, seed: int) -> list[int]
     if length < 1:
         raise ValueError("dataset: expected at least one sample, got none")
     check_integer("num_samples", num_samples, 1, none="all")
-    check_integer("seed", seed, 0)
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    check_seed("seed", seed)
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(int(seed)))
     return sorted(order[:num_samples].tolist())
 
 
@@ -149,10 +149,10 @@ def measure_gbr(
         The estimate, equal on all ranks.
     """
     check_space(space)
-    check_integer("seed", seed, 0)
+    check_seed("seed", seed)
     start = time.perf_counter()
     device = next(model.parameters()).device
-    seeds = torch.randint(2**32, (len(samples),), generator=torch.Generator().manual_seed(seed))
+    seeds = torch.randint(2**32, (len(samples),), generator=torch.Generator().manual_seed(int(seed)))
     positions = torch.arange(len(samples)).split([len(batch) for batch in samples.batches])
     values = torch.zeros(len(samples), dtype=torch.float64)
     with untouched(model), torch.autocast(device.type, enabled=False):

@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
-from ..functional._checks import check_integer, check_type
+from ..functional._checks import check_integer, check_seed, check_type
 from .audit_hook import unwrap
 from .gbr import FixedSamples, check_options, choose_samples, find_pipeline, measure_gbr
 from .measure import untouched
@@ -76,7 +76,7 @@ class GBRHook(Hook):
         check_options(output, projections, space, num_samples)
         check_integer("batch_size", batch_size, 1)
         check_integer("interval", interval, 1)
-        check_integer("seed", seed, 0)
+        check_seed("seed", seed)
         check_type("by_epoch", by_epoch, (bool, type(None)), "True, False or None")
         check_type("pipeline", pipeline, (list, tuple, type(None)), "a list of transforms or None")
         self.num_samples = num_samples

@@ -135,7 +135,7 @@ class ENCGuardHook(Hook):
             f"training: {what} is NaN or infinite in epoch {runner.epoch + 1}, iteration {runner.iter + 1}; "
             f"{_find_cause(runner, self._batch)}. Nothing of this step was saved, {way_out}. Usual causes: the "
             "learning rate (lr, warm-up), no gradient clipping (optim_wrapper=dict(clip_grad=dict(max_norm=...))), "
-            "pictures or labels that are damaged. default_hooks=dict(enc_guard=dict(finite=False)) goes on all the same"
+            "pictures or labels that are damaged. default_hooks=dict(enc_guard=None) goes on all the same"
         )
 
 

@@ -13,6 +13,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
 
 from .. import optim
+from ..functional._checks import check_type
 from ..optim import DEFAULT_SHIFT_EPS, DecayRules, describe_groups
 from .limits import refuse_sharding
 
@@ -66,12 +67,8 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def _validate_cfg(self) -> None:
         # The stock check rejects decay options without an explicit weight_decay; here the optimizer's default counts.
-        for name, value in (
-            ("paramwise_cfg", self.paramwise_cfg),
-            ("custom_keys", self.paramwise_cfg.get("custom_keys", {})),
-        ):
-            if not isinstance(value, dict):
-                raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
+        check_type("paramwise_cfg", self.paramwise_cfg, dict, "a dict of options or None")
+        check_type("custom_keys", self.paramwise_cfg.get("custom_keys", {}), dict, "a dict of a dict for each key")
 
     def _optimizer_class(self) -> type[torch.optim.Optimizer]:
         cls = self.optimizer_cfg["type"]

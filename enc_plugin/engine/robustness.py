@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -15,8 +15,8 @@ from mmpretrain.evaluation import Accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..functional._checks import check_integer, check_number
-from ..functional.attack import input_gradient, pgd, sign_step
+from ..functional._checks import check_integer, check_number, check_seed
+from ..functional.attack import MAX_STEPS, input_gradient, pgd, sign_step
 from .measure import untouched
 
 PIXEL_MAX = 255.0
@@ -132,9 +132,10 @@ def measure_robustness(
     """
     start = time.perf_counter()
     eps = check_pixel_eps(eps)
-    for name, value, minimum in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
+    for name, value, minimum in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         check_integer(name, value, minimum)
-    check_integer("pgd_steps", pgd_steps, 0)
+    check_integer("pgd_steps", pgd_steps, 0, below=MAX_STEPS)
+    check_seed("seed", seed)
     indices = spread(len(dataset), num_samples)
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     rank, world_size = get_dist_info()
@@ -160,7 +161,7 @@ def measure_robustness(
             if pgd_steps:
                 # Seeded by the batch and not carried on, so that the ranks draw what a single process would.
                 for e in eps:
-                    generator = torch.Generator(device).manual_seed(seed * len(batches) + i)
+                    generator = torch.Generator(device).manual_seed(int(seed) * len(batches) + i)
                     options = dict(steps=pgd_steps, generator=generator, upper=PIXEL_MAX)
                     adversarial.append(pgd(classify, pixels, labels, e, **options))
             rows = [labels, ~_nonzero(gradient), logits.argmax(1), *(classify(x).argmax(1) for x in adversarial)]
@@ -185,7 +186,7 @@ def measure_robustness(
 def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:
     """``eps`` as a list; an error unless it holds different numbers above 0 and up to 255."""
     expected = "different numbers above 0, in 1/255 of the pixel range"
-    if isinstance(eps, str) or not isinstance(eps, (Real, Iterable)):
+    if isinstance(eps, (str, bytes)) or not isinstance(eps, (Real, Sequence)):
         raise TypeError(f"eps: expected {expected}, got {eps!r}")
     values = [eps] if isinstance(eps, Real) else list(eps)
     for value in values:

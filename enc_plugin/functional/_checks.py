@@ -8,18 +8,19 @@ from numbers import Integral, Real
 from torch import Tensor
 
 
-def check_integer(name: str, value: object, minimum: int, *, none: str | None = None) -> None:
+def check_integer(name: str, value: object, minimum: int, *, below: int | None = None, none: str | None = None) -> None:
     """Refuse what is no integer of at least ``minimum``.
 
     Args:
         name: Of the argument.
         value: What came. Truth values are no integers here: they come from a slip in a config.
         minimum: The least that is accepted.
+        below: The least that is too large; None: there is none.
         none: What None means; without it None is refused.
 
     Raises:
         TypeError: If it is no integer.
-        ValueError: If it is too small.
+        ValueError: If it is out of the range.
     """
     if value is None and none is not None:
         return
@@ -27,9 +28,16 @@ def check_integer(name: str, value: object, minimum: int, *, none: str | None = 
         kind, expected = TypeError, f"an integer of at least {minimum}"
     elif value < minimum:
         kind, expected = ValueError, f"at least {minimum}" if none is None else f"an integer of at least {minimum}"
+    elif below is not None and value >= below:
+        kind, expected = ValueError, f"an integer from {minimum} to {below - 1}"
     else:
         return
     raise kind(f"{name}: expected {'' if none is None else f'None ({none}) or '}{expected}, got {value!r}")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Refuse what is no integer from 0 to 2^32 - 1: what every random generator takes."""
+    check_integer(name, value, 0, below=2**32)
 
 
 def check_number(name: str, value: object, expected: str, accepts: Callable[[float], bool]) -> None:

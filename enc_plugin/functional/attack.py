@@ -2,8 +2,7 @@ r"""White-box attacks in the L-inf ball: FGSM (one gradient) and PGD (several)."
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from ._checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type
 from ._eval_mode import require_eval_mode
+
+MAX_STEPS = 10_000  # a slip of zeros would run for days
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -56,6 +57,7 @@ def fgsm(
         tensor([[0.2500, 1.0000]])
     """
     budgets = _check_arguments(images, labels, eps, lower, upper)
+    lower, upper = float(lower), float(upper)
     gradient, _ = input_gradient(forward, images, labels, loss=loss)
     adversarial = [sign_step(images, gradient, budget, lower=lower, upper=upper) for budget in budgets]
     return adversarial[0] if _is_number(eps) else adversarial
@@ -88,7 +90,7 @@ def pgd(
         images: As in :func:`fgsm`.
         labels: As in :func:`fgsm`.
         eps: As in :func:`fgsm`; each value of a sequence is attacked from the start.
-        steps: Number of gradients, at least 1.
+        steps: Number of gradients, 1 to 9,999.
         step_size: Change of a pixel in one step (a), in the unit of ``images``; None: ``2.5 * eps / steps``, which lets
             any point of the ball be reached.
         random_start: Start from a uniformly random point of the ball, within the bounds; else from the images.
@@ -111,7 +113,8 @@ def pgd(
         tensor([[0.2500, 1.0000]])
     """
     budgets = _check_arguments(images, labels, eps, lower, upper)
-    check_integer("steps", steps, 1)
+    lower, upper = float(lower), float(upper)
+    check_integer("steps", steps, 1, below=MAX_STEPS)
     if step_size is not None:
         check_number("step_size", step_size, "a positive finite number or None", lambda value: 0 < value < float("inf"))
     check_type("random_start", random_start, bool, "True or False")
@@ -120,7 +123,7 @@ def pgd(
     images = images.detach()
     adversarial = []
     for budget in budgets:
-        step = 2.5 * budget / steps if step_size is None else step_size
+        step = 2.5 * budget / steps if step_size is None else float(step_size)
         x = images
         if random_start:
             source = torch.Generator(images.device).manual_seed(0) if generator is None else generator
@@ -156,7 +159,7 @@ def input_gradient(
         ValueError: If the model is in train mode, or the output is not a differentiable function of the images.
     """
     check_type("forward", forward, Callable, "a model or another callable")
-    if loss != "cross_entropy" and not callable(loss):
+    if not callable(loss) and not (isinstance(loss, str) and loss == "cross_entropy"):
         raise ValueError(f"loss: expected 'cross_entropy' or a callable, got {loss!r}")
     # Callers may be in no_grad or inference mode (validation loops are).
     with torch.inference_mode(False), torch.enable_grad(), require_eval_mode(forward):
@@ -166,10 +169,12 @@ def input_gradient(
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"forward: expected logits of shape ({len(images)}, C), got {got}")
-        if loss == "cross_entropy":
+        if not callable(loss):
             check_class_numbers("labels", labels, logits.shape[1])
         scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        total = loss(scores, labels).sum() if callable(loss) else F.cross_entropy(scores, labels, reduction="sum")
+        total = loss(scores, labels) if callable(loss) else F.cross_entropy(scores, labels, reduction="sum")
+        check_type("loss", total, Tensor, "a callable that returns a tensor")
+        total = total.sum()
         gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
         if gradient is None:
             raise ValueError(
@@ -211,10 +216,13 @@ def _check_arguments(
             f"labels: expected {len(images)} class numbers, got shape {tuple(labels.shape)} of {labels.dtype}"
         )
     for name, value in (("lower", lower), ("upper", upper)):
-        check_number(name, value, "a finite number", math.isfinite)
+        largest = torch.finfo(images.dtype).max
+        check_number(name, value, f"a number of {images.dtype}", lambda v, largest=largest: -largest <= v <= largest)
     if not lower < upper:
         raise ValueError(f"lower, upper: expected lower < upper, got {lower!r}, {upper!r}")
-    if not _is_number(eps) and (isinstance(eps, str) or not isinstance(eps, Iterable)):
+    if not _is_number(eps) and (
+        isinstance(eps, (str, bytes)) or not (isinstance(eps, Sequence) or hasattr(eps, "ndim"))
+    ):
         raise TypeError(f"eps: expected a number or a sequence of numbers, got {eps!r}")
     budgets = [eps] if _is_number(eps) else list(eps)
     for i, budget in enumerate(budgets):

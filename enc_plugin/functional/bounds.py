@@ -114,7 +114,7 @@ def conv_map_sq_norm(
     if weight.ndim < 2:
         raise ValueError(f"weight: expected (out, in / groups, *kernel), got shape {tuple(weight.shape)}")
     kernel = weight.shape[2:]
-    check_type("input_size", input_size, Sequence, f"a sequence of {len(kernel)} sizes")
+    check_type("input_size", input_size, (list, tuple), f"a sequence of {len(kernel)} sizes")
     if len(input_size) != len(kernel):
         raise ValueError(
             f"input_size: expected {len(kernel)} sizes for a kernel of shape {tuple(weight.shape)}, "
@@ -146,11 +146,11 @@ def conv_map_sq_norm(
 
 
 def _per_dimension(name: str, value: int | Sequence[int], count: int, minimum: int) -> list[int]:
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name}: expected a number or {count} of them, got {value!r}")
     for number in values:
-        check_integer(name, number, minimum)
+        check_integer(name, number, minimum, below=2**31)
     return values
 
 

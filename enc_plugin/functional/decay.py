@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_floating_tensor, check_number
-from .weights import check_variant, enc_weight, is_centered, num_rows
+from ._checks import check_number
+from .weights import check_variant, check_weight, enc_weight, is_centered, num_rows
 
 
 def shift_direction(weight: Tensor, variant: str) -> Tensor:
@@ -23,7 +23,7 @@ def shift_direction(weight: Tensor, variant: str) -> Tensor:
         Tensor of the shape, dtype and device of ``weight``.
     """
     check_variant(variant)
-    check_floating_tensor("weight", weight)
+    check_weight(weight)
     alpha = weight.numel() if is_centered(variant) else num_rows(weight, variant)
     return enc_weight(weight, variant, float(alpha))
 

@@ -15,6 +15,8 @@ VARIANTS = {
     "centered_fro": "eq. 23: the whole layer, zero mean, over its Frobenius norm",
 }
 
+MAX_ALPHA = 1e30  # its square root still has room in float32
+
 # Eq. 20 is eq. 21, and eq. 23 is eq. 22, of a matrix with a single row: two equations serve all four variants.
 _WHOLE_LAYER = ("fro", "centered_fro")
 _CENTERED = ("ws", "centered_fro")
@@ -24,6 +26,18 @@ def check_variant(variant: str) -> None:
     """Raise ``ValueError`` unless ``variant`` names one of eq. 20-23."""
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse what is no floating point tensor with rows."""
+    check_floating_tensor("weight", weight)
+    if weight.ndim < 2:
+        raise ValueError(
+            f"weight: expected (out, in) or (out, in / groups, *kernel), got shape {tuple(weight.shape)}; "
+            "a 1-D parameter has no rows to normalise"
+        )
+    if not weight.numel():
+        raise ValueError(f"weight: expected at least one element, got shape {tuple(weight.shape)}")
 
 
 def num_rows(weight: Tensor, variant: str) -> int:
@@ -56,7 +70,8 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0)
             variants: the layer) that is constant under the centered variants, or zero under the others, has no
             direction: the result is NaN there. :func:`enc_plugin.to_enc` refuses such layers, ``audit`` reports them.
         variant: ``'fro'``, ``'wn'``, ``'ws'`` or ``'centered_fro'``.
-        alpha: Squared Frobenius norm of the result, positive; a number, or a tensor of one element (learnable alpha).
+        alpha: Squared Frobenius norm of the result, positive, below 1e30; a number, or a tensor of one element
+            (learnable alpha).
 
     Returns:
         Tensor of the shape, dtype and device of ``weight``.
@@ -71,14 +86,7 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0)
         tensor([[0.6000, 0.8000]])
     """
     check_variant(variant)
-    check_floating_tensor("weight", weight)
-    if weight.ndim < 2:
-        raise ValueError(
-            f"weight: expected (out, in) or (out, in / groups, *kernel), got shape {tuple(weight.shape)}; "
-            "a 1-D parameter has no rows to normalise"
-        )
-    if not weight.numel():
-        raise ValueError(f"weight: expected at least one element, got shape {tuple(weight.shape)}")
+    check_weight(weight)
     check_alpha(alpha)
     rows = num_rows(weight, variant)
     w = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
@@ -142,7 +150,7 @@ def check_alpha(alpha: float | Tensor) -> None:
         if alpha.numel() != 1:
             raise ValueError(f"alpha: expected a number or a tensor of one element, got shape {tuple(alpha.shape)}")
     else:
-        check_number("alpha", alpha, "a positive finite number", lambda value: 0 < value < float("inf"))
+        check_number("alpha", alpha, "a positive finite number", lambda value: 0 < value < MAX_ALPHA)
 
 
 def check_alpha_option(alpha: float | str) -> None:
@@ -152,7 +160,7 @@ def check_alpha_option(alpha: float | str) -> None:
     expected = "a positive finite number or 'learnable'"
     if isinstance(alpha, str):
         raise ValueError(f"alpha: expected {expected}, got {alpha!r}")
-    check_number("alpha", alpha, expected, lambda value: 0 < value < float("inf"))
+    check_number("alpha", alpha, expected, lambda value: 0 < value < MAX_ALPHA)
 
 
 def _scale(like: Tensor, alpha: float | Tensor, count: int, shape: tuple[int, ...]) -> Tensor:

@@ -33,6 +33,6 @@ class ResNetCIFAR6n(ResNet_CIFAR):
             "stem_channels": 16,
             "base_channels": 16,
         } | kwargs
-        if depth not in self.arch_settings:
+        if not isinstance(depth, int) or depth not in self.arch_settings:
             raise ValueError(f"depth: expected one of {', '.join(map(str, self.arch_settings))}, got {depth!r}")
         super().__init__(depth, **kwargs)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import TORCH
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -145,6 +146,8 @@ def test_backward_keeps_the_free_weight_and_row_statistics_alone(variant):
 
 @pytest.mark.parametrize("variant", ALL)
 def test_few_kernels_touch_a_whole_weight(variant):
+    if TORCH < (2, 7):
+        pytest.skip("the kernels that torch 2.6 takes for 'fro' are others")
     weight = random_weight((32, 16, 3, 3), 5).float().requires_grad_()
     upstream = torch.ones_like(weight)
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -27,6 +27,7 @@ def unbroken_and_killed(tmp_path: Path, kills: int, epochs: int, workers: int = 
     return survived
 
 
+@pytest.mark.timeout(900)
 def test_three_kills_in_a_step_while_writing_and_in_a_hook(tmp_path):
     survived = unbroken_and_killed(tmp_path, 3, epochs=9, seed=0, kinds=("step", "writing", "hook"))
     assert survived.resumed_from

@@ -143,6 +143,7 @@ def ddp(path: Path, resume: bool = False) -> None:
     assert [process.exitcode for process in ranks] == [0, 0]
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_resume_exactly_and_one_says_what_it_cannot(tmp_path):
     """Gradients are pending at the stop, and each rank has statistics, gradients and random states of its own."""
     for name, stop in (("unbroken", []), ("resumed", [dict(type="StopHook", epoch=1)])):
@@ -212,7 +213,7 @@ def test_workers_draw_other_augmentations_in_each_epoch_and_the_same_from_any_st
     assert_same(batches(2, True, [2]), [third])
 
 
-def test_persistent_workers_take_nothing_from_the_generator_of_the_training(tmp_path):
+def test_persistent_workers_take_nothing_from_the_generator_of_the_training():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)

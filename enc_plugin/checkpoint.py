@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -50,6 +51,10 @@ def allow_mmengine_checkpoints() -> None:
             (_history_statistic, "builtins.getattr"),
         ]
     )
+    if hasattr(mmengine.runner.checkpoint, "_safe_torch_load"):
+        # onedl-mmengine admits the like for each load, getattr unrestricted among it, takes them back afterwards, ours
+        # too, and loads with weights_only off what is refused all the same.
+        mmengine.runner.checkpoint._safe_torch_load = torch.load
 
 
 def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, torch.Tensor], dict]:

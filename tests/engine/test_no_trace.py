@@ -18,6 +18,7 @@ OBSERVERS = {
     "GBRHook": (dict(num_samples=24, batch_size=16), "gbr/"),
     "FGSMHook": (dict(eps=[2, 8], num_samples=24, batch_size=16), "fgsm/"),
     "ENCAuditHook": ({}, "enc/"),
+    "ENCMonitorHook": (dict(interval=1, per_layer=True), "enc_monitor/"),
 }
 # Random numbers are drawn in loading, in training and in validation.
 SETTINGS = {

@@ -59,6 +59,12 @@ def digits() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, images, labels
 
 
+def power_of_two(digits):
+    """256 images: peers average the loss over the batch, which scales gradients exactly then, and flips no sign."""
+    model, images, labels = digits
+    return model, images[:256], labels[:256]
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     return (model(images).argmax(1) == labels).double().mean().item()
@@ -183,7 +189,7 @@ def test_pgd_is_at_least_as_strong_as_fgsm(digits):
 
 def test_fgsm_agrees_with_torchattacks(digits):
     torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed (requirements/peers.txt)")
-    model, images, labels = digits
+    model, images, labels = power_of_two(digits)
     for eps, ours in zip(EPS, fgsm(model, images, labels, EPS), strict=True):
         theirs = torchattacks.FGSM(model, eps=eps)(images, labels)
         assert (ours - theirs).abs().max() < 1e-5
@@ -192,7 +198,7 @@ def test_fgsm_agrees_with_torchattacks(digits):
 
 def test_pgd_agrees_with_torchattacks(digits):
     torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed (requirements/peers.txt)")
-    model, images, labels = digits
+    model, images, labels = power_of_two(digits)
     for eps, ours in zip(EPS, pgd(model, images, labels, EPS, steps=5, random_start=False), strict=True):
         theirs = torchattacks.PGD(model, eps=eps, alpha=eps / 2, steps=5, random_start=False)(images, labels)
         assert (ours - theirs).abs().max() < 1e-5
@@ -204,7 +210,7 @@ def test_fgsm_and_pgd_agree_with_the_adversarial_robustness_toolbox(digits):
     evasion = pytest.importorskip("art.attacks.evasion", reason=reason)
     from art.estimators.classification import PyTorchClassifier
 
-    model, images, labels = digits
+    model, images, labels = power_of_two(digits)
     estimator = PyTorchClassifier(
         model, nn.CrossEntropyLoss(), input_shape=(1, 8, 8), nb_classes=10, clip_values=(0.0, 1.0), device_type="cpu"
     )

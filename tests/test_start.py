@@ -17,7 +17,7 @@ ENC = "configs/digits/resnet8_enc-ws_1xb64.py"
 SHORT = ["train_cfg.max_epochs=1", "train_dataloader.dataset.indices=192", "default_hooks.logger.interval=1"]
 # A stock config with stock mmengine's runner, a line per parameter from the stock optimizer constructor, and data
 # loaders that ask for pinned memory; trained with our tool on our pictures.
-STOCK = f"""
+STOCK = """
 _base_ = ["mmpretrain::resnet/resnet18_8xb16_cifar10.py"]
 digits = dict(_delete_=True, type="Digits", split="train", indices=32, pipeline=[dict(type="PackInputs")])
 train_dataloader = dict(batch_size=16, num_workers=0, persistent_workers=False, dataset=digits)

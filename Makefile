@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-ecosystem lint bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,16 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
+# Weights & Biases, MLflow and mim: in an environment of their own on top of .venv, since what they require does not fit
+# constraints.txt.
+test-ecosystem: $(STAMP)
+	$(BIN)/python -m venv .venv-ecosystem
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > "$$(.venv-ecosystem/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	.venv-ecosystem/bin/pip install --quiet -r requirements/ecosystem.txt
+	.venv-ecosystem/bin/pip install --quiet --no-deps openmim==0.3.9
+	PYTHONPATH=. .venv-ecosystem/bin/python -m pytest tests/test_visualizers.py tests/test_mim.py -rs
+
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py
 
@@ -33,4 +43,4 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist work_dirs
+	rm -rf $(VENV) .venv-ecosystem build dist work_dirs

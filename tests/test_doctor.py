@@ -1,4 +1,4 @@
-"""The doctor in real broken environments (interpreters with packages left out, added, renumbered) and on bad configs."""
+"""The doctor in real broken environments (packages left out, added, renumbered) and on real bad configs."""
 
 from __future__ import annotations
 

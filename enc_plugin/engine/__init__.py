@@ -7,12 +7,14 @@ from .gbr_hook import GBRHook
 from .optim import ENCOptimWrapperConstructor
 from .progress_hook import ProgressHook
 from .runner import ENCRunner
+from .visualizers import ENCWandbVisBackend
 
 __all__ = [
     "BFloat16OptimWrapper",
     "ENCAuditHook",
     "ENCOptimWrapperConstructor",
     "ENCRunner",
+    "ENCWandbVisBackend",
     "FGSMHook",
     "GBRHook",
     "ProgressHook",

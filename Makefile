@@ -24,15 +24,16 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-# Weights & Biases, MLflow and mim: in an environment of their own on top of .venv, since what they require does not fit
-# constraints.txt.
+# The slow tests, and those of Weights & Biases, MLflow and mim, in an environment of their own on top of .venv: what these
+# require does not fit constraints.txt.
 test-ecosystem: $(STAMP)
 	$(BIN)/python -m venv .venv-ecosystem
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	    > "$$(.venv-ecosystem/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
 	.venv-ecosystem/bin/pip install --quiet -r requirements/ecosystem.txt
 	.venv-ecosystem/bin/pip install --quiet --no-deps openmim==0.3.9
-	PYTHONPATH=. .venv-ecosystem/bin/python -m pytest tests/test_visualizers.py tests/test_mim.py -rs
+	PYTHONPATH=. .venv-ecosystem/bin/python -m pytest -rs -m "slow or not slow" tests/test_visualizers.py tests/test_mim.py \
+	    tests/test_doctor.py tests/test_start.py tests/test_readme.py
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py

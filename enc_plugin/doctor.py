@@ -356,6 +356,13 @@ def _data(cfg, samples: dict) -> Iterator[Finding]:
         if split == "train" and outputs and len(classes) > outputs:
             found = f"{len(classes)} classes in the data, model.head.num_classes = {outputs}"
             yield Finding("data", BROKEN, found, f"set model.head.num_classes={len(classes)}, data_preprocessor's too")
+    evaluators = cfg.get("val_evaluator") or []
+    for evaluator in [evaluators] if isinstance(evaluators, dict) else evaluators:
+        topk = evaluator.get("topk") or ()
+        topk = (topk,) if isinstance(topk, int) else topk
+        if _num_classes(cfg) and max(topk, default=0) > _num_classes(cfg):
+            found = f"val_evaluator asks for the top {max(topk)} of {_num_classes(cfg)} classes"
+            yield Finding("data", BROKEN, found, "set val_evaluator = dict(topk=1), and test_evaluator")
 
 
 def _model(cfg, built: list) -> Iterator[Finding]:

@@ -74,7 +74,11 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+# The others with the slow tests: each costs the import of mmpretrain.
+DEFAULT = ("setuptools 82, which has no pkg_resources", "mmcv-lite too new, mmpretrain missing")
+
+
+@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in ENVIRONMENTS])
 def test_a_broken_environment_is_named_with_its_remedy(name, tmp_path):
     without, dists, expected = ENVIRONMENTS[name]
     code, output = doctor(environment(tmp_path / "env", without, tuple(dists)), "--config", str(DIGITS))
@@ -93,6 +97,7 @@ def test_the_forks_are_fine_and_a_plugin_found_here_alone_is_noted(tmp_path):
     assert re.search(r"^ok +checkpoints .*loaded under weights_only", output, re.M)
 
 
+@pytest.mark.slow
 def test_a_working_environment_passes_with_every_check(tmp_path):
     done = run_command([sys.executable, "tools/doctor.py", "--config", str(DIGITS)])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -105,6 +110,7 @@ def test_a_working_environment_passes_with_every_check(tmp_path):
     assert not re.search("INFO|WARNING|Warning", done.stdout + done.stderr)
 
 
+@pytest.mark.slow
 def test_a_check_that_does_not_end_is_given_up(capsys):
     assert run(seconds=0.01) == 0
     output = capsys.readouterr().out
@@ -148,6 +154,12 @@ BAD_CONFIGS = {
         "data",
         "10 classes in the data, model.head.num_classes = 7",
         "num_classes=10",
+    ),
+    "more of the top than there are classes": (
+        "model = dict(head=dict(num_classes=10))\nval_evaluator = dict(topk=(1, 11))",
+        "data",
+        "val_evaluator asks for the top 11 of 10 classes",
+        "val_evaluator = dict(topk=1)",
     ),
     # RepLKNet takes a conv_cfg and ignores it.
     "a conv_cfg that reaches no layer": (

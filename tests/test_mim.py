@@ -42,6 +42,7 @@ def test_mmpretrains_own_tool_trains_a_config_on_top_of_the_packages(user):
     assert any("accuracy/top1" in line for line in scalars(user[0] / "stock"))
 
 
+@pytest.mark.slow
 def test_the_installed_tools_run_from_any_folder(user):
     tools = user[0] / "site" / "enc_plugin" / ".mim" / "tools"
     done = run(user, sys.executable, tools / "train.py", "own.py", "--work-dir", "own", *SHORT)
@@ -51,6 +52,7 @@ def test_the_installed_tools_run_from_any_folder(user):
     assert "10 layers (ws)" in done.stdout
 
 
+@pytest.mark.slow
 def test_mim_trains_a_config_on_top_of_the_packages(user):
     pytest.importorskip("mim")
     done = run(user, sys.executable, "-m", "mim", "train", "mmpretrain", "own.py", "--work-dir", "mim", *SHORT)

@@ -100,11 +100,10 @@ def check_environment(quick: bool = False, seconds: float = 120) -> Iterator[Fin
     old = sys.version_info < (3, 10)
     yield Finding("python", BROKEN if old else OK, platform.python_version(), "use Python 3.10 or later" if old else "")
     packages = [finding for module in _PACKAGES for finding in _guard(module, _package, module)]
+    packages += [*_guard("pkg_resources", _pkg_resources), *_guard("opencv", _opencv)]
     yield from packages
-    yield from _guard("pkg_resources", _pkg_resources)
-    yield from _guard("opencv", _opencv)
     if any(finding.state == BROKEN for finding in packages):
-        return
+        return  # what follows fails for the same reasons
     yield from _guard("enc_plugin", _plugin)
     yield from _guard("importable", _importable_elsewhere, seconds)
     yield from _guard("checkpoints", _checkpoints)
@@ -194,14 +193,20 @@ def _opencv() -> Iterator[Finding]:
     try:
         cv2 = importlib.import_module("cv2")
     except ImportError as error:
-        advice = "apt-get install libgl1 libglib2.0-0, or pip install opencv-python-headless in place of opencv-python"
+        advice = "pip install opencv-python-headless"
+        if not isinstance(error, ModuleNotFoundError):  # libGL, libgthread
+            advice = f"apt-get install libgl1 libglib2.0-0, or {advice} in place of opencv-python"
         yield Finding("opencv", BROKEN, _message(error), advice)
         return
     yield Finding("opencv", OK, cv2.__version__)
 
 
 def _plugin() -> Iterator[Finding]:
-    plugin = _quietly(importlib.import_module, "enc_plugin")
+    try:
+        plugin = _quietly(importlib.import_module, "enc_plugin")
+    except ImportError as error:
+        yield Finding("enc_plugin", BROKEN, f"importing it fails: {error}", "do what the message says")
+        return
     from mmengine.registry import HOOKS, MODELS
 
     missing = [x for x, r in (("ENCImageClassifier", MODELS), ("ENCAuditHook", HOOKS)) if r.get(x) is None]

@@ -86,6 +86,7 @@ def test_a_broken_environment_is_named_with_its_remedy(name, tmp_path):
     for package, pattern in expected:
         assert re.search(rf"^BROKEN +{package} .*?{pattern}", output, re.M | re.S), output
     assert "mend the environment first" in output
+    assert not re.search("BROKEN +(enc_plugin|checkpoints)", output)  # which would only follow from it
 
 
 def test_the_forks_are_fine_and_a_plugin_found_here_alone_is_noted(tmp_path):

@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 0
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 COMPAT := oldest onedl
 
-.PHONY: setup demo test test-crash test-matrix test-long test-compat lint bench clean
+.PHONY: setup demo test test-crash test-matrix test-long test-compat test-ecosystem lint bench clean
 
 setup: $(STAMP)
 
@@ -57,6 +57,17 @@ test-%: .venv-%/.installed
 	.venv-onedl/bin/pip install --quiet --no-deps -r requirements/peers.txt
 	touch $@
 
+# The slow tests, and those of Weights & Biases, MLflow and mim, in an environment of their own on top of .venv: what these
+# require does not fit constraints.txt.
+test-ecosystem: $(STAMP)
+	$(BIN)/python -m venv .venv-ecosystem
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > "$$(.venv-ecosystem/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	.venv-ecosystem/bin/pip install --quiet -r requirements/ecosystem.txt
+	.venv-ecosystem/bin/pip install --quiet --no-deps openmim==0.3.9
+	PYTHONPATH=. .venv-ecosystem/bin/python -m pytest -rs -m "slow or not slow" tests/test_visualizers.py tests/test_mim.py \
+	    tests/test_doctor.py tests/test_start.py tests/test_readme.py
+
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py
 
@@ -66,4 +77,4 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) $(COMPAT:%=.venv-%) build dist work_dirs
+	rm -rf $(VENV) $(COMPAT:%=.venv-%) .venv-ecosystem build dist work_dirs

@@ -12,6 +12,7 @@ from . import checkpoint, datasets, engine, models  # noqa: E402
 from ._paths import config_path  # noqa: E402
 from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc  # noqa: E402
 from .layers import CheckpointWarning, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear  # noqa: E402
+from .optim import add_shift, param_groups_enc  # noqa: E402
 from .version import __version__  # noqa: E402
 
 checkpoint.allow_mmengine_checkpoints()
@@ -26,11 +27,13 @@ __all__ = [
     "ENCLinear",
     "NoEffectWarning",
     "__version__",
+    "add_shift",
     "audit",
     "config_path",
     "datasets",
     "engine",
     "fold",
     "models",
+    "param_groups_enc",
     "to_enc",
 ]

@@ -82,6 +82,7 @@ def test_a_stock_config_under_the_stock_runner_starts_in_forty_lines(tmp_path):
     assert "paramwise_options -- backbone.layer1.0.bn1.weight" in next(tmp_path.glob("run/*/*.log")).read_text()
 
 
+@pytest.mark.slow
 def test_everything_shows_on_request(tmp_path):
     done = run_command(train_command(ENC, tmp_path, *SHORT), ENC_VERBOSE="1")
     output = done.stdout + done.stderr
@@ -89,6 +90,7 @@ def test_everything_shows_on_request(tmp_path):
     assert "MultiScaleDeformableAttention" in output
 
 
+@pytest.mark.slow
 def test_two_processes_start_as_shortly_as_one(tmp_path):
     done = dist_train(ENC, 2, "--work-dir", str(tmp_path), "--cfg-options", *SHORT)
     output = done.stdout + done.stderr

@@ -18,8 +18,11 @@ _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores // _processes)))
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
-# Warnings that a user can do nothing about: no CUDA on a machine without one, operators that classification never calls,
-# an argument that mmengine passes to torch.
+# mmengine's MLflow backend writes to a folder, which MLflow 3 refuses unless it is told that this is meant.
+os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+
+# Warnings that a user can do nothing about: no CUDA on a machine without one, operators that classification never
+# calls, an argument that mmengine passes to torch.
 if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
     warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``", UserWarning)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)

@@ -2,5 +2,6 @@
 
 from .cifar10 import CIFAR10Folder
 from .digits import Digits
+from .folder import ImageFolder
 
-__all__ = ["CIFAR10Folder", "Digits"]
+__all__ = ["CIFAR10Folder", "Digits", "ImageFolder"]

@@ -12,6 +12,7 @@ from .optim import ENCOptimWrapperConstructor
 from .progress_hook import ProgressHook
 from .rng_hook import RNGStateHook
 from .runner import ENCRunner
+from .visualizers import ENCWandbVisBackend
 
 __all__ = [
     "BFloat16OptimWrapper",
@@ -22,6 +23,7 @@ __all__ = [
     "ENCMonitorHook",
     "ENCOptimWrapperConstructor",
     "ENCRunner",
+    "ENCWandbVisBackend",
     "FGSMHook",
     "GBRHook",
     "ProgressHook",

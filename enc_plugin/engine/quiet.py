@@ -1,4 +1,4 @@
-"""A short log on the terminal; the log file holds everything. ``ENC_VERBOSE=1`` shows everything on the terminal too."""
+"""A short log on the terminal; the log file holds everything, and ``ENC_VERBOSE=1`` shows everything on both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from mmengine.runner import Runner
 
 # What mmengine logs for the record (some 270 lines before the first iteration), and warnings about its own code.
 _FOR_THE_RECORD = re.compile(
-    r"\n-+\nSystem environment:|Config:\n|Hooks will be executed in the following order:|Exp name: |paramwise_options -- "
+    r"\n-+\nSystem environment:|Config:\n|Hooks will be executed in the following order:|Exp name: "
+    r"|paramwise_options -- "
     r'|"FileClient" will be deprecated|"HardDiskBackend" is the alias'
 )
 

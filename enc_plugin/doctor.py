@@ -1,0 +1,593 @@
+"""What is installed, what works, and what to do about what does not; the library behind ``tools/doctor.py``.
+
+Nothing outside the standard library is imported before it is examined: the doctor runs where the rest does not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ._environment import MMCV_RANGE
+
+OK, NOTE, BROKEN = "ok", "note", "broken"
+
+# Distributions that bring each module (the onedl forks keep the modules' names), and the range of the original. The
+# forks count their own versions, and refuse what does not fit them when they are imported.
+_PACKAGES = {
+    "torch": (("torch",), (2, 6), None),
+    "torchvision": (("torchvision",), None, None),
+    "mmengine": (("mmengine", "mmengine-lite", "onedl-mmengine"), (0, 10, 5), (1,)),
+    "mmcv": (("mmcv", "mmcv-lite", "mmcv-full", "onedl-mmcv", "onedl-mmcv-lite"), *MMCV_RANGE),
+    "mmpretrain": (("mmpretrain", "onedl-mmpretrain"), (1, 2), (2,)),
+}
+_INSTALL = {"mmcv": "mmcv-lite>=2.0,<2.4", "mmengine": "mmengine>=0.10.5,<1", "mmpretrain": "mmpretrain>=1.2,<2"}
+_EXTRAS = ("timm", "safetensors", "tensorboard", "wandb", "mlflow")
+# Transforms whose own lists name parts of other libraries.
+_FOREIGN = ("Albumentations", "Albu")
+
+_GLOO = """
+import multiprocessing, sys, torch, torch.distributed as dist
+def work(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    total = torch.ones(1) * (rank + 1)
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    sys.exit(0 if total.item() == 3 else 1)
+torch.set_num_threads(1)
+processes = [multiprocessing.get_context("fork").Process(target=work, args=(r, sys.argv[1])) for r in range(2)]
+[p.start() for p in processes]
+[p.join() for p in processes]
+sys.exit(max(p.exitcode for p in processes))
+"""
+_COMPILE = """
+import torch
+x = torch.randn(64)
+assert torch.allclose(torch.compile(lambda x: torch.relu(x) * 2 + 1)(x), torch.relu(x) * 2 + 1)
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report: ``state`` is ``'ok'``, ``'note'`` (something is missing, the rest works without
+    it) or ``'broken'``; ``advice`` says what to do."""
+
+    name: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+def run(config: str | None = None, options: dict | None = None, quick: bool = False, seconds: float = 120) -> int:
+    """Examine the environment, and with ``config`` that config; print one line a finding.
+
+    Args:
+        config: Config to examine: it is built, its data looked for, and one batch sent through the network.
+        options: Changes to the config, as for ``--cfg-options``.
+        quick: Leave out what starts processes (gloo, ``torch.compile``).
+        seconds: Time limit of each process.
+
+    Returns:
+        Exit code: 1 if anything is broken, else 0.
+    """
+    logging.disable(logging.CRITICAL)  # the libraries' loggers: what is wrong is in the findings
+    findings = list(check_environment(quick, seconds))
+    if config is not None:
+        if any(finding.state == BROKEN for finding in findings):
+            findings.append(Finding("config", BROKEN, "not examined", "mend the environment first"))
+        else:
+            findings += check_config(config, options)
+    logging.disable(logging.NOTSET)
+    _show(findings)
+    return int(any(finding.state == BROKEN for finding in findings))
+
+
+def check_environment(quick: bool = False, seconds: float = 120) -> Iterator[Finding]:
+    """Findings on this interpreter, its packages and this machine."""
+    old = sys.version_info < (3, 10)
+    yield Finding("python", BROKEN if old else OK, platform.python_version(), "use Python 3.10 or later" if old else "")
+    packages = [finding for module in _PACKAGES for finding in _guard(module, _package, module)]
+    packages += [*_guard("pkg_resources", _pkg_resources), *_guard("opencv", _opencv)]
+    yield from packages
+    if any(finding.state == BROKEN for finding in packages):
+        return  # what follows fails for the same reasons
+    yield from _guard("enc_plugin", _plugin)
+    yield from _guard("importable", _importable_elsewhere, seconds)
+    yield from _guard("checkpoints", _checkpoints)
+    yield from _guard("cuda", _cuda)
+    if not quick:
+        yield from _guard("gloo", _gloo, seconds)
+        yield from _guard("torch.compile", _compile, seconds)
+    yield from _guard("threads", _threads)
+    yield from _guard("extras", _extras)
+
+
+def check_config(config: str, options: dict | None = None) -> Iterator[Finding]:
+    """Findings on a config, in an environment that works."""
+    from mmengine.config import Config
+
+    try:
+        cfg = Config.fromfile(config)
+        cfg.merge_from_dict(options or {})
+    except Exception as error:
+        yield Finding("config", BROKEN, _message(error), _config_advice(error))
+        return
+    yield Finding("config", OK, str(config))
+    yield from _guard("custom_imports", _custom_imports, cfg)
+    unknown = list(_guard("types", _types, cfg))
+    yield from unknown
+    samples: dict[str, object] = {}
+    yield from _guard("data", _data, cfg, samples)
+    if any(finding.state == BROKEN for finding in unknown):
+        return
+    built: list = []
+    yield from _guard("model", _model, cfg, built)
+    if built:
+        yield from _guard("forward", _forward, cfg, built[0], samples)
+
+
+# The environment
+
+
+def _package(module: str) -> Iterator[Finding]:
+    names, low, high = _PACKAGES[module]
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    install = f"pip install '{_INSTALL.get(module, module)}'"
+    if len(found) > 1:
+        text = " and ".join(f"{name} {version}" for name, version in found.items())
+        remedy = f"pip uninstall -y {' '.join(found)}, then install one of them"
+        yield Finding(module, BROKEN, f"{text} are both installed, and overwrite each other's files", remedy)
+        return
+    if not found:
+        if importlib.util.find_spec(module) is None:
+            yield Finding(module, BROKEN, "not installed", install)
+            return
+        found = {module: ""}  # from a source folder
+    (name, version), *_ = found.items()
+    text = f"{version} ({name})" if name != module else version or "from a source folder"
+    number = tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+    if number and name in names[:2] and ((low and number < low) or (high and number >= high)):
+        wanted = " and ".join(f"{sign} {'.'.join(map(str, x))}" for sign, x in ((">=", low), ("<", high)) if x)
+        yield Finding(module, BROKEN, f"{text}; needed is {wanted}", install.replace("mmcv-lite", name))
+        return
+    try:
+        _quietly(importlib.import_module, module)
+    except Exception as error:
+        yield Finding(
+            module, BROKEN, f"{text}, but importing it fails: {_message(error)}", _import_advice(error, install)
+        )
+        return
+    yield Finding(module, OK, text)
+
+
+def _pkg_resources() -> Iterator[Finding]:
+    setuptools = importlib.metadata.version("setuptools") if importlib.util.find_spec("setuptools") else "none"
+    try:
+        _quietly(importlib.import_module, "pkg_resources")
+    except ImportError:
+        found = f"missing (setuptools {setuptools}); mmengine needs it for 'mmpretrain::' base configs"
+        yield Finding("pkg_resources", BROKEN, found, "pip install 'setuptools<80.9'")
+        return
+    yield Finding("pkg_resources", OK, f"of setuptools {setuptools}")
+
+
+def _opencv() -> Iterator[Finding]:
+    try:
+        cv2 = importlib.import_module("cv2")
+    except ImportError as error:
+        advice = "pip install opencv-python-headless"
+        if not isinstance(error, ModuleNotFoundError):  # libGL, libgthread
+            advice = f"apt-get install libgl1 libglib2.0-0, or {advice} in place of opencv-python"
+        yield Finding("opencv", BROKEN, _message(error), advice)
+        return
+    yield Finding("opencv", OK, cv2.__version__)
+
+
+def _plugin() -> Iterator[Finding]:
+    try:
+        plugin = _quietly(importlib.import_module, "enc_plugin")
+    except ImportError as error:
+        yield Finding("enc_plugin", BROKEN, f"importing it fails: {error}", "do what the message says")
+        return
+    from mmengine.registry import HOOKS, MODELS
+
+    missing = [x for x, r in (("ENCImageClassifier", MODELS), ("ENCAuditHook", HOOKS)) if r.get(x) is None]
+    if missing:
+        yield Finding("enc_plugin", BROKEN, f"{', '.join(missing)} not in the registry", "pip install -e . again")
+        return
+    yield Finding("enc_plugin", OK, f"{plugin.__version__}, {Path(plugin.__file__).parent}; its parts are registered")
+
+
+def _importable_elsewhere(seconds: float) -> Iterator[Finding]:
+    """A process that starts in another folder, as mim and other tools' ``custom_imports`` do, finds this plugin."""
+    here = Path(__file__).resolve().parent
+    code = "import importlib.util; s = importlib.util.find_spec('enc_plugin'); print(s and s.origin or '')"
+    with tempfile.TemporaryDirectory() as folder:
+        out = _process(["-c", code], seconds, cwd=folder).stdout.strip()
+    if not out:
+        found = "other tools (mim, mmpretrain's own) do not find the plugin; the tools of this folder do"
+        yield Finding("importable", NOTE, found, f"pip install -e {here.parent}")
+    elif Path(out).resolve().parent != here:
+        found = f"other tools find another copy: {Path(out).parent}"
+        yield Finding("importable", NOTE, found, f"pip install -e {here.parent}, or run the tools of that copy")
+    else:
+        yield Finding("importable", OK, "found from any folder")
+
+
+def _checkpoints() -> Iterator[Finding]:
+    import torch
+    from mmengine.logging import HistoryBuffer
+    from mmengine.runner import load_checkpoint, save_checkpoint
+
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "checkpoint.pth"))
+        history = {"train/loss": HistoryBuffer([1.0, 2.0], [1, 1])}
+        save_checkpoint({"state_dict": layer.state_dict(), "message_hub": {"log_scalars": history}}, path)
+        _quietly(load_checkpoint, other, path)
+    if not torch.equal(layer.weight, other.weight):
+        yield Finding("checkpoints", BROKEN, "a checkpoint did not come back as it was written", "reinstall torch")
+        return
+    yield Finding("checkpoints", OK, "one of mmengine's was written and loaded under weights_only")
+
+
+def _cuda() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        kind = "this torch is built without CUDA" if torch.version.cuda is None else "no usable CUDA device"
+        yield Finding("cuda", OK, f"{kind}: the CPU is used, distributed by gloo (nccl needs CUDA)")
+        return
+    value = torch.ones(8, device="cuda").sum().item()
+    nccl = "nccl" if torch.distributed.is_nccl_available() else "no nccl"
+    state = OK if value == 8 else BROKEN
+    yield Finding("cuda", state, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {nccl}")
+
+
+def _gloo(seconds: float) -> Iterator[Finding]:
+    with tempfile.TemporaryDirectory() as folder:
+        done = _process(["-c", _GLOO, folder], seconds)
+    if done.returncode == 0:
+        yield Finding("gloo", OK, "two processes summed a tensor")
+        return
+    advice = "set GLOO_SOCKET_IFNAME=lo if the host name does not resolve; one process works without it"
+    yield Finding("gloo", NOTE, f"distributed training on the CPU fails: {_last_line(done)}", advice)
+
+
+def _compile(seconds: float) -> Iterator[Finding]:
+    done = _process(["-c", _COMPILE], seconds)
+    if done.returncode == 0:
+        yield Finding("torch.compile", OK, "compiled a function")
+        return
+    advice = "install a C++ compiler (apt-get install g++), or leave `compile` out of the config"
+    yield Finding("torch.compile", NOTE, f"does not work: {_last_line(done)}", advice)
+
+
+def _threads() -> Iterator[Finding]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    values = ", ".join(f"{k}={os.environ.get(k, 'unset')}" for k in (*wanted, "OMP_NUM_THREADS"))
+    found = f"{torch.get_num_threads()} threads on {cores} cores; {values}"
+    spinning = [k for k, v in wanted.items() if os.environ.get(k, "").lower() != v]
+    if torch.get_num_threads() > cores or spinning:
+        advice = "export OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 OMP_NUM_THREADS=<cores / processes>"
+        yield Finding("threads", NOTE, f"{found}: idle threads slow other processes down", advice)
+        return
+    yield Finding("threads", OK, found)
+
+
+def _extras() -> Iterator[Finding]:
+    found, missing = [], []
+    for name in _EXTRAS:
+        version = next((v for n in (name, f"{name}-skinny") if (v := _version(n))), None)
+        (found if version else missing).append(f"{name} {version}" if version else name)
+    advice = f"only if you want them: pip install {' '.join(missing)}" if missing else ""
+    text = ", ".join(found) or "none"
+    yield Finding("extras", OK, f"{text}; not installed: {', '.join(missing)}" if missing else text, advice)
+
+
+# A config
+
+
+def _custom_imports(cfg) -> Iterator[Finding]:
+    imports = (cfg.get("custom_imports") or {}).get("imports", [])
+    imports = [imports] if isinstance(imports, str) else imports
+    used = sorted({name for _, name in _type_names(cfg.to_dict()) if name.split(".")[-1] in _own_names()})
+    if not used:
+        yield Finding("custom_imports", NOTE, "this config uses no part of the plugin", "see the README: Use it")
+    elif not any(name.split(".")[0] == "enc_plugin" for name in imports):
+        found = f"the config names {', '.join(used)} and does not import the plugin: 'not in the registry' elsewhere"
+        yield Finding("custom_imports", BROKEN, found, 'add: custom_imports = dict(imports=["enc_plugin"])')
+    else:
+        yield Finding("custom_imports", OK, f"the plugin, for {', '.join(used)}")
+
+
+def _types(cfg) -> Iterator[Finding]:
+    known = _known_names()
+    for key, name in _type_names(cfg.to_dict()):
+        if name.split(".")[-1] not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            advice = (
+                f"did you mean {' or '.join(near)}?" if near else "add the package that defines it to custom_imports"
+            )
+            yield Finding("types", BROKEN, f"{key} = {name!r} is not in any registry", advice)
+
+
+def _data(cfg, samples: dict) -> Iterator[Finding]:
+    from mmengine.registry import DATASETS, init_default_scope
+
+    init_default_scope(cfg.get("default_scope", "mmpretrain"))
+    for split in ("train", "val", "test"):
+        dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset")
+        if dataset is None or (split == "test" and dataset == (cfg.get("val_dataloader") or {}).get("dataset")):
+            continue
+        key = f"{split}_dataloader.dataset"
+        inner = dataset
+        while "data_root" not in inner and isinstance(inner.get("dataset"), dict):
+            inner, key = inner["dataset"], f"{key}.dataset"
+        root = inner.get("data_root")
+        if root and not os.path.exists(root):
+            found = f"{split}: {key}.data_root = {root!r} is not there (looked from {os.getcwd()})"
+            yield Finding("data", BROKEN, found, f"put the data there, or --cfg-options {key}.data_root=PATH")
+            continue
+        try:
+            built = _quietly(DATASETS.build, dataset)
+            samples[split] = [_quietly(built.__getitem__, i % len(built)) for i in range(2)]
+        except Exception as error:
+            yield Finding("data", BROKEN, f"{split}: {_message(error)}", f"check {key}: its paths and its pipeline")
+            continue
+        yield Finding("data", OK, f"{split}: {len(built):,} samples of {dataset['type']}, two were read")
+        outputs, classes = _num_classes(cfg), (built.metainfo or {}).get("classes") or ()
+        if split == "train" and outputs and len(classes) > outputs:
+            found = f"{len(classes)} classes in the data, model.head.num_classes = {outputs}"
+            yield Finding("data", BROKEN, found, f"set model.head.num_classes={len(classes)}, data_preprocessor's too")
+    evaluators = cfg.get("val_evaluator") or []
+    for evaluator in [evaluators] if isinstance(evaluators, dict) else evaluators:
+        topk = evaluator.get("topk") or ()
+        topk = (topk,) if isinstance(topk, int) else topk
+        if _num_classes(cfg) and max(topk, default=0) > _num_classes(cfg):
+            found = f"val_evaluator asks for the top {max(topk)} of {_num_classes(cfg)} classes"
+            yield Finding("data", BROKEN, found, "set val_evaluator = dict(topk=1), and test_evaluator")
+
+
+def _model(cfg, built: list) -> Iterator[Finding]:
+    from mmengine.model import BaseModel
+    from mmengine.registry import MODELS, init_default_scope
+
+    from enc_plugin.convert import enc_layers
+
+    init_default_scope(cfg.get("default_scope", "mmpretrain"))
+    settings = cfg.model.to_dict()
+    if cfg.get("data_preprocessor") is not None:
+        settings.setdefault("data_preprocessor", cfg.data_preprocessor.to_dict())
+    try:
+        model: BaseModel = _quietly(MODELS.build, settings)
+        _quietly(model.init_weights)
+    except Exception as error:
+        yield Finding("model", BROKEN, _message(error), "check the arguments of `model` in the config")
+        return
+    built.append(model)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    yield Finding("model", OK, f"{type(model).__name__}, {size:,} parameters")
+    layers = list(enc_layers(model))
+    asked = {name for _, name in _type_names(settings, "model") if name.split(".")[-1].startswith("ENC")}
+    if layers:
+        normed = [name for name, layer in layers if layer.norm is not None]
+        names = ", ".join(normed[:4]) + (", ..." if len(normed) > 4 else "")
+        kinds = ", ".join(sorted({layer.variant for _, layer in layers}))
+        text = f"{len(layers)} layers ({kinds}); {len(normed)} with a batch norm of their own"
+        yield Finding("ENC", OK, f"{text}: {names}" if normed else text)
+        if not normed and "ENCImageClassifier" not in asked:
+            found = "the classifier is not ENC: conv_cfg reaches convolutions alone"
+            yield Finding("ENC", NOTE, found, 'model = dict(type="ENCImageClassifier") reaches every layer')
+    elif asked:
+        found = f"the config names {', '.join(sorted(asked))}, and no layer of the network is ENC"
+        yield Finding("ENC", BROKEN, found, 'use model = dict(type="ENCImageClassifier"), which reaches every layer')
+    else:
+        yield Finding("ENC", NOTE, "a plain network", 'for ENC: model = dict(type="ENCImageClassifier")')
+
+
+def _forward(cfg, model, samples: dict) -> Iterator[Finding]:
+    import torch
+    from mmengine.dataset import pseudo_collate
+    from mmpretrain.structures import DataSample
+
+    torch.manual_seed(0)
+    chosen = next(iter(samples.values()), None)
+    if chosen is None:
+        size = _image_size(cfg)
+        image = torch.randint(256, (3, size, size), dtype=torch.uint8)
+        chosen = [{"inputs": image, "data_samples": DataSample().set_gt_label(i)} for i in range(2)]
+        source = f"two made-up images of {size} x {size} pixels"
+    else:
+        source = f"two samples of {tuple(chosen[0]['inputs'].shape)}"
+    head = getattr(model, "head", None)
+    try:
+        batch = model.train().data_preprocessor(pseudo_collate(chosen), training=True)
+        losses = model(**batch, mode="loss")
+        model.eval()(batch["inputs"])
+    except Exception as error:
+        advice = "check that backbone, neck and head fit together"
+        wanted, given = getattr(head, "in_channels", None), _feature_channels(model, batch["inputs"])
+        if isinstance(wanted, int) and given is not None and wanted != given:
+            advice = f"the head expects {wanted} channels, it gets {given}: set model.head.in_channels={given}"
+        yield Finding("forward", BROKEN, _message(error), advice)
+        return
+    total = sum(value.sum().item() for key, value in losses.items() if "loss" in key)
+    if total != total or abs(total) == float("inf"):
+        yield Finding("forward", BROKEN, f"{source}: the loss is {total}", "check the data_preprocessor's mean and std")
+        return
+    yield Finding("forward", OK, f"{source}: loss {total:.4g}")
+
+
+def _feature_channels(model, inputs) -> int | None:
+    """Channels that the head gets, or None if the network fails before."""
+    try:
+        features = model.eval().extract_feat(inputs)
+        features = features[-1] if isinstance(features, (tuple, list)) else features
+        return features.shape[1]
+    except Exception:
+        return None
+
+
+def _image_size(cfg) -> int:
+    """Pixels that the test pipeline delivers; 224 if it does not say."""
+    loader = cfg.get("val_dataloader") or cfg.get("test_dataloader") or cfg.get("train_dataloader") or {}
+    for step in reversed((loader.get("dataset") or {}).get("pipeline") or []):
+        size = step.get("crop_size", step.get("scale"))
+        if size is not None:
+            return int(size[0] if isinstance(size, (tuple, list)) else size)
+    return 224
+
+
+def _num_classes(cfg) -> int | None:
+    head = cfg.model.get("head")
+    return head.get("num_classes") if isinstance(head, dict) else None
+
+
+def _type_names(node, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, name) of every registered part that a config names."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            path = f"{key}.{name}" if key else str(name)
+            if isinstance(value, str) and name in ("type", "constructor", "runner_type"):
+                yield path, value
+            elif not (isinstance(node.get("type"), str) and node["type"].split(".")[-1] in _FOREIGN):
+                yield from _type_names(value, path)
+    elif isinstance(node, (list, tuple)):
+        for i, value in enumerate(node):
+            yield from _type_names(value, f"{key}.{i}")
+
+
+def _registries() -> Iterator:
+    import mmengine.registry
+    import mmpretrain.registry
+
+    seen = set()
+    roots = [*vars(mmengine.registry).values(), *vars(mmpretrain.registry).values()]
+    while roots:
+        registry = roots.pop()
+        if isinstance(registry, mmengine.registry.Registry) and id(registry) not in seen:
+            seen.add(id(registry))
+            roots.extend(registry.children.values())
+            yield registry
+
+
+def _known_names() -> set[str]:
+    for registry in _registries():
+        _quietly(registry.import_from_location)
+    return {name for registry in _registries() for name in registry.module_dict}
+
+
+def _own_names() -> set[str]:
+    parts = ((name, part) for registry in _registries() for name, part in registry.module_dict.items())
+    return {name for name, part in parts if getattr(part, "__module__", "").split(".")[0] == "enc_plugin"}
+
+
+# What all share
+
+
+def _guard(name: str, check: Callable[..., Iterator[Finding]], *args) -> Iterator[Finding]:
+    """The check's findings; what it does not foresee is a finding too."""
+    try:
+        yield from check(*args)
+    except Exception as error:
+        yield Finding(name, BROKEN, _message(error), "unexpected: please report it, with this line")
+
+
+def _quietly(function: Callable, *args):
+    """Call without the warnings and log lines of the libraries."""
+    from contextlib import redirect_stderr, redirect_stdout
+    from io import StringIO
+
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        return function(*args)
+
+
+def _process(arguments: Sequence[str], seconds: float, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, **kwargs)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"not done within {seconds:.0f} s")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _message(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
+
+
+def _last_line(done: subprocess.CompletedProcess) -> str:
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or [f"exit code {done.returncode}"])[-1][:200]
+
+
+def _import_advice(error: Exception, install: str) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"pip install {error.name.split('.')[0]}"
+    if "lib" in str(error) and ".so" in str(error):
+        return "a system library or a build for another torch: reinstall it for this torch, or use mmcv-lite"
+    return f"reinstall it: {install.replace('install', 'install --force-reinstall')}"
+
+
+def _config_advice(error: Exception) -> str:
+    text = str(error)
+    if "Duplicate key" in text:
+        return "two files in `_base_` may not set one key: keep it in one of them, or set it in the config itself"
+    if "custom_imports" in text or "import" in text.lower():
+        return "install what custom_imports names, or run from the folder that holds it"
+    if isinstance(error, FileNotFoundError):
+        return "check the path, and those in `_base_` (relative to the config's own folder)"
+    return "check the config's syntax and its `_base_`"
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    """Print the findings: coloured where rich and a terminal are there, plain lines elsewhere."""
+    marks = {OK: ("ok    ", "green"), NOTE: ("note  ", "yellow"), BROKEN: ("BROKEN", "bold red")}
+    try:
+        from rich.console import Console
+
+        console = Console(soft_wrap=True, highlight=False)
+    except ImportError:
+        console = None
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        mark, style = marks[finding.state]
+        if console is None:
+            print(f"{mark}  {finding.name.ljust(width)}  {finding.found}")
+        else:
+            console.print(f"[{style}]{mark}[/]  [bold]{finding.name.ljust(width)}[/]  ", end="")
+            console.print(finding.found, markup=False)
+        if finding.advice:
+            print(f"{'':{width + 8}}  -> {finding.advice}")
+    broken = sum(finding.state == BROKEN for finding in findings)
+    print(f"{broken} broken" if broken else "everything needed works")

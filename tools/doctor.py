@@ -1,0 +1,39 @@
+"""Say what is installed, what works, and what to do about what does not; with --config, about a config too."""
+
+import argparse
+import ast
+import sys
+import types
+from pathlib import Path
+
+import _bootstrap  # noqa: F401
+
+# The package raises where the environment is broken: the doctor's module is loaded without it.
+_root = Path(__file__).resolve().parents[1]
+_package = types.ModuleType("enc_plugin")
+_package.__path__ = [str(_root.parent if _root.name == ".mim" else _root / "enc_plugin")]
+sys.modules["enc_plugin"] = _package
+from enc_plugin.doctor import run  # noqa: E402
+
+del sys.modules["enc_plugin"]
+
+
+def _option(text: str) -> tuple[str, object]:
+    """KEY=VALUE; mmengine's own parser may not be there."""
+    key, found, value = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", help="config to build, with its data set and one forward pass")
+    parser.add_argument("--cfg-options", nargs="+", type=_option, metavar="KEY=VALUE", help="changes to the config")
+    parser.add_argument("--quick", action="store_true", help="leave out gloo and torch.compile")
+    parser.add_argument("--seconds", type=float, default=120, help="limit of each of these (default: %(default)s)")
+    args = parser.parse_args()
+    sys.exit(run(args.config, dict(args.cfg_options or []), args.quick, args.seconds))

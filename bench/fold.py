@@ -1,7 +1,7 @@
 """Inference, ResNet-50: the stock network, ENC live and folded, and rivals live; one picture, and batches of 32.
 
-The stock network runs twice a round: how far from 1 the ratio of two equal networks gets on this machine. Folded follows
-a network of its own kind; those that write effective weights have runs of their own.
+The stock network runs twice a round: how far from 1 the ratio of two equal networks gets on this machine. Folded
+follows a network of its own kind; those that write effective weights have runs of their own.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from functools import partial
 
 import torch
 from harness import interleave, ratios
@@ -46,7 +47,7 @@ def run(rounds: int = 7) -> dict:
     """All four; about a minute on quiet cores."""
     torch.manual_seed(0)
     model = network()
-    by_classes = {f"{c} classes": lambda m=network(c): measure(m) for c in (10, 20, 40, 80)}
+    by_classes = {f"{c} classes": partial(measure, network(c)) for c in (10, 20, 40, 80)}
     by_samples = {f"{n} samples": lambda n=n: measure(model, n) for n in (8, 16, 32, 64)}
     by_projections = {"exact": lambda: measure(model)}
     by_projections |= {f"{p} projections": lambda p=p: measure(model, projections=p) for p in (1, 2, 5, 10)}
@@ -56,10 +57,8 @@ def run(rounds: int = 7) -> dict:
         "to_8_samples": ratios(interleave(by_samples, rounds), "8 samples"),
         "to_exact": ratios(interleave(by_projections, rounds), "exact"),
     }
-    with (
-        multiprocessing.get_context("spawn").Pool(1, _start) as one,
-        multiprocessing.get_context("spawn").Pool(2, _start) as two,
-    ):
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, _start) as one, spawn.Pool(2, _start) as two:
         by_processes = {
             "1 process": lambda: one.map(_share, [4 * SAMPLES], chunksize=1),
             "2 processes": lambda: two.map(_share, [2 * SAMPLES] * 2, chunksize=1),

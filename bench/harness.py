@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -61,9 +61,106 @@ def machine() -> dict[str, object]:
     }
 
 
+def goal(what: str, value: float, at_most: float, at_least: float = 0.0) -> dict[str, object]:
+    """One line of the table of goals: ``value`` is to lie in ``at_least..at_most``."""
+    return {"what": what, "value": value, "at_least": at_least, "at_most": at_most}
+
+
 def save(section: str, result: dict) -> Path:
-    """Write ``bench/results/<section>.json`` with the machine beside the figures."""
+    """Write ``<section>.json``, with the machine beside the figures, and the bar chart ``<section>.png``."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{section}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1, sort_keys=False) + "\n")
+    draw(section)
     return path
+
+
+def tables(result: dict, name: str = "") -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """All tables of :func:`ratios` within a result, each with its name, such as ``exact, to enc_plugin``."""
+    for key, value in result.items():
+        if isinstance(value, dict) and value:
+            title = f"{name}, {key}" if name else key
+            if all(isinstance(row, dict) and "ratio_min" in row for row in value.values()):
+                yield title.replace("_", " "), value
+            else:
+                yield from tables(value, title)
+
+
+def draw(section: str) -> None:
+    """Write ``<section>.png``: a panel of bars for each table, with whiskers from the smallest to the largest ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = list(tables(json.loads((RESULTS / f"{section}.json").read_text())))
+    if not found:
+        return
+    heights = [0.3 * len(rows) + 0.9 for _, rows in found]
+    figure, axes = plt.subplots(
+        len(found), 1, figsize=(8, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for (title, rows), ax in zip(found, axes[:, 0], strict=True):
+        values = [row["ratio"] for row in rows.values()]
+        spread = [
+            [r["ratio"] - r["ratio_min"] for r in rows.values()],
+            [r["ratio_max"] - r["ratio"] for r in rows.values()],
+        ]
+        colors = ["#0072B2" if "enc" in name.lower() else "#999999" for name in rows]  # ENC in blue, others in grey
+        ax.barh(list(rows), values, color=colors, xerr=spread, ecolor="#333333", capsize=2, height=0.7)
+        ax.axvline(1, color="#D55E00", linewidth=1, linestyle="--")
+        ax.invert_yaxis()
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.tick_params(labelsize=8)
+    axes[-1, 0].set_xlabel("time, ratio to the reference (median; whiskers: all rounds)")
+    figure.savefig(RESULTS / f"{section}.png", dpi=100)
+    plt.close(figure)
+
+
+def readme() -> str:
+    """Text of ``bench/README.md``: the goals, and the tables and charts of all sections, from the JSON files alone."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python tools/benchmark.py --readme` from `results/*.json`. Ratios are medians of interleaved",
+        "rounds (A B C ... A B C ...), with the smallest and largest round in brackets; below 1 is faster.",
+        "",
+        "## Goals",
+        "",
+        "| section | what | measured | goal | holds |",
+        "|---|---|---|---|---|",
+    ]
+    for section, result in results.items():
+        for row in result.get("goals", []):
+            low, high, value = row["at_least"], row["at_most"], row["value"]
+            wanted = f"{low:g} to {high:g}" if low else f"at most {high:g}"
+            holds = "yes" if low <= value <= high else "**no**"
+            lines.append(f"| {section} | {row['what']} | {value:.3f} | {wanted} | {holds} |")
+    for section, result in results.items():
+        on = result["machine"]
+        lines += ["", f"## {section}", ""]
+        machine_text = f"{on['cpu']}, {on['threads']} thread, torch {on['torch']}, commit {on.get('commit', 'unknown')}"
+        lines.append(
+            f"{result.get('what', 'Several measurements')}. {machine_text}; [figures](results/{section}.json)."
+        )
+        for title, rows in tables(result):
+            lines += ["", f"**{title}**", "", "| | ms | ratio | rounds |", "|---|---|---|---|"]
+            for name, row in rows.items():
+                spread = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+                ms = f"{row['seconds'] * 1e3:.1f}"
+                lines.append(f"| {name} | {ms} | {row['ratio']:.3f} {spread} | {row['rounds']} |")
+        counts = result.get("counts")
+        if counts:
+            columns = list(next(iter(counts.values())))
+            lines += [
+                "",
+                "| | " + " | ".join(c.replace("_", " ") for c in columns) + " |",
+                "|---" * (len(columns) + 1) + "|",
+            ]
+            lines += [
+                f"| {name} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |" for name, row in counts.items()
+            ]
+        if any(tables(result)):
+            lines += ["", f"![Ratios of {section}](results/{section}.png)"]
+    return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -277,21 +277,30 @@ def _shift_decay(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
         if amount == 0:
             continue
         trained = [p for p in group["params"] if p.grad is not None]
-        directions = [shift_direction(p, group["enc_variant"]) for p in trained]
-        if not trained:
-            continue
+        # One weight after the other: all directions at once would be memory of the model's size, taken at every step.
         if group["enc_decoupled"]:
             # The step will multiply by (1 - lr lambda): divide by it beforehand, so that the shift is exact.
             lr = group["lr"]
             factor = lr * amount / (1 - lr * group["weight_decay"])
             if found_inf is not None:
                 factor = factor * (1 - found_inf.clamp(max=1))
-            torch._foreach_add_(trained, torch._foreach_mul(directions, factor))
+            for p in trained:
+                _add_direction(p, p, group["enc_variant"], factor)
         else:
             if grad_scale is not None:
                 amount = amount * grad_scale
             sign = 1.0 if group.get("maximize") else -1.0
-            torch._foreach_add_([p.grad for p in trained], torch._foreach_mul(directions, sign * amount))
+            for p in trained:
+                _add_direction(p.grad, p, group["enc_variant"], sign * amount)
+
+
+def _add_direction(target: Tensor, weight: Tensor, variant: str, factor: float | Tensor) -> None:
+    """``target += factor * U`` in place."""
+    direction = shift_direction(weight, variant)
+    if isinstance(factor, Tensor):  # as an alpha it would be read, which waits for the device
+        target.addcmul_(direction, factor.to(direction.dtype))
+    else:
+        target.add_(direction, alpha=factor)
 
 
 def _shift_around_step(optimizer: torch.optim.Optimizer) -> None:

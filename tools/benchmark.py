@@ -1,4 +1,4 @@
-"""Run the benchmarks, one section after the other, and write bench/results/<section>.json."""
+"""Run the benchmarks, one section after the other; write bench/results/<section>.json and .png, and bench/README.md."""
 
 import argparse
 import importlib
@@ -19,6 +19,8 @@ def sections() -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=sections(), help="sections to run (default: all)")
+    parser.add_argument("--rounds", type=int, help="rounds of each timing (default: the section's own)")
+    parser.add_argument("--readme", action="store_true", help="run nothing: write charts and bench/README.md anew")
     parser.add_argument("--list", action="store_true", help="name the sections and stop")
     args = parser.parse_args()
     if args.list:
@@ -26,10 +28,15 @@ if __name__ == "__main__":
         sys.exit()
     sys.path.insert(0, str(BENCH))
     import torch
-    from harness import save
+    from harness import RESULTS, draw, readme, save
 
     torch.set_num_threads(1)  # figures are for one thread; sections may say otherwise
-    for name in args.only or sections():
+    options = {} if args.rounds is None else {"rounds": args.rounds}
+    for name in [] if args.readme else args.only or sections():
         start = time.perf_counter()
-        path = save(name, importlib.import_module(name).run())
+        path = save(name, importlib.import_module(name).run(**options))
         print(f"{name}: {path} ({time.perf_counter() - start:.0f} s)", flush=True)
+    if args.readme:
+        for path in RESULTS.glob("*.json"):
+            draw(path.stem)
+    (BENCH / "README.md").write_text(readme())

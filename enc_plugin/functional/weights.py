@@ -133,9 +133,8 @@ class _UnitRows(torch.autograd.Function):
             norms = _norms(v, g)  # once more, as a function of v
         elif len(g) == len(v):
             return torch.ops.aten._weight_norm_interface_backward(grad.contiguous(), v, g, norms, 0)
-        grad_g = (grad[:, None] @ v[:, :, None]).view(-1, 1)  # row by row
-        grad_g = (grad_g if len(g) == len(v) else grad_g.sum(0, keepdim=True)) / norms
-        return torch.addcmul(grad * (g / norms), v, -g * grad_g / norms.square()), grad_g
+        grad_g = (grad * v).sum(1 if len(g) == len(v) else (0, 1), keepdim=True) / norms
+        return (grad * (g / norms)).addcmul_(v, -g * grad_g / norms.square()), grad_g
 
 
 def _norms(v: Tensor, g: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def test_few_kernels_touch_a_whole_weight(variant):
     free |= {"new_full", "new_empty", "empty_like", "matmul", "group_norm"}  # allocations, and wrappers of others
     kernels = [name for name in names if name not in free]
     expected = {
-        "fro": ["linalg_vector_norm", "mul", "bmm", "mul", "addcmul"],
+        "fro": ["linalg_vector_norm", "mul", "mul", "sum", "mul", "addcmul_"],
         "wn": ["_weight_norm_interface", "_weight_norm_interface_backward"],
         "ws": ["native_group_norm", "native_group_norm_backward"],
         "centered_fro": ["native_group_norm", "native_group_norm_backward"],

@@ -4,11 +4,18 @@ Importing the package registers every part on mmengine's root registries; in a c
 ``custom_imports = dict(imports=['enc_plugin'])``.
 """
 
+import os
+import warnings
+
 from ._environment import check_environment
 
 check_environment()
 
-from . import checkpoint, datasets, engine, models  # noqa: E402
+with warnings.catch_warnings():
+    # mmcv-lite's warning about an operator that classification never calls.
+    if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
+        warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``", UserWarning)
+    from . import checkpoint, datasets, engine, models
 from ._paths import config_path  # noqa: E402
 from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc  # noqa: E402
 from .layers import CheckpointWarning, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear  # noqa: E402

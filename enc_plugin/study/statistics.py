@@ -39,8 +39,9 @@ def interval(values: Sequence[float]) -> Interval:
         ValueError: If there is no value.
 
     Example:
-        >>> interval([1.0, 2.0, 3.0])
-        Interval(mean=2.0, low=-0.4841377118195454, high=4.484137711819545, n=3)
+        >>> found = interval([1.0, 2.0, 3.0])
+        >>> f"{found.mean:.1f} [{found.low:.3f}, {found.high:.3f}]"
+        '2.0 [-0.484, 4.484]'
     """
     n = len(values)
     if n == 0:

@@ -122,8 +122,8 @@ def test_a_stopped_run_goes_on_to_the_result_of_an_unbroken_one(done, tmp_path):
     assert pending([run], tmp_path / "results") == [run]
     found = execute(run, tmp_path / "results", tmp_path / "work", ROOT)
     assert (found["status"], found["resumed"]) == ("finished", True)
-    want = results_of(folder, run.id)
-    again = json.loads((tmp_path / "results" / f"{run.id}.json").read_text())
+    execute(run, tmp_path / "unbroken", tmp_path / "work", ROOT)
+    again, want = (json.loads((tmp_path / name / f"{run.id}.json").read_text()) for name in ("results", "unbroken"))
     assert again["by_epoch"] == want["by_epoch"]
     assert again["final"] == want["final"]
 

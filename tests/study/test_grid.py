@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import ROOT
-from mmengine.registry import MODELS
 from mmengine.runner import set_random_seed
+from mmpretrain.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

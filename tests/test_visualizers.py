@@ -30,6 +30,7 @@ def run(tmp_path_factory) -> tuple[Path, Curves]:
     work_dir = tmp_path_factory.mktemp("run")
     cfg = digits_config(work_dir, epochs=2, default_hooks__logger__interval=3)
     cfg.custom_hooks = [dict(type="GBRHook", num_samples=32), dict(type="FGSMHook", num_samples=32, eps=(1, 4))]
+    cfg.custom_hooks += [dict(type="ENCMonitorHook", interval=2)]
     installed = [settings for name, settings in BACKENDS.items() if find_spec(name)]
     cfg.visualizer = dict(type="UniversalVisualizer", vis_backends=[dict(type="LocalVisBackend"), *installed])
     with pytest.MonkeyPatch.context() as patch:
@@ -79,6 +80,7 @@ def test_local_json_has_epochs_for_what_epochs_log_and_iterations_for_training(r
     for name in ("fgsm/top1_clean", "fgsm/top1_eps1", "fgsm/top1_eps4", "fgsm/zero_grad", "accuracy/top1"):
         assert steps[name] == [1, 2]
     assert steps["enc/layers"] == steps["enc/max_deviation"] == [0, 2]
+    assert steps["enc_monitor/norm/median"] == steps["enc_monitor/effective_lr/max"] == [2, 4, 6]
     assert all(math.isfinite(value) for points in run[1].values() for _, value in points)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+from enc_plugin._provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,17 +47,13 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[st
 
 def machine() -> dict[str, object]:
     """What the figures depend on: processor, threads, versions, and the commit (with ``-dirty`` if files differ)."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    describe = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    found = provenance(RESULTS.parent)
     return {
-        "cpu": cpu,
-        "commit": commit or "unknown",
-        "threads": torch.get_num_threads(),
+        "cpu": found["processor"],
+        "commit": found["commit"],
+        "threads": found["threads"],
         "torch": torch.__version__,
-        "python": platform.python_version(),
+        "python": found["python"],
     }
 
 

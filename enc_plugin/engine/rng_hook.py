@@ -228,6 +228,11 @@ class _SkippedFirst:
         self._left = batches
         self._then = then
 
+    def skip_iter(self, batches: int) -> None:
+        """What onedl-mmengine drops them by: loading, so that workers and transforms draw what they had drawn."""
+        for _ in range(batches):
+            next(self)
+
     def __next__(self):
         if self._left == 0:
             self._loop.dataloader_iterator = self._batches

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,16 @@ ENVIRONMENTS = {
 }
 
 
+# The environments are made of the installed packages by taking some away.
+on_the_stack = pytest.mark.skipif(
+    any(dist.name.startswith("onedl-") for dist in distributions()), reason="the forks are what is installed here"
+)
+
 # The others with the slow tests: each costs the import of mmpretrain.
 DEFAULT = ("setuptools 82, which has no pkg_resources", "mmcv-lite too new, mmpretrain missing")
 
 
+@on_the_stack
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in ENVIRONMENTS])
 def test_a_broken_environment_is_named_with_its_remedy(name, tmp_path):
     without, dists, expected = ENVIRONMENTS[name]
@@ -89,6 +96,7 @@ def test_a_broken_environment_is_named_with_its_remedy(name, tmp_path):
     assert not re.search("BROKEN +(enc_plugin|checkpoints)", output)  # which would only follow from it
 
 
+@on_the_stack
 def test_the_forks_are_fine_and_a_plugin_found_here_alone_is_noted(tmp_path):
     forks = (("onedl-mmcv", "2.3.6"), ("onedl-mmengine", "0.10.12"), ("onedl-mmpretrain", "1.3.6"))
     code, output = doctor(environment(tmp_path / "env", r"(mmcv_lite|mmengine|mmpretrain)-.*info", forks))

@@ -12,12 +12,15 @@ import torch
 # The forks with the same module names count too: a result says which were installed.
 _PACKAGES = ("torch", "torchvision", "mmengine", "mmpretrain", "mmcv", "mmcv-lite")
 _PACKAGES += ("onedl-mmengine", "onedl-mmpretrain", "onedl-mmcv", "timm", "numpy")
+_CODE = (".py", ".toml", ".txt", ".sh")
 
 
 def provenance(root: str | Path) -> dict[str, object]:
-    """Commit of the checkout at ``root`` (with ``-dirty`` if files differ), versions, processor and threads."""
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    """Commit of the checkout at ``root`` (with ``-dirty`` if its code differs), versions, processor and threads."""
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    # Results that were written before, and pages made of them, are no reason to call the code another one.
+    if any(name.endswith(_CODE) for name in _git(root, "diff", "--name-only", "HEAD").splitlines()):
+        commit += "-dirty"
     versions = {}
     for package in _PACKAGES:
         try:
@@ -31,6 +34,10 @@ def provenance(root: str | Path) -> dict[str, object]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _git(root: str | Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def _processor() -> str:

@@ -34,7 +34,7 @@ class ENCGuardHook(Hook):
 
     Before training, and before validation and test: a dataset without samples, labels that are no class of the head, a
     last batch of one image where the head has a batch norm of its own, a work dir without room for one checkpoint. A
-    dataset of a single class is warned of. Every label is read once for this (8 s for 1.3 million samples).
+    dataset of a single class is warned of. Every label is read once for this.
 
     In training: gradients that are NaN or infinite stop the run before the optimizer uses them, with the name of the
     layer where it began and the last checkpoint; weights are looked at before each checkpoint, so that none holds such

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
@@ -24,6 +23,7 @@ from ..convert import audit
 from ..engine.audit_hook import unwrap
 from ..engine.gbr import find_pipeline
 from ..engine.measure import untouched
+from ..engine.robustness import PixelClassifier, collate_pixels
 from ..folded import FoldedAudit
 from ..report import load_run
 from .grid import PlannedRun
@@ -68,7 +68,8 @@ def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | 
         root: The project's folder, which the arena's config is relative to.
 
     Returns:
-        The result as it was written. A run that raised has ``status='failed'`` and its traceback.
+        The result as it was written. A run that diverged has ``status='diverged'``; one that raised has
+        ``status='failed'`` and its traceback.
     """
     work_dir = Path(work, run.id)
     arena = run.cell.arena
@@ -88,8 +89,10 @@ def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | 
     try:
         result["resumed"] = (work_dir / "last_checkpoint").is_file()
         measured = _train_and_measure(run, work_dir, root)
-        diverged = not math.isfinite(measured["final"]["test_loss"] or math.nan)
-        result |= {"status": DIVERGED if diverged else FINISHED, **measured}
+        finite = math.isfinite(measured["final"]["test_loss"])
+        result |= {"status": FINISHED if finite else DIVERGED, **measured}
+    except FloatingPointError as error:  # ENCGuardHook has stopped it
+        result |= {"status": DIVERGED, "error": str(error)}
     except Exception as error:  # a failed run is a result too: it is listed, and not tried again and again
         result |= {"status": FAILED, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     result["seconds"] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -176,10 +179,9 @@ def _dataset(runner: Runner, split: str):
 def _evaluate(model: nn.Module, dataset) -> tuple[float, float, int]:
     loss = correct = count = 0.0
     with untouched(model):
-        for batch in DataLoader(dataset, batch_size=250, collate_fn=pseudo_collate):
-            inputs = model.data_preprocessor({"inputs": torch.stack(batch["inputs"])}, training=False)["inputs"]
-            labels = torch.cat([sample.gt_label for sample in batch["data_samples"]])
-            logits = model(inputs, mode="tensor")
+        classify = PixelClassifier(model)
+        for pixels, labels in DataLoader(dataset, batch_size=250, collate_fn=collate_pixels):
+            logits = classify(pixels)
             loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()
             count += len(labels)

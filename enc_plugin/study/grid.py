@@ -5,6 +5,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mmengine.config import Config
@@ -100,8 +101,6 @@ class Grid:
         return runs
 
     def _matching(self, pattern: str) -> list[Cell]:
-        from fnmatch import fnmatchcase
-
         return [
             cell
             for cells in self.cells.values()

@@ -108,10 +108,9 @@ def run_all(
                     failed.append(run)
                     progress.print(f"{run.id}: failed: {found['error']}")
                 else:
-                    top1 = found["final"]["top1"]
-                    progress.print(
-                        f"{run.id}: {found['status']}, top-1 {top1:.2f} %, {found['seconds']['cpu']:.0f} s of a core"
-                    )
+                    top1 = found.get("final", {}).get("top1")  # None where it has diverged
+                    accuracy = "" if top1 is None else f" top-1 {top1:.2f} %,"
+                    progress.print(f"{run.id}: {found['status']},{accuracy} {found['seconds']['cpu']:.0f} s of a core")
 
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(do, left, costs))

@@ -19,6 +19,7 @@ arenas = dict(digits=dict(title="digits", config="study/digits_resnet8.py", imag
 cells = dict(digits={
     "plain": dict(title="plain", seeds=[0, 1]),
     "enc": dict(title="ENC", seeds=[0], overrides={"model.type": "ENCImageClassifier"}),
+    "wild": dict(title="wild", seeds=[0], overrides={"optim_wrapper.optimizer.lr": 1e30}),
     "broken": dict(title="broken", seeds=[0], overrides={"model.head.in_channels": 7}),
 })
 """
@@ -47,6 +48,7 @@ def test_every_run_leaves_a_result_and_a_failure_is_one(done):
     assert status == {
         "digits/plain-seed0": "finished",
         "digits/enc-seed0": "finished",
+        "digits/wild-seed0": "diverged",
         "digits/broken-seed0": "failed",
         "digits/plain-seed1": "finished",
     }
@@ -54,6 +56,13 @@ def test_every_run_leaves_a_result_and_a_failure_is_one(done):
     assert "RuntimeError" in broken["error"]
     assert "Traceback" in broken["traceback"]
     assert "digits/broken-seed0: failed" in " ".join(output.stdout.split())
+
+
+def test_a_run_that_diverges_is_no_failure(done):
+    folder, _, output = done
+    wild = results_of(folder, "digits/wild-seed0")
+    assert "NaN or infinite in epoch 1" in wild["error"]
+    assert "digits/wild-seed0: diverged" in " ".join(output.stdout.split())
 
 
 def test_a_result_says_what_was_run_and_measured(done):
@@ -133,14 +142,14 @@ def test_dry_run_prints_the_plan_and_runs_nothing(tmp_path):
     grid.write_text(TINY)
     output = run_command([sys.executable, "tools/study.py", str(grid), "--results", str(tmp_path / "r"), "--dry-run"])
     assert output.returncode == 0
-    assert "0 of 4 runs done" in output.stdout
+    assert "0 of 5 runs done" in output.stdout
     assert not (tmp_path / "r").exists()
 
 
 def test_costs_come_from_the_runs_that_are_done(done):
     folder = done[0]
     runs = load_grid(folder / "grid.py").runs()
-    assert "4 of 4 runs done; about 0.0 core hours are left" in describe_plan(runs, folder / "results")
+    assert "5 of 5 runs done; about 0.0 core hours are left" in describe_plan(runs, folder / "results")
 
 
 def test_a_process_without_a_result_is_reported(tmp_path):

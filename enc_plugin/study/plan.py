@@ -20,6 +20,9 @@ from .grid import PlannedRun
 # Seconds of one core for a training image of ResNet-20, where no run of the arena has been measured yet.
 _SECONDS_AN_IMAGE = 1 / 280
 
+# Both: torch takes the number of its threads from MKL where that is set, and the launcher's own tools set it.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
 # glibc returns large freed blocks to the system, so that every step faults the pages of its activations in anew: a
 # seventh of a step of ResNet-20 at batch 128. Only the time changes; other allocators do not read these.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -97,7 +100,7 @@ def run_all(
                     list(command(run)),
                     stdout=stream,
                     stderr=subprocess.STDOUT,
-                    env=_KEEP_FREED_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)},
+                    env=_KEEP_FREED_MEMORY | os.environ | dict.fromkeys(_THREADS, str(threads)),
                 )
             found = read_result(results, run)
             with lock:

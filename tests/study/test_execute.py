@@ -162,6 +162,17 @@ def test_a_process_without_a_result_is_reported(tmp_path):
     assert pending(runs, tmp_path / "results") == runs  # to be done again
 
 
+def test_runs_have_the_threads_that_were_asked_for_whatever_the_launcher_has(tmp_path, monkeypatch):
+    grid = tmp_path / "grid.py"
+    grid.write_text(TINY)
+    runs = load_grid(grid).runs(["digits/enc"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")
+    command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    run_all(runs, tmp_path / "results", lambda run: command, tmp_path / "work", threads=1)
+    assert (tmp_path / "work" / "digits" / "enc-seed0.log").read_text() == "1\n"
+
+
 def test_unknown_runs_and_grids_are_refused():
     output = run_command([sys.executable, "tools/study.py", "--run", "quarter/none-seed0"])
     assert output.returncode != 0

@@ -16,7 +16,15 @@ from torch import nn
 from enc_plugin import fold
 
 SIZE = 224
-LIVE = ("plain", "ENC, eq. 21", "ENC, eq. 22", "torch weight_norm", "timm StdConv2d", "naive eq. 22")
+LIVE = (
+    "plain",
+    "ENC, eq. 21",
+    "ENC, eq. 22",
+    "torch weight_norm",
+    "timm StdConv2d",
+    "naive eq. 22",
+    "a copy of the weight",
+)
 
 
 def timed(networks: dict[str, nn.Module], images: torch.Tensor, rounds: int) -> dict:

@@ -29,6 +29,13 @@ class NaiveConv2d(nn.Conv2d):
         return self._conv_forward(input, weight, self.bias)
 
 
+class CopyConv2d(nn.Conv2d):
+    """The floor of all layers that compute their weight: it is a copy of the parameter."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight.clone(), self.bias)
+
+
 def replace_convolutions(model: nn.Module, cls: type[nn.Conv2d]) -> nn.Module:
     """Put layers of ``cls`` with the same settings and weights in the place of all ``nn.Conv2d``, in place."""
     for module in list(model.modules()):
@@ -68,6 +75,7 @@ CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "timm StdConv2d": lambda model: replace_convolutions(model, StdConv2d),
     "mmcv ConvWS2d": lambda model: replace_convolutions(model, ConvWS2d),
     "naive eq. 22": lambda model: replace_convolutions(model, NaiveConv2d),
+    "a copy of the weight": lambda model: replace_convolutions(model, CopyConv2d),
 }
 
 
@@ -93,9 +101,9 @@ def converted(model: nn.Module, names: tuple[str, ...] = tuple(CONVERSIONS)) -> 
     return {name: CONVERSIONS[name](copy.deepcopy(model)) for name in names}
 
 
-def sgd(model: nn.Module, **options) -> torch.optim.SGD:
+def sgd(model: nn.Module, shift: bool = True, **options) -> torch.optim.SGD:
     """SGD with momentum and decay; on an ENC network with the epsilon shift, elsewhere one group of all parameters."""
-    groups = param_groups_enc(model, DECAY)
+    groups = param_groups_enc(model, DECAY, **({} if shift else {"shift_eps": 0.0}))
     if not any("shift_eps" in group for group in groups):
         return torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY, **options)
     optimizer = torch.optim.SGD(groups, LR, MOMENTUM, **options)

@@ -14,6 +14,7 @@ from enc_plugin.optim import add_shift, param_groups_enc
 sys.path.insert(0, str(ROOT / "bench"))
 
 import harness  # noqa: E402
+import hooks  # noqa: E402
 from footprint import CallCount, footprint  # noqa: E402
 
 DEPTH = 4
@@ -100,3 +101,17 @@ def test_the_shift_needs_no_memory_of_the_models_size():
             peak = max(peak, held)
     weight = 4 * 64 * 64 * 9
     assert weight <= peak < 2 * weight  # of four weights
+
+
+def test_every_hook_of_a_run_is_timed():
+    threads = torch.get_num_threads()
+    try:
+        found = hooks.run(rounds=1, iterations=2, validation=250, samples=8)
+    finally:
+        torch.set_num_threads(threads)
+    rows = found["counts"]
+    assert found["step_ms"] > 0
+    gbr, fgsm = rows["GBRHook, exact"], rows["FGSMHook, 4 eps"]
+    assert gbr["seconds_an_epoch"] > rows["GBRHook, 1 projection"]["seconds_an_epoch"] > 0
+    assert fgsm["percent_of_an_epoch"] == pytest.approx(fgsm["seconds_an_epoch"] / (found["step_ms"] * 0.5 / 128))
+    assert rows["ENCMonitorHook, every iteration"]["ms_an_iteration"] > 0

@@ -52,8 +52,27 @@ def test_the_committed_text_is_that_of_the_committed_figures():
         result = json.loads(path.read_text())
         for _, rows in harness.tables(result):
             for name, row in rows.items():
-                assert f"| {name} | {row['seconds'] * 1e3:.1f} | {row['ratio']:.3f} (" in text
+                assert f"| {name} | {row['seconds'] * 1e3:.1f} | {row['ratio']:.3f} [" in text
         assert not any(harness.tables(result)) or path.with_suffix(".png").is_file()
+
+
+def test_ratios_have_the_interval_of_order_statistics():
+    times = [1.0 + 0.01 * i for i in range(15)]
+    row = harness.ratios({"plain": [1.0] * 15, "slow": times[::-1]}, "plain")["slow"]
+    # The 4th and the 12th of 15: P(4 <= B(15, 1/2) <= 11) = 0.965.
+    assert (row["ratio_low"], row["ratio"], row["ratio_high"]) == pytest.approx((1.03, 1.07, 1.11))
+    few = harness.ratios({"plain": [1.0] * 3, "slow": times[:3]}, "plain")["slow"]
+    assert (few["ratio_low"], few["ratio_high"]) == (few["ratio_min"], few["ratio_max"]) == pytest.approx((1.0, 1.02))
+
+
+def test_a_goal_holds_or_not_only_if_its_whole_interval_says_so():
+    row = {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1}
+    assert harness.verdict(harness.goal("a", row, at_most=1.1)) == "yes"
+    assert harness.verdict(harness.goal("a", row, at_most=1.05)) == "within the noise"
+    assert harness.verdict(harness.goal("a", row, at_most=0.8)) == "**no**"
+    assert harness.verdict(harness.goal("a", row, at_most=2.0, at_least=0.95)) == "within the noise"
+    assert harness.verdict(harness.goal("a", row, at_most=2.0, at_least=1.2)) == "**no**"
+    assert harness.verdict(harness.goal("memory", 1.0, at_most=1.0)) == "yes"
 
 
 # Over plain, a layer. Forward: scale and one fused op (eq. 20: scale, two norms, division, product).

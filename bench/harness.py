@@ -67,7 +67,7 @@ def machine() -> dict[str, object]:
 
 
 def goal(what: str, found: float | dict[str, float], at_most: float, at_least: float = 0.0) -> dict[str, object]:
-    """A line of the table of goals: ``found``, a row of :func:`ratios` or a count, is to lie in ``at_least..at_most``."""
+    """A line of the table of goals: ``found``, a row of :func:`ratios` or a count, lies in ``at_least..at_most``."""
     if not isinstance(found, dict):
         found = dict.fromkeys(("ratio", "ratio_low", "ratio_high"), found)
     value, low, high = (found[key] for key in ("ratio", "ratio_low", "ratio_high"))

@@ -107,8 +107,8 @@ def time_stages(hook: Hook) -> dict[str, list[float]]:
     return seconds
 
 
-def run(rounds: int = 5, iterations: int = 20, validation: int = 10_000, samples: int = 512) -> dict:
-    """``rounds`` epochs of ``iterations`` steps and a validation; about three minutes on a quiet core."""
+def run(rounds: int = 3, iterations: int = 20, validation: int = 10_000, samples: int = 512) -> dict:
+    """``rounds`` epochs of ``iterations`` steps and a validation; about five minutes on a quiet core."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work_dir:
         runner = RUNNERS.build(config(work_dir, rounds, iterations, validation, samples))

@@ -89,16 +89,18 @@ def test_torch_export_keeps_outputs_keys_and_round_trips(variant, live):
 @pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 does not trace subclasses of the stock layers (Conv2dSame)")
 @pytest.mark.parametrize(("variant", "training"), [*((variant, True) for variant in ALL), ("ws", False)])
 def test_compiled_in_one_graph_with_the_same_outputs_and_gradients(variant, training):
-    model = network(variant, "learnable").train(training)
+    # In float64: a batch norm over two samples makes much of the rounding in which the compiled formula differs.
+    model = network(variant, "learnable").train(training).double()
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    out, expected = compiled(X), eager(X)
+    out, expected = compiled(X.double()), eager(X.double())
     torch.testing.assert_close(out, expected)
     out.square().sum().backward()
     expected.square().sum().backward()
+    largest = max(q.grad.abs().max().item() for q in eager.parameters())
     for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, msg=name, rtol=1e-4, atol=1e-4 * q.grad.abs().max().item())
+        torch.testing.assert_close(p.grad, q.grad, msg=name, rtol=1e-7, atol=1e-9 * largest)
 
 
 @pytest.mark.parametrize(

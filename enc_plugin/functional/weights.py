@@ -90,18 +90,40 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0)
     check_alpha(alpha)
     rows = num_rows(weight, variant)
     w = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
-    if is_centered(variant):
-        if w.numel() == rows:
-            raise ValueError(
-                f"weight: expected rows of at least two elements, got shape {tuple(weight.shape)}; {variant!r} turns "
-                "rows of one element into 0 / 0, 'fro' does not"
-            )
+    if is_centered(variant) and w.numel() == rows:
+        raise ValueError(
+            f"weight: expected rows of at least two elements, got shape {tuple(weight.shape)}; {variant!r} turns "
+            "rows of one element into 0 / 0, 'fro' does not"
+        )
+    if torch.compiler.is_compiling():
+        what = _by_formula(w, variant, alpha)
+    elif is_centered(variant):
         # One fused op: statistics per group of rows, the scale as its affine weight, only W kept for backward.
         w = w.reshape(1, weight.shape[0], -1)
         what = F.group_norm(w, rows, _scale(w, alpha, w.numel(), w.shape[1:2]), None, 0.0)
     else:
         what, _ = _UnitRows.apply(w.flatten(1), _scale(w, alpha, rows, (rows, 1)))
     return what.reshape(weight.shape).to(weight.dtype)
+
+
+def _by_formula(w: Tensor, variant: str, alpha: float | Tensor) -> Tensor:
+    """:func:`enc_weight` in elementary operations, for compilers to fuse.
+
+    They cannot fuse the kernels that are fastest on their own: those want rows one after the other in memory, where
+    compiled convolutions want channels last. ResNet-18 at 4 x 64 x 64, compiled for a CPU: 3.9 times the step of the
+    plain network with them, 1.2 times without.
+    """
+    columns, is_layer = tuple(range(1, w.ndim)), variant in _WHOLE_LAYER
+    rows = num_rows(w, variant)
+    # A layer in two stages: one float32 sum over millions of elements costs digits.
+    if is_centered(variant):
+        sums = w.sum(columns, keepdim=True)
+        w = w - (sums.sum(0, keepdim=True) if is_layer else sums) / (w.numel() // rows)
+    # Norms, not the roots of sums of squares: their gradient keeps its range for very small and large weights.
+    norms = torch.linalg.vector_norm(w, dim=columns, keepdim=True)
+    if is_layer:
+        norms = torch.linalg.vector_norm(norms, dim=0, keepdim=True)
+    return w * (_scale(w, alpha, rows, (1,) * w.ndim) / norms)
 
 
 class _UnitRows(torch.autograd.Function):

@@ -171,12 +171,47 @@ def test_few_kernels_touch_a_whole_weight(variant):
     assert kernels == expected[variant]
 
 
+def compiled_enc_weight():
+    torch._dynamo.reset()
+    return torch.compile(enc_weight, backend="aot_eager", fullgraph=True)
+
+
 @pytest.mark.parametrize("variant", ALL)
-def test_the_largest_layers_are_as_exact_as_small_ones(variant):
+@pytest.mark.parametrize("shape", [(6, 5), (4, 3, 3, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [2.0, "tensor"])
+def test_compiled_equals_eager_with_its_gradients(variant, shape, dtype, alpha):
+    compiled = compiled_enc_weight()
+    upstream = random_weight(shape, seed=1).to(dtype)
+    found = []
+    for call in (compiled, enc_weight):
+        weight = random_weight(shape, seed=0).to(dtype).requires_grad_()
+        factor = torch.tensor([2.0], requires_grad=True) if alpha == "tensor" else alpha
+        what = call(weight, variant, factor)
+        assert what.dtype == dtype
+        inputs = (weight, factor) if alpha == "tensor" else (weight,)
+        found.append([what, *torch.autograd.grad(what, inputs, upstream)])
+    rtol = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1.6e-2}[dtype]
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_compiled_holds_the_norm_at_any_scale(variant, scale):
+    weight = (scale * random_weight((8, 64, 3, 3), seed=0)).float().requires_grad_()
+    what = compiled_enc_weight()(weight, variant)
+    assert what.double().square().sum().item() == pytest.approx(1.0, rel=1e-5)
+    assert torch.autograd.grad(what, weight, torch.ones_like(what))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("variant", ALL)
+def test_the_largest_layers_are_as_exact_as_small_ones(variant, compiled):
     generator = torch.Generator().manual_seed(0)
     weight, upstream = (torch.randn(2048, 2048, generator=generator) for _ in range(2))
     free = weight.clone().requires_grad_()
-    what = enc_weight(free, variant)
+    what = (compiled_enc_weight() if compiled else enc_weight)(free, variant)
     assert what.double().square().sum().item() == pytest.approx(1.0, rel=2e-6)
     (grad,) = torch.autograd.grad(what, free, upstream)
     exact = weight.double().requires_grad_()

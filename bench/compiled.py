@@ -6,13 +6,13 @@ Without the epsilon shift, which is a part of the optimizer's step and not compi
 from __future__ import annotations
 
 import torch
-from harness import goal, interleave, ratios
+from harness import interleave, ratios
 from rivals import converted, sgd
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 
-NETWORKS = ("plain", "ENC, eq. 21", "ENC, eq. 22", "torch weight_norm", "naive eq. 22")
+NETWORKS = ("plain", "ENC, eq. 21", "ENC, eq. 22", "torch weight_norm", "timm StdConv2d", "naive eq. 22")
 
 
 def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, compiled: bool):
@@ -43,5 +43,4 @@ def run(rounds: int = 25) -> dict:
         steps = {name: step(network, images, labels, compiled) for name, network in networks.items()}
         name = "compiled_to_plain" if compiled else "eager_to_plain"
         result[name] = ratios(interleave(steps, rounds, warmup=3), "plain")
-    ours = result["compiled_to_plain"]["ENC, eq. 22"]
-    return result | {"goals": [goal("compiled: ENC, eq. 22, no shift, to plain", ours, 1.25)]}
+    return result

@@ -215,7 +215,7 @@ def _effect(c: Comparison) -> str:
     """Difference (``+0.52 [0.10, 0.94]``) or ratio (``x1.30 [1.10, 1.54]``)."""
     sign, form = ("x", ".3g") if c.metric.as_ratio else ("", f"+{c.metric.digits}")
     text = f"{sign}{c.effect.mean:{form}}"
-    return text if c.effect.n == 1 else f"{text} [{c.effect.low:{form}}, {c.effect.high:{form}}]"
+    return f"{text} (one seed)" if c.effect.n == 1 else f"{text} [{c.effect.low:{form}}, {c.effect.high:{form}}]"
 
 
 def _about_runs(found: Results) -> list[str]:

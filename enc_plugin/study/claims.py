@@ -180,16 +180,20 @@ def _accuracy(results: Results) -> Section:
         lambda arena: [metrics.TOP1],
         claimed=1,
     )
-    rows = [
-        {"label": f"{title} ({arena})", **_bounds(interval(list(values.values())))}
-        for arena, cells in results.grid.cells.items()
-        if arena != "digits"
-        for cell, title in ((c.name, c.title) for c in cells)
-        if (values := results.values(arena, cell, metrics.TOP1))
-    ]
-    if rows:
-        caption = "Top-1 accuracy of every cell that has run: mean over seeds and 95 % interval."
-        section.figures.append(Figure("accuracy", "intervals", caption, metrics.TOP1.name, "", rows))
+    for arena, cells in results.grid.cells.items():
+        if arena == "digits":  # all within an image or two of each other
+            continue
+        rows = [
+            {"label": cell.title, **_bounds(interval(list(values.values())))}
+            for cell in cells
+            if (values := results.values(arena, cell.name, metrics.TOP1))
+        ]
+        if rows:
+            caption = (
+                f"Top-1 accuracy of every cell that has run, {results.grid.arenas[arena].title}: mean over seeds and 95 % "
+                "interval."
+            )
+            section.figures.append(Figure(f"cells_{arena}", "intervals", caption, metrics.TOP1.name, "", rows))
     return section
 
 
@@ -423,8 +427,9 @@ def _say_part(results: Results, c: Comparison, why: str) -> str:
     if not math.isnan(c.effect.low):
         effect += f" [{c.effect.low:+.2f}, {c.effect.high:+.2f}]"
     seen = {1: "helps", -1: "costs accuracy", 0: "no difference seen"}[c.sign]
+    seen = "one seed, which decides nothing" if c.effect.n == 1 else f"{c.effect.n} seeds: {seen}"
     names = f"{results.title(c.arena, c.cell)} - {results.title(c.arena, c.other)}"
-    return f"{c.arena}: {why} ({names}): {effect}, {c.effect.n} seeds: {seen}."
+    return f"{c.arena}: {why} ({names}): {effect}, {seen}."
 
 
 def _tightness(results: Results) -> Section:

@@ -189,10 +189,8 @@ def _accuracy(results: Results) -> Section:
             if (values := results.values(arena, cell.name, metrics.TOP1))
         ]
         if rows:
-            caption = (
-                f"Top-1 accuracy of every cell that has run, {results.grid.arenas[arena].title}: mean over seeds and 95 % "
-                "interval."
-            )
+            where = results.grid.arenas[arena].title
+            caption = f"Top-1 accuracy of every cell that has run, {where}: mean over seeds and 95 % interval."
             section.figures.append(Figure(f"cells_{arena}", "intervals", caption, metrics.TOP1.name, "", rows))
     return section
 

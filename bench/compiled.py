@@ -5,32 +5,21 @@ Without the epsilon shift, which is a part of the optimizer's step and not compi
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from harness import interleave, ratios
-from rivals import converted, sgd
+from rivals import converted
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
+from training_step import step
 
 NETWORKS = ("plain", "ENC, eq. 21", "ENC, eq. 22", "torch weight_norm", "timm StdConv2d", "naive eq. 22")
 
 
-def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, compiled: bool):
-    """A call that takes one step; forward and backward are compiled, or not."""
-    model.train()
-    optimizer = sgd(model, shift=False)
-
-    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(model(x), y)
-
-    call_loss = torch.compile(loss) if compiled else loss
-
-    def call():
-        optimizer.zero_grad()
-        call_loss(images, labels).backward()
-        optimizer.step()
-
-    return call
+def _loss(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(network(images), labels)
 
 
 def run(rounds: int = 25) -> dict:
@@ -40,7 +29,10 @@ def run(rounds: int = 25) -> dict:
     result: dict = {"what": "training step without the shift, ResNet-18, batch 4, 64 x 64, float32"}
     for compiled in (False, True):
         networks = converted(resnet18(), NETWORKS)
-        steps = {name: step(network, images, labels, compiled) for name, network in networks.items()}
+        steps = {}
+        for name, network in networks.items():
+            loss = partial(_loss, network)
+            steps[name] = step(network, partial(torch.compile(loss) if compiled else loss, images, labels), shift=False)
         name = "compiled_to_plain" if compiled else "eager_to_plain"
         result[name] = ratios(interleave(steps, rounds, warmup=3), "plain")
     return result

@@ -117,11 +117,10 @@ def run(rounds: int = 3, iterations: int = 20, validation: int = 10_000, samples
         whole = statistics.median(runner.message_hub.get_scalar("train/time").data[0])  # of an iteration with its hooks
     by_iteration = {name: sum(_each(stages, BY_ITERATION)) for name, stages in seconds.items()}
     step = whole - sum(by_iteration.values())
-    count = EPOCH / BATCH
+    count, validations = EPOCH / BATCH, validation / BATCH_VAL
     rows = {}
     for name, stages in seconds.items():
-        a_validation = validation / BATCH_VAL
-        by_epoch = sum(_each(stages, BY_EPOCH)) + a_validation * sum(_each(stages, BY_VALIDATION))
+        by_epoch = sum(_each(stages, BY_EPOCH)) + validations * sum(_each(stages, BY_VALIDATION))
         rows[name] = {
             "ms_an_iteration": 1e3 * by_iteration[name],
             "seconds_an_epoch": by_epoch,

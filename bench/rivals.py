@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from enc_plugin import to_enc
-from enc_plugin.optim import add_shift, param_groups_enc
+from enc_plugin.optim import DEFAULT_SHIFT_EPS, add_shift, param_groups_enc
 
 DECAY, LR, MOMENTUM = 1e-4, 1e-3, 0.9
 
@@ -103,7 +103,7 @@ def converted(model: nn.Module, names: tuple[str, ...] = tuple(CONVERSIONS)) -> 
 
 def sgd(model: nn.Module, shift: bool = True, **options) -> torch.optim.SGD:
     """SGD with momentum and decay; on an ENC network with the epsilon shift, elsewhere one group of all parameters."""
-    groups = param_groups_enc(model, DECAY, **({} if shift else {"shift_eps": 0.0}))
+    groups = param_groups_enc(model, DECAY, shift_eps=DEFAULT_SHIFT_EPS if shift else 0.0)
     if not any("shift_eps" in group for group in groups):
         return torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY, **options)
     optimizer = torch.optim.SGD(groups, LR, MOMENTUM, **options)

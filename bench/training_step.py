@@ -6,6 +6,8 @@ computes its weight costs at least what a copy of it costs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from harness import goal, interleave, ratios
 from rivals import converted, resnet20, resnet50, sgd
@@ -22,14 +24,14 @@ CASES = {
 BOUNDS = {"resnet50_4x64": 1.10, "resnet50_8x224": 1.02}
 
 
-def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, shift: bool = True):
-    """A call that takes one step of SGD, for ENC with the epsilon shift."""
+def step(model: nn.Module, loss: Callable[[], torch.Tensor], shift: bool = True) -> Callable[[], None]:
+    """A call that takes one step of SGD down ``loss``, for ENC with the epsilon shift."""
     model.train()
     optimizer = sgd(model, shift)
 
     def call():
         optimizer.zero_grad()
-        cross_entropy(model.head.fc(model.extract_feat(images)[0]), labels).backward()
+        loss().backward()
         optimizer.step()
 
     return call
@@ -40,12 +42,16 @@ def case(name: str, rounds: int) -> tuple[dict, list[dict]]:
     build, classes, batch, size, factor = CASES[name]
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
+
+    def loss_of(network: nn.Module) -> Callable[[], torch.Tensor]:
+        return lambda: cross_entropy(network.head.fc(network.extract_feat(images)[0]), labels)
+
     networks = converted(build())
     networks["plain again"] = converted(build(), ("plain",))["plain"]
-    steps = {key: step(network, images, labels) for key, network in networks.items()}
+    steps = {key: step(network, loss_of(network)) for key, network in networks.items()}
     for key in ("ENC, eq. 21", "ENC, eq. 22"):  # the layers alone: the rivals know no shift
         network = converted(build(), (key,))[key]
-        steps[f"{key}, no shift"] = step(network, images, labels, shift=False)
+        steps[f"{key}, no shift"] = step(network, loss_of(network), shift=False)
     seconds = interleave(steps, max(3, round(rounds * factor)), warmup=2)
     found = {
         "what": f"training step, {build.__name__}, batch {batch}, {size} x {size}, float32, data loading left out",

@@ -110,20 +110,16 @@ def _by_formula(w: Tensor, variant: str, alpha: float | Tensor) -> Tensor:
     """:func:`enc_weight` in elementary operations, for compilers to fuse.
 
     They cannot fuse the kernels that are fastest on their own: those want rows one after the other in memory, where
-    compiled convolutions want channels last. ResNet-18 at 4 x 64 x 64, compiled for a CPU: 3.9 times the step of the
-    plain network with them, 1.3 times without.
+    compiled convolutions want channels last. ``bench/compiled.py`` has the difference, with timm's StdConv2d as such a
+    kernel.
     """
-    columns, is_layer = tuple(range(1, w.ndim)), variant in _WHOLE_LAYER
-    rows = num_rows(w, variant)
-    # A layer in two stages: one float32 sum over millions of elements costs digits.
+    columns, rows = tuple(range(1, w.ndim)), num_rows(w, variant)
     if is_centered(variant):
+        # Of a layer in two stages: one float32 sum over millions of elements costs digits.
         sums = w.sum(columns, keepdim=True)
-        w = w - (sums.sum(0, keepdim=True) if is_layer else sums) / (w.numel() // rows)
-    # Norms, not the roots of sums of squares: their gradient keeps its range for very small and large weights.
-    norms = torch.linalg.vector_norm(w, dim=columns, keepdim=True)
-    if is_layer:
-        norms = torch.linalg.vector_norm(norms, dim=0, keepdim=True)
-    return w * (_scale(w, alpha, rows, (1,) * w.ndim) / norms)
+        w = w - (sums.sum(0, keepdim=True) if variant in _WHOLE_LAYER else sums) / (w.numel() // rows)
+    scale = _scale(w, alpha, rows, (rows, *(1 for _ in columns)))
+    return w * (scale / _norms(w, scale))
 
 
 class _UnitRows(torch.autograd.Function):
@@ -160,8 +156,9 @@ class _UnitRows(torch.autograd.Function):
 
 
 def _norms(v: Tensor, g: Tensor) -> Tensor:
-    """Norms that go with the factors ``g``, ``(m, 1)`` of the rows or ``(1, 1)`` of all of ``v``."""
-    norms = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    """Norms that go with the factors ``g``, ``(m, 1, ...)`` of the rows or ``(1, 1, ...)`` of all of ``v``."""
+    # Not roots of sums of squares: the gradient of a norm keeps its range for very small and large weights.
+    norms = torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
     return norms if len(g) == len(v) else torch.linalg.vector_norm(norms, dim=0, keepdim=True)
 
 

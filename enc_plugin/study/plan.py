@@ -23,8 +23,8 @@ _SECONDS_AN_IMAGE = 1 / 280
 # Both: torch takes the number of its threads from MKL where that is set, and the launcher's own tools set it.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
-# glibc returns large freed blocks to the system, so that every step faults the pages of its activations in anew: a
-# seventh of a step of ResNet-20 at batch 128. Only the time changes; other allocators do not read these.
+# glibc returns large freed blocks to the system, so that every step faults the pages of its activations in anew. Only
+# the time changes; other allocators do not read these.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 

@@ -228,7 +228,12 @@ def _about_runs(found: Results) -> list[str]:
     lines += [f"Diverged: {result['id']}." for result in diverged]
     lines += [f"Failed: {result['id']}: {result['error']}" for result in failed]
     if found.missing:
-        lines.append(f"Not run yet: {', '.join(found.missing)}.")
+        seeds: dict[str, list[str]] = {}
+        for run_id in found.missing:
+            cell, seed = run_id.rsplit("-seed", 1)
+            seeds.setdefault(cell, []).append(seed)
+        cells = [f"{cell} {', '.join(left)}" for cell, left in seeds.items()]
+        lines.append(f"Seeds not run yet: {'; '.join(cells)}.")
     return lines
 
 

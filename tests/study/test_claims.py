@@ -19,7 +19,7 @@ from enc_plugin.study.claims import (
     joint_verdict,
     sections,
 )
-from enc_plugin.study.results import GBR_LOGITS, TOP1, Results, load_results
+from enc_plugin.study.results import GBR_LOGITS, TOP1, TRAIN_LOSS, Results, load_results
 
 GRID = load_grid(ROOT / "study" / "grid.py")
 
@@ -129,6 +129,32 @@ def test_decay_is_judged_by_the_order_of_all_runs():
     assert rising.verdicts == {"quarter": CONTRADICTED}
     some = [run for run in decay_runs(lambda rank: 10.0 - rank) if run["cell"] != "wd0"]
     assert next(s for s in sections(results(*some)) if s.name == "decay").verdicts == {"quarter": UNDECIDED}
+
+
+def test_a_better_fit_is_no_smaller_gap():
+    runs = []
+    for seed in range(3):
+        loss = 0.5 + seed / 10
+        runs += [
+            made_up(seed=seed, train_loss=loss, test_loss=loss + 0.4),
+            made_up(cell="bn", seed=seed, train_loss=loss, test_loss=loss + 0.4),
+            made_up(cell="enc-ws", seed=seed, train_loss=loss - 0.3, test_loss=loss + 0.1 + (0.01, -0.01, 0.0)[seed]),
+        ]
+    section = next(s for s in sections(results(*runs)) if s.name == "gap")
+    assert section.verdicts["quarter"] == UNDECIDED
+    fit = next(c for c in section.comparisons if c.metric is TRAIN_LOSS and c.effect is not None)
+    assert (fit.effect.mean, fit.verdict) == (pytest.approx(-0.3), "smaller")
+    for run in runs:
+        if run["cell"] == "enc-ws":
+            run["final"]["test_loss"] -= 0.2
+    section = next(s for s in sections(results(*runs)) if s.name == "gap")
+    assert section.verdicts["quarter"] == REPRODUCED
+
+
+def test_a_learnable_alpha_that_is_not_the_worst_contradicts():
+    tops = {"enc-ws": 65, "enc-a0.5": 61, "enc-a2": 63, "enc-alearn": 62}
+    runs = [made_up(cell=c, seed=s, top1=t + s / 10) for c, t in tops.items() for s in range(3)]
+    assert next(s for s in sections(results(*runs)) if s.name == "alpha").verdicts["quarter"] == CONTRADICTED
 
 
 def test_the_best_learning_rates_meet():

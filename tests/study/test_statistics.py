@@ -61,3 +61,18 @@ def test_rank_correlation_sees_order_alone():
     assert rank_correlation([1, 2, 3, 4], [1, 10, 100, 1000])[0] == pytest.approx(1.0)
     assert rank_correlation([1, 2, 3, 4], [0, -1, -5, -6])[0] == pytest.approx(-1.0)
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3])[0])
+
+
+def test_a_perfect_order_of_few_pairs_is_no_certainty():
+    """Two of the 24 orders of four pairs are as extreme; Student's t makes this p = 0."""
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1])[1] == pytest.approx(2 / 24)
+
+
+def test_p_of_a_rank_correlation_is_near_students_t_for_many_pairs():
+    generator = np.random.default_rng(1)
+    x = generator.normal(size=60)
+    y = 0.3 * x + generator.normal(size=60)
+    found = rank_correlation(list(x), list(y))
+    expected = stats.spearmanr(x, y)
+    assert found == pytest.approx((expected.statistic, expected.pvalue), abs=0.01)
+    assert found == rank_correlation(list(x), list(y))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import timm
 import torch
 from functional.test_weights import ALL
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.runner import load_checkpoint
 from mmpretrain.registry import MODELS
 from test_fold import outputs, randomize_norms, relative_error
@@ -187,11 +189,15 @@ def stock_checkpoint(tmp_path):
 
 
 @pytest.mark.filterwarnings("error::enc_plugin.CheckpointWarning")
-def test_fine_tuning_with_enc_is_a_config_option(stock_checkpoint):
+def test_fine_tuning_with_enc_is_a_config_option(stock_checkpoint, caplog):
     stock, path = stock_checkpoint
     x = torch.randn(2, 3, 16, 16)
     model = build(type="ENCImageClassifier", enc=dict(variant="wn", preserve=True)).eval()
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
     load_checkpoint(model, path)
+    logger.removeHandler(caplog.handler)
+    assert re.search(r"ENC: loaded plain weights; preserve: the outputs change by \d\.\de-0[5-9] ", caplog.text)
     torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
 
     # What was trained since then is ENC: loading it is no second conversion.

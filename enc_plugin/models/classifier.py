@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmpretrain.models.classifiers import ImageClassifier
 
@@ -21,7 +22,8 @@ class ENCImageClassifier(GBRImageClassifier):
         *args, **kwargs: As for mmpretrain's ``ImageClassifier``, and ``gbr_penalty`` (:class:`GBRImageClassifier`).
         enc: Options of :func:`enc_plugin.to_enc`: ``variant``, ``alpha``, ``include``, ``exclude``, ``post_norm``.
             Patterns match names as in ``named_modules()``: ``'backbone'``, ``'head.fc'``. ``preserve=True`` keeps the
-            function of plain weights whenever such are loaded (``load_from``, ``init_cfg``): fine-tuning with ENC.
+            function of plain weights whenever such are loaded (``load_from``, ``init_cfg``), and logs how well:
+            fine-tuning with ENC.
 
     Attributes:
         enc_report: The :class:`enc_plugin.ConversionReport`.
@@ -61,3 +63,4 @@ def _keep_plain_function(model: ENCImageClassifier, incompatible_keys=None) -> N
     """Load hook: with ``preserve``, keep the function of the plain weights that have just been loaded."""
     if model.enc.get("preserve") and any(layer.holds_plain_weight for _, layer in enc_layers(model)):
         model.enc_report = to_enc(model, **model.enc)
+        print_log(f"ENC: loaded plain weights; {model.enc_report.preserved}", logger="current")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from . import results as metrics
 from .results import Metric, Results
-from .statistics import Interval, interval, paired_difference, paired_ratio, rank_correlation
+from .statistics import CONFIDENCE, Interval, interval, paired_difference, paired_ratio, rank_correlation
 
 REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "not reproduced", "not decided at this scale"
 NOT_RUN = "not run yet"
@@ -119,13 +119,18 @@ def compare(
 
 
 def joint_verdict(comparisons: Sequence[Comparison]) -> str:
-    """Reproduced if every part is, not reproduced if any part is contradicted, else not decided (or not run)."""
-    if all(comparison.effect is None for comparison in comparisons):
+    """Reproduced if every part is, not reproduced if any part is contradicted, else not decided (or not run).
+
+    Among many parts one lies on the other side by chance: a contradiction counts at the level divided by their number
+    (Bonferroni). That all are on the claimed side needs no correction.
+    """
+    run = [comparison for comparison in comparisons if comparison.effect is not None]
+    if not run:
         return NOT_RUN
-    verdicts = [comparison.verdict for comparison in comparisons]
-    if CONTRADICTED in verdicts:
+    contradictions = [c.effect.p_value(c.metric.as_ratio) for c in run if c.verdict == CONTRADICTED]
+    if any(p < (1 - CONFIDENCE) / len(run) for p in contradictions):
         return CONTRADICTED
-    return REPRODUCED if set(verdicts) == {REPRODUCED} else UNDECIDED
+    return REPRODUCED if all(comparison.verdict == REPRODUCED for comparison in comparisons) else UNDECIDED
 
 
 def _claim(

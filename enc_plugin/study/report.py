@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import _page, _plot
-from .claims import Comparison, Figure, Section, sections
+from .claims import NOT_RUN, Comparison, Figure, Section, sections
 from .execute import DIVERGED, FAILED
 from .grid import load_grid
 from .results import Results, load_results
@@ -98,10 +98,10 @@ def headlines(found: Results, parts: Sequence[Section], folder: str) -> str:
     )
     figures = by_name["accuracy"].figures or by_name["parts"].figures
     pictures = [f"![{figure.caption}]({folder}/figures/{figure.name}.png)" for figure in figures[:1]]
-    return "\n".join([note, "", *(_headline(by_name[name]) for name in _HEADLINES), "", *pictures])
+    return "\n".join([note, "", *(_headline(found, by_name[name]) for name in _HEADLINES), "", *pictures])
 
 
-def _headline(part: Section) -> str:
+def _headline(found: Results, part: Section) -> str:
     shown = _HEADLINES[part.name]
     arenas = []
     for arena in dict.fromkeys(c.arena for c in part.comparisons):
@@ -113,7 +113,7 @@ def _headline(part: Section) -> str:
             if (c.cell, c.other) == pair and c.metric.name.split(",")[0] == name
         ]
         if effects:
-            verdict = f" - **{part.verdicts[arena]}**" if arena in part.verdicts else ""
+            verdict = f" - **{_verdict(found, part, arena)}**" if arena in part.verdicts else ""
             arenas.append(f"{arena}: {', '.join(effects)}{verdict}")
     title = part.title if part.title.endswith("?") else f"{part.title}?"
     return f"- {title} {'; '.join(arenas) or 'Not run yet'}."
@@ -126,7 +126,7 @@ def markdown(found: Results, parts: Sequence[Section]) -> str:
     for part in parts:
         text += [f"## {part.title}", "", f"*The claim.* {part.claim}", ""]
         if part.verdicts:
-            text += [f"**Verdict.** {_verdicts(part)}", ""]
+            text += [f"**Verdict.** {_verdicts(found, part)}", ""]
         for title, head, rows in _tables(found, part):
             text += [*([f"{title}:", ""] if title else []), *_markdown_table(head, rows), ""]
         text += [f"- {line}" for line in part.text] + ([""] if part.text else [])
@@ -153,7 +153,7 @@ def page(found: Results, parts: Sequence[Section], pictures: dict[str, bytes]) -
             _page.section(
                 part.title,
                 f"The claim. {part.claim}",
-                *([_page.note(f"Verdict. {_verdicts(part)}")] if part.verdicts else []),
+                *([_page.note(f"Verdict. {_verdicts(found, part)}")] if part.verdicts else []),
                 *(_page.table(head, rows, title) for title, head, rows in _tables(found, part)),
                 *([_page.items(*part.text)] if part.text else []),
                 *([_page.grid(*drawn)] if drawn else []),
@@ -173,8 +173,9 @@ _METHOD = (
     "Runs of equal seeds start from the same weights and see the same pictures in the same order; differences are "
     "paired by seed, with 95 % intervals of Student's t, not corrected for their number. A claim is *reproduced* if "
     "every interval that it is about lies wholly on the claimed side, *not reproduced* if one lies wholly on the other "
-    "side, and *not decided at this scale* otherwise. The networks and schedules are far smaller than the paper's: a "
-    "verdict is about this scale."
+    "side, at a level divided by their number (of many, one does by chance), and *not decided at this scale* "
+    "otherwise. A verdict is one *so far* while its arena has runs to go. The networks and schedules are far smaller "
+    "than the paper's: a verdict is about this scale."
 )
 
 
@@ -184,12 +185,24 @@ def _arenas(found: Results) -> list[str]:
 
 def _summary(found: Results, parts: Sequence[Section]) -> tuple[list[str], list[list[str]]]:
     arenas = list(found.grid.arenas)
-    rows = [[part.title, *(part.verdicts.get(arena, "") for arena in arenas)] for part in parts if part.verdicts]
+    rows = [
+        [part.title, *(_verdict(found, part, arena) if arena in part.verdicts else "" for arena in arenas)]
+        for part in parts
+        if part.verdicts
+    ]
     return ["claim", *arenas], rows
 
 
-def _verdicts(part: Section) -> str:
-    return "; ".join(f"{arena}: {verdict}" for arena, verdict in part.verdicts.items()) + "."
+def _verdicts(found: Results, part: Section) -> str:
+    return "; ".join(f"{arena}: {_verdict(found, part, arena)}" for arena in part.verdicts) + "."
+
+
+def _verdict(found: Results, part: Section, arena: str) -> str:
+    """The verdict; "so far" while the arena has runs to go, so that no peek on the way passes for the plan's result."""
+    verdict = part.verdicts[arena]
+    if verdict == NOT_RUN or not any(run_id.startswith(f"{arena}/") for run_id in found.missing):
+        return verdict
+    return f"{verdict.removesuffix(' at this scale')} so far"
 
 
 def _tables(found: Results, part: Section) -> list[tuple[str, list[str], list[list[str]]]]:

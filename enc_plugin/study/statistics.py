@@ -21,10 +21,15 @@ class Interval:
     high: float
     n: int
 
-    @property
-    def half_width(self) -> float:
-        """Half the width of the interval of differences (it is symmetric)."""
-        return (self.high - self.low) / 2
+    def p_value(self, ratio: bool = False) -> float:
+        """Two-sided p-value of a mean difference of 0, or of a mean ratio of 1; NaN for one seed."""
+        mean, high = (math.log(self.mean), math.log(self.high)) if ratio else (self.mean, self.high)
+        if math.isnan(high):
+            return math.nan
+        half = high - mean
+        if half == 0:
+            return float(mean == 0)
+        return 2 * float(stats.t.sf(abs(mean) / half * _quantile(self.n), self.n - 1))
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -51,8 +56,13 @@ def interval(values: Sequence[float]) -> Interval:
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * math.sqrt(variance / n)
+    half = _quantile(n) * math.sqrt(variance / n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def _quantile(n: int) -> float:
+    """Half the width of the interval of ``n`` values, in standard errors."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
 
 
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:

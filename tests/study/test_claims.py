@@ -110,6 +110,7 @@ def test_a_joint_claim_needs_all_its_parts():
     assert joint_verdict(parts["good"]) == REPRODUCED
     assert joint_verdict(parts["good"] + parts["open"]) == UNDECIDED
     assert joint_verdict(parts["good"] + parts["open"] + parts["bad"]) == CONTRADICTED
+    assert joint_verdict(parts["bad"] + 19 * parts["open"]) == UNDECIDED  # p = 0.003: one of twenty by chance
     assert joint_verdict(compare(results(), "quarter", [("enc-ws", "baseline")], [TOP1], 1)) == NOT_RUN
 
 

@@ -43,6 +43,19 @@ def test_the_readme_states_the_verdicts_of_the_committed_results(written):
     assert (written.parent / "README.md").read_text() == (ROOT / "README.md").read_text()
 
 
+def test_a_verdict_is_one_so_far_while_runs_are_missing(tmp_path):
+    study = tmp_path / "study"
+    shutil.copytree(STUDY, study, ignore=shutil.ignore_patterns("results"))
+    shutil.copytree(STUDY / "results" / "digits", study / "results" / "digits")
+    write_study(study)
+    complete = (study / "README.md").read_text()
+    assert re.search(r"\*\*Verdict.\*\* .*digits: not decided at this scale\.", complete)
+    assert "full: not run yet" in complete
+    (study / "results" / "digits" / "wn-seed4.json").unlink()
+    write_study(study)
+    assert re.search(r"\*\*Verdict.\*\* .*digits: not decided so far\.", (study / "README.md").read_text())
+
+
 def test_every_figure_is_there_and_no_other(written):
     names = {figure["name"] for figure in json.loads((STUDY / "figures.json").read_text())}
     for folder in (written, STUDY):

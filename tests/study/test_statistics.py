@@ -42,7 +42,22 @@ def test_what_seeds_share_cancels_in_pairs(sample, shift):
     a = dict(enumerate(x + shift for x in sample))
     found = paired_difference(a, dict(enumerate(sample)))
     assert found.mean == pytest.approx(shift, abs=1e-9)
-    assert found.half_width < 1e-9
+    assert found.high - found.low < 1e-9
+
+
+@given(values, st.floats(-5, 5))
+def test_p_values_are_those_of_the_paired_t_test(sample, shift):
+    other = [shift + math.sin(100 * i) for i in range(len(sample))]
+    found = paired_difference(dict(enumerate(sample)), dict(enumerate(other)))
+    assert found.p_value() == pytest.approx(stats.ttest_rel(sample, other).pvalue, rel=1e-6, abs=1e-12)
+    assert math.isnan(interval([1.0]).p_value())
+    assert (interval([1.0, 1.0]).p_value(), interval([0.0, 0.0]).p_value()) == (0.0, 1.0)
+
+
+def test_p_values_of_ratios_are_of_the_logarithms():
+    a, b = {0: 2.0, 1: 3.0, 2: 5.0}, {0: 1.5, 1: 2.5, 2: 2.0}
+    expected = stats.ttest_rel(np.log(list(a.values())), np.log(list(b.values()))).pvalue
+    assert paired_ratio(a, b).p_value(ratio=True) == pytest.approx(expected)
 
 
 def test_seeds_that_only_one_side_has_are_left_out():

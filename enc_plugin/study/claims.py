@@ -308,7 +308,7 @@ def _decay(results: Results) -> Section:
         decided = len(rows) == len(DECAYS) and p < 0.05
         verdict = (REPRODUCED if rho < 0 else CONTRADICTED) if decided else UNDECIDED
         order = (
-            "one lambda has no order"
+            "too few runs for an order"
             if math.isnan(rho)
             else f"rank correlation of lambda and GBR {rho:.2f}, p = {p:.2g}"
         )

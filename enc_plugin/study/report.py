@@ -200,7 +200,7 @@ def _verdicts(found: Results, part: Section) -> str:
 def _verdict(found: Results, part: Section, arena: str) -> str:
     """The verdict; "so far" while the arena has runs to go, so that no peek on the way passes for the plan's result."""
     verdict = part.verdicts[arena]
-    if verdict == NOT_RUN or not any(run_id.startswith(f"{arena}/") for run_id in found.missing):
+    if verdict == NOT_RUN or arena not in {run.cell.arena.name for run in found.missing}:
         return verdict
     return f"{verdict.removesuffix(' at this scale')} so far"
 
@@ -242,9 +242,8 @@ def _about_runs(found: Results) -> list[str]:
     lines += [f"Failed: {result['id']}: {result['error']}" for result in failed]
     if found.missing:
         seeds: dict[str, list[str]] = {}
-        for run_id in found.missing:
-            cell, seed = run_id.rsplit("-seed", 1)
-            seeds.setdefault(cell, []).append(seed)
+        for run in found.missing:
+            seeds.setdefault(f"{run.cell.arena.name}/{run.cell.name}", []).append(str(run.seed))
         cells = [f"{cell} {', '.join(left)}" for cell, left in seeds.items()]
         lines.append(f"Seeds not run yet: {'; '.join(cells)}.")
     return lines

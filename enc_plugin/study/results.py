@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .execute import DIVERGED, FAILED, FINISHED
-from .grid import Grid
+from .grid import Grid, PlannedRun
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class Results:
         return [self.runs[run.id] for run in self.grid.runs() if self._has(run.id, status)]
 
     @property
-    def missing(self) -> list[str]:
-        """Ids of the planned runs that have no result."""
-        return [run.id for run in self.grid.runs() if run.id not in self.runs]
+    def missing(self) -> list[PlannedRun]:
+        """The planned runs that have no result."""
+        return [run for run in self.grid.runs() if run.id not in self.runs]
 
     def seeds(self, arena: str, cell: str) -> dict[int, dict]:
         """The finished runs of a cell by seed; empty if there is none."""

@@ -195,8 +195,10 @@ def test_fine_tuning_with_enc_is_a_config_option(stock_checkpoint, caplog):
     model = build(type="ENCImageClassifier", enc=dict(variant="wn", preserve=True)).eval()
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
-    load_checkpoint(model, path)
-    logger.removeHandler(caplog.handler)
+    try:
+        load_checkpoint(model, path)
+    finally:
+        logger.removeHandler(caplog.handler)
     assert re.search(r"ENC: loaded plain weights; preserve: the outputs change by \d\.\de-0[5-9] ", caplog.text)
     torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
 

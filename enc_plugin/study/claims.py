@@ -315,6 +315,15 @@ def _decay(results: Results) -> Section:
         section.text.append(f"{metric.name}: {order} ({len(points)} runs): {verdict}.")
         before = section.verdicts.get(arena, verdict)
         section.verdicts[arena] = verdict if verdict == before else UNDECIDED
+    # The chain of the argument, link by link: lambda lowers the norms, these the bound, and the bound the GBR.
+    links = (metrics.FREE_NORM, metrics.LOG_PRODUCT, metrics.GBR_LOGITS, metrics.GBR_PROBS)
+    section.comparisons = compare(
+        results, arena, [(cell, "wd0") for cell in ("baseline", "wd1e-3", "wd1e-2")], links, 0
+    )
+    section.text.append(
+        "The comparisons with decay 0 follow the argument: lambda lowers the norms, the norms lower the product that "
+        "bounds the GBR, and the GBR follows, or does not."
+    )
     diverged = [result["id"] for result in results.with_status("diverged") if result["cell"] in DECAYS]
     section.text.append(f"Diverged: {', '.join(diverged) or 'no run of these'}.")
     caption = f"GBR of the logits over training at each decay, {results.grid.arenas[arena].title}."
@@ -489,7 +498,7 @@ def _gbr_and_accuracy(results: Results) -> Section:
         "says, because norms bound the GBR. Rank correlations over all finished runs of an arena. p is of a "
         "permutation test that takes runs as independent; the seeds of a cell are not, so that it is too small.",
     )
-    quantities = (metrics.TOP1, metrics.GAP, metrics.FREE_NORM, metrics.LOG_PRODUCT)
+    quantities = (metrics.TOP1, metrics.GAP, metrics.TRAIN_LOSS, metrics.FREE_NORM, metrics.LOG_PRODUCT)
     for arena, cells in results.grid.cells.items():
         runs = [result for cell in cells for result in results.seeds(arena, cell.name).values()]
         rows = []

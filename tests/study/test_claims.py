@@ -19,7 +19,16 @@ from enc_plugin.study.claims import (
     joint_verdict,
     sections,
 )
-from enc_plugin.study.results import GBR_LOGITS, TOP1, TRAIN_LOSS, Results, load_results
+from enc_plugin.study.results import (
+    FREE_NORM,
+    GBR_LOGITS,
+    GBR_PROBS,
+    LOG_PRODUCT,
+    TOP1,
+    TRAIN_LOSS,
+    Results,
+    load_results,
+)
 
 GRID = load_grid(ROOT / "study" / "grid.py")
 
@@ -130,6 +139,24 @@ def test_decay_is_judged_by_the_order_of_all_runs():
     assert rising.verdicts == {"quarter": CONTRADICTED}
     some = [run for run in decay_runs(lambda rank: 10.0 - rank) if run["cell"] != "wd0"]
     assert next(s for s in sections(results(*some)) if s.name == "decay").verdicts == {"quarter": UNDECIDED}
+
+
+def test_decay_that_lowers_the_bound_alone_is_seen_link_by_link():
+    norms = {"wd0": (1500.0, 185.0), "wd1e-2": (40.0, 150.0)}
+    runs = [
+        made_up(cell=c, seed=s, norms={"sum_sq_free": n + s, "map_log_product": p + s / 10})
+        for c, (n, p) in norms.items()
+        for s in range(3)
+    ]
+    section = next(s for s in sections(results(*runs)) if s.name == "decay")
+    seen = {c.metric: c.verdict for c in section.comparisons if c.cell == "wd1e-2"}
+    assert seen == {
+        FREE_NORM: "smaller",
+        LOG_PRODUCT: "smaller",
+        GBR_LOGITS: "no difference seen",
+        GBR_PROBS: "no difference seen",
+    }
+    assert section.verdicts == {"quarter": UNDECIDED}
 
 
 def test_a_better_fit_is_no_smaller_gap():

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 
 from . import results as metrics
 from .results import Metric, Results
-from .statistics import CONFIDENCE, Interval, interval, paired_difference, paired_ratio, rank_correlation
+from .statistics import (
+    CONFIDENCE,
+    Interval,
+    interval,
+    paired_difference,
+    paired_ratio,
+    partial_rank_correlation,
+    rank_correlation,
+)
 
 REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "not reproduced", "not decided at this scale"
 NOT_RUN = "not run yet"
@@ -496,7 +504,9 @@ def _gbr_and_accuracy(results: Results) -> Section:
         "Does a smaller GBR go with better generalization?",
         "Theorems 1 and 2 bound the gap between expected and empirical loss by the GBR; weight decay works, the paper "
         "says, because norms bound the GBR. Rank correlations over all finished runs of an arena. p is of a "
-        "permutation test that takes runs as independent; the seeds of a cell are not, so that it is too small.",
+        "permutation test that takes runs as independent; the seeds of a cell are not, so that it is too small. A run "
+        "that is trained further has another GBR, gap and accuracy at once; the partial correlation compares runs as "
+        "if their training losses were equal.",
     )
     quantities = (metrics.TOP1, metrics.GAP, metrics.TRAIN_LOSS, metrics.FREE_NORM, metrics.LOG_PRODUCT)
     for arena, cells in results.grid.cells.items():
@@ -504,13 +514,21 @@ def _gbr_and_accuracy(results: Results) -> Section:
         rows = []
         for gbr in (metrics.GBR_LOGITS, metrics.GBR_PROBS):
             for other in quantities:
-                pairs = [(gbr.read(r), other.read(r)) for r in runs]
-                pairs = [pair for pair in pairs if None not in pair]
-                rho, p = rank_correlation(*zip(*pairs, strict=True)) if pairs else (math.nan, math.nan)
-                if not math.isnan(rho):
-                    rows.append([gbr.name, other.name, f"{rho:+.2f}", f"{p:.2g}", str(len(pairs))])
+                triples = [(gbr.read(r), other.read(r), metrics.TRAIN_LOSS.read(r)) for r in runs]
+                triples = [triple for triple in triples if None not in triple]
+                if not triples:
+                    continue
+                x, y, loss = zip(*triples, strict=True)
+                rho, p = rank_correlation(x, y)
+                if math.isnan(rho):
+                    continue
+                given = math.nan, math.nan
+                if other is not metrics.TRAIN_LOSS:
+                    given = partial_rank_correlation(x, y, loss)
+                left = ["", ""] if math.isnan(given[0]) else [f"{given[0]:+.2f}", f"{given[1]:.2g}"]
+                rows.append([gbr.name, other.name, f"{rho:+.2f}", f"{p:.2g}", *left, str(len(triples))])
         if rows:
-            head = ["GBR", "with", "Spearman's rho", "p", "runs"]
+            head = ["GBR", "with", "Spearman's rho", "p", "rho at equal training loss", "p", "runs"]
             section.tables.append((results.grid.arenas[arena].title, head, rows))
         if arena == "digits" or len(runs) < 3:
             continue

@@ -92,6 +92,29 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
     """
     if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
         return math.nan, math.nan
+    return _permutation_test(stats.rankdata(x), stats.rankdata(y))
+
+
+def partial_rank_correlation(x: Sequence[float], y: Sequence[float], given: Sequence[float]) -> tuple[float, float]:
+    """Spearman's rho of what is left of ``x`` and ``y`` when the ranks of ``given`` are regressed out, and its p-value.
+
+    The p-value permutes what is left, as :func:`rank_correlation` does. NaN for fewer than four triples, a constant
+    side, or a side that ``given`` orders entirely.
+    """
+    if len(x) < 4 or min(len(set(side)) for side in (x, y, given)) < 2:
+        return math.nan, math.nan
+    by = stats.rankdata(given)
+    left = []
+    for side in (x, y):
+        ranks = stats.rankdata(side)
+        line = stats.linregress(by, ranks)
+        if abs(line.rvalue) > 1 - 1e-12:
+            return math.nan, math.nan
+        left.append(ranks - (line.slope * by + line.intercept))
+    return _permutation_test(*left)
+
+
+def _permutation_test(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     permutations = stats.PermutationMethod(n_resamples=9999, rng=np.random.default_rng(0))
-    found = stats.pearsonr(stats.rankdata(x), stats.rankdata(y), method=permutations)
+    found = stats.pearsonr(x, y, method=permutations)
     return float(found.statistic), float(found.pvalue)

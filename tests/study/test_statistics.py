@@ -6,11 +6,17 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from enc_plugin.study.statistics import interval, paired_difference, paired_ratio, rank_correlation
+from enc_plugin.study.statistics import (
+    interval,
+    paired_difference,
+    paired_ratio,
+    partial_rank_correlation,
+    rank_correlation,
+)
 
 values = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8)
 
@@ -91,3 +97,38 @@ def test_p_of_a_rank_correlation_is_near_students_t_for_many_pairs():
     expected = stats.spearmanr(x, y)
     assert found == pytest.approx((expected.statistic, expected.pvalue), abs=0.01)
     assert found == rank_correlation(list(x), list(y))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(4, 30))
+@settings(max_examples=25, deadline=None)
+def test_partial_rank_correlation_is_the_closed_form(seed, n):
+    x, y, z = np.random.default_rng(seed).normal(size=(3, n))
+    xy, xz, yz = (stats.spearmanr(a, b).statistic for a, b in ((x, y), (x, z), (y, z)))
+    rho, p = partial_rank_correlation(x, y, z)
+    if max(abs(xz), abs(yz)) > 1 - 1e-12:
+        assert math.isnan(rho)
+    else:
+        assert rho == pytest.approx((xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2)), abs=1e-9)
+        assert 0 < p <= 1
+
+
+def test_a_shared_cause_is_no_correlation_of_its_own():
+    generator = np.random.default_rng(2)
+    cause = generator.normal(size=80)
+    x, y = (cause + 0.3 * generator.normal(size=80) for _ in range(2))
+    assert rank_correlation(x, y)[0] > 0.8
+    rho, p = partial_rank_correlation(x, y, cause)
+    assert abs(rho) < 0.25
+    assert p > 0.05
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "given"),
+    [
+        ([1, 2, 3], [1, 3, 2], [2, 1, 3]),  # too few
+        ([1, 1, 1, 1], [1, 2, 3, 4], [2, 1, 4, 3]),
+        ([1, 2, 4, 8], [1, 3, 2, 4], [10, 20, 30, 40]),  # x is ordered by what is given
+    ],
+)
+def test_partial_rank_correlation_of_nothing_left_is_nan(x, y, given):
+    assert all(math.isnan(value) for value in partial_rank_correlation(x, y, given))

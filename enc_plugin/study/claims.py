@@ -11,6 +11,7 @@ from .results import Metric, Results
 from .statistics import (
     CONFIDENCE,
     Interval,
+    geometric_interval,
     interval,
     paired_difference,
     paired_ratio,
@@ -44,6 +45,7 @@ class Comparison:
 
     Attributes:
         claimed: 1 if the paper claims that the first is larger, -1 if smaller, 0 if it claims nothing.
+        first: Mean of the first cell, geometric for metrics that compare by ratio; ``second`` likewise.
         effect: Mean difference, or ratio for metrics that compare by ratio, with its 95 % interval; None without runs.
     """
 
@@ -119,11 +121,16 @@ def compare(
             if not (results.has_cell(arena, cell) and results.has_cell(arena, other)):
                 continue
             a, b = results.values(arena, cell, metric), results.values(arena, other, metric)
-            shared = sorted(set(a) & set(b))
-            means = [math.fsum(side[s] for s in shared) / len(shared) if shared else None for side in (a, b)]
+            shared = [s for s in sorted(set(a) & set(b)) if not metric.as_ratio or min(a[s], b[s]) > 0]
+            means = [_mean(metric, [side[s] for s in shared]).mean if shared else None for side in (a, b)]
             effect = (paired_ratio if metric.as_ratio else paired_difference)(a, b)
             found.append(Comparison(arena, cell, other, metric, claimed, *means, effect))
     return found
+
+
+def _mean(metric: Metric, values: Iterable[float]) -> Interval:
+    """Mean over seeds with its interval, geometric where cells are compared by ratio: the means' ratio is the ratio."""
+    return (geometric_interval if metric.as_ratio else interval)(list(values))
 
 
 def joint_verdict(comparisons: Sequence[Comparison]) -> str:
@@ -304,9 +311,9 @@ def _decay(results: Results) -> Section:
         for cell, decay in DECAYS.items():
             values = results.values(arena, cell, metric)
             points += [(decay, value) for value in values.values()]
-            if values:
-                found = interval(list(values.values()))
-                top1 = interval(list(results.values(arena, cell, metrics.TOP1).values()))
+            if any(value > 0 for value in values.values()):
+                found = _mean(metric, (value for value in values.values() if value > 0))
+                top1 = _mean(metrics.TOP1, results.values(arena, cell, metrics.TOP1).values())
                 rows.append([f"{decay:g}", str(found.n), *_cells(found, metric), *_cells(top1, metrics.TOP1)])
         if not points:
             continue
@@ -627,16 +634,17 @@ def _curves(
     caption: str,
     log_y: bool = False,
 ) -> list[Figure]:
-    """A figure of a logged quantity over epochs, mean and 95 % band over seeds; none if no cell has run."""
+    """A figure of a logged quantity over epochs, mean (geometric if log_y) and 95 % band; none if no cell has run."""
     series = []
     for cell in cells:
         by_epoch: dict[float, list[float]] = {}
         for result in results.seeds(arena, cell).values():
             for epoch, value in result["by_epoch"].get(key, []):
-                if value is not None and (epoch > 0 or not log_y):
+                if value is not None and (not log_y or (epoch > 0 and value > 0)):
                     by_epoch.setdefault(epoch, []).append(value)
         if by_epoch:
-            points = [(epoch, interval(values)) for epoch, values in sorted(by_epoch.items())]
+            mean = geometric_interval if log_y else interval
+            points = [(epoch, mean(values)) for epoch, values in sorted(by_epoch.items())]
             series.append(_series(results.title(arena, cell), points))
     return [Figure(name, "curves", caption, "epoch", y_label, series, log_y=log_y)] if series else []
 

@@ -60,6 +60,24 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
+def geometric_interval(values: Sequence[float]) -> Interval:
+    """Geometric mean of independent positive values, with the 95 % interval of their logarithms.
+
+    Args:
+        values: One value a seed, at least one, all above 0.
+
+    Returns:
+        As :func:`interval`; the bounds are positive, and the ratio of two such means is the mean of the ratios.
+
+    Raises:
+        ValueError: If there is no value, or one is not positive.
+    """
+    if any(value <= 0 for value in values):
+        raise ValueError(f"values: a geometric mean needs positive values, got {min(values)}")
+    found = interval([math.log(value) for value in values])
+    return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.n)
+
+
 def _quantile(n: int) -> float:
     """Half the width of the interval of ``n`` values, in standard errors."""
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
@@ -77,11 +95,8 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Interva
 
 def paired_ratio(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
     """Geometric mean of ``a / b`` over shared seeds, positive values only, with the interval of the logarithms."""
-    logs = [{seed: math.log(value) for seed, value in side.items() if value > 0} for side in (a, b)]
-    found = paired_difference(*logs)
-    if found is None:
-        return None
-    return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.n)
+    seeds = [seed for seed in sorted(set(a) & set(b)) if a[seed] > 0 and b[seed] > 0]
+    return geometric_interval([a[seed] / b[seed] for seed in seeds]) if seeds else None
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from enc_plugin.study.statistics import (
+    geometric_interval,
     interval,
     paired_difference,
     paired_ratio,
@@ -76,6 +77,19 @@ def test_ratios_are_geometric():
     found = paired_ratio({0: 2.0, 1: 8.0}, {0: 1.0, 1: 1.0})
     assert found.mean == pytest.approx(4.0)
     assert found.low * found.high == pytest.approx(16.0)  # the interval is symmetric in the logarithm
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=8))
+def test_geometric_interval_is_students_t_of_logarithms(sample):
+    found = geometric_interval(sample)
+    expected = interval(list(np.log(sample)))
+    assert (found.mean, found.n) == (pytest.approx(stats.gmean(sample), rel=1e-6), len(sample))
+    assert (math.log(found.low), math.log(found.high)) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_a_geometric_mean_of_zero_is_an_error():
+    with pytest.raises(ValueError, match="needs positive values, got 0.0"):
+        geometric_interval([1.0, 0.0])
 
 
 def test_rank_correlation_sees_order_alone():

@@ -311,8 +311,9 @@ def _decay(results: Results) -> Section:
         for cell, decay in DECAYS.items():
             values = results.values(arena, cell, metric)
             points += [(decay, value) for value in values.values()]
-            if any(value > 0 for value in values.values()):
-                found = _mean(metric, (value for value in values.values() if value > 0))
+            positive = [value for value in values.values() if value > 0]
+            if positive:
+                found = _mean(metric, positive)
                 top1 = _mean(metrics.TOP1, results.values(arena, cell, metrics.TOP1).values())
                 rows.append([f"{decay:g}", str(found.n), *_cells(found, metric), *_cells(top1, metrics.TOP1)])
         if not points:
@@ -518,22 +519,12 @@ def _gbr_and_accuracy(results: Results) -> Section:
     quantities = (metrics.TOP1, metrics.GAP, metrics.TRAIN_LOSS, metrics.FREE_NORM, metrics.LOG_PRODUCT)
     for arena, cells in results.grid.cells.items():
         runs = [result for cell in cells for result in results.seeds(arena, cell.name).values()]
-        rows = []
-        for gbr in (metrics.GBR_LOGITS, metrics.GBR_PROBS):
-            for other in quantities:
-                triples = [(gbr.read(r), other.read(r), metrics.TRAIN_LOSS.read(r)) for r in runs]
-                triples = [triple for triple in triples if None not in triple]
-                if not triples:
-                    continue
-                x, y, loss = zip(*triples, strict=True)
-                rho, p = rank_correlation(x, y)
-                if math.isnan(rho):
-                    continue
-                given = math.nan, math.nan
-                if other is not metrics.TRAIN_LOSS:
-                    given = partial_rank_correlation(x, y, loss)
-                left = ["", ""] if math.isnan(given[0]) else [f"{given[0]:+.2f}", f"{given[1]:.2g}"]
-                rows.append([gbr.name, other.name, f"{rho:+.2f}", f"{p:.2g}", *left, str(len(triples))])
+        rows = [
+            row
+            for gbr in (metrics.GBR_LOGITS, metrics.GBR_PROBS)
+            for other in quantities
+            if (row := _correlation(runs, gbr, other))
+        ]
         if rows:
             head = ["GBR", "with", "Spearman's rho", "p", "rho at equal training loss", "p", "runs"]
             section.tables.append((results.grid.arenas[arena].title, head, rows))
@@ -562,6 +553,19 @@ def _gbr_and_accuracy(results: Results) -> Section:
                 )
             )
     return section
+
+
+def _correlation(runs: Sequence[dict], gbr: Metric, other: Metric) -> list[str]:
+    """A row of the table: rank correlation, plain and at equal training loss; empty where there is none."""
+    triples = [(gbr.read(r), other.read(r), metrics.TRAIN_LOSS.read(r)) for r in runs]
+    triples = [triple for triple in triples if None not in triple]
+    x, y, loss = zip(*triples, strict=True) if triples else ((), (), ())
+    rho, p = rank_correlation(x, y)
+    if math.isnan(rho):
+        return []
+    at_equal_loss = partial_rank_correlation(x, y, loss)
+    left = ["", ""] if math.isnan(at_equal_loss[0]) else [f"{at_equal_loss[0]:+.2f}", f"{at_equal_loss[1]:.2g}"]
+    return [gbr.name, other.name, f"{rho:+.2f}", f"{p:.2g}", *left, str(len(triples))]
 
 
 def _learning_rates(results: Results) -> Section:

@@ -173,10 +173,9 @@ _METHOD = (
     "Runs of equal seeds start from the same weights and see the same pictures in the same order; differences are "
     "paired by seed, with 95 % intervals of Student's t, not corrected for their number; where two are compared by "
     "their ratio (x), means are geometric. A claim is *reproduced* if every interval that it is about lies wholly on "
-    "the claimed side, *not reproduced* if one lies wholly on the other "
-    "side, at a level divided by their number (of many, one does by chance), and *not decided at this scale* "
-    "otherwise. A verdict is one *so far* while its arena has runs to go. The networks and schedules are far smaller "
-    "than the paper's: a verdict is about this scale."
+    "the claimed side, *not reproduced* if one lies wholly on the other side, at a level divided by their number (of "
+    "many, one does by chance), and *not decided at this scale* otherwise. A verdict is one *so far* while its arena "
+    "has runs to go. The networks and schedules are far smaller than the paper's: a verdict is about this scale."
 )
 
 

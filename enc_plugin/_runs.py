@@ -76,6 +76,12 @@ class _Segment:
         return [record for record in self.records if "iter" in record]
 
     @property
+    def makes_up(self) -> bool:
+        """Whether it resumed and has trained nothing, but made up for the validation that was still due."""
+        validated = any("time" in record or "val/time" in record for record in self.records)
+        return validated and not self.training and bool(self.config.get("resume"))
+
+    @property
     def log_interval(self) -> int:
         return ((self.config.get("default_hooks") or {}).get("logger") or {}).get("interval", 10)
 
@@ -159,19 +165,23 @@ def _read_segment(path: Path, notes: list[str]) -> _Segment:
 
 def _current(segments: list[_Segment], notes: list[str]) -> list[_Segment]:
     """The newest start in the folder and what resumed it."""
-    trained = [segment for segment in segments if segment.training] or segments[-1:]
     chain: list[_Segment] = []
-    for segment in trained:
+    left_out = 0
+    for segment in segments:
+        if not segment.training:
+            if chain and segment.makes_up:
+                chain.append(segment)
+            continue
         begins = chain and segment.training[0]["iter"] <= chain[0].training[0]["iter"]
         if chain and (begins or not segment.config.get("resume", True)):
+            left_out += len(chain)
             chain = []
         chain.append(segment)
     if len(chain) > 1:
         notes.append("resumed " + ("once" if len(chain) == 2 else f"{len(chain) - 1} times"))
-    left_out = len(trained) - len(chain)
     if left_out:
         notes.append(f"{left_out} earlier start{'s' * (left_out > 1)} in the same folder left out")
-    return chain
+    return chain or segments[-1:]
 
 
 def _by_epoch(config: dict, training: list[dict]) -> bool:
@@ -186,16 +196,18 @@ def _by_epoch(config: dict, training: list[dict]) -> bool:
 def _join(run: Run, segment: _Segment) -> None:
     """Add a segment's scalars, in place of what an earlier one logged beyond the point from which it resumed."""
     training = segment.training
+    iteration = 0
+    if run.scalars:  # from where it resumed, as far as the log tells
+        iteration = training[0]["iter"] - segment.log_interval if training else run.iterations
     if run.scalars and training:
-        first = training[0]
-        start = first["iter"] - segment.log_interval
+        start = iteration
         if run.by_epoch:
-            start = max(start, (first.get("epoch", 1) - 1) * run.epoch_length) / run.epoch_length
+            start = max(start, (training[0].get("epoch", 1) - 1) * run.epoch_length) / run.epoch_length
         kept = {key: [p for p in points if p[0] <= start] for key, points in run.scalars.items()}
         run.scalars = {key: points for key, points in kept.items() if points}
 
     found: dict[str, dict[float, float]] = {}
-    iteration, epoch = 0, max((r.get("epoch", 0) for r in training), default=math.inf)
+    epoch = max((r.get("epoch", 0) for r in training), default=math.inf)
     by_iteration = {
         key
         for record in segment.records

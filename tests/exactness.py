@@ -15,8 +15,8 @@ from mmengine.registry import HOOKS
 CLOCK = ("time", "data_time", "memory")  # and whatever ends in "/seconds"
 
 
-class Stopped(Exception):
-    """Ends a run at the point that a test names."""
+class Stopped(BaseException):
+    """Ends a run at the point that a test names; as Ctrl-C, no failure of the run."""
 
 
 @HOOKS.register_module(force=True)

@@ -98,6 +98,33 @@ def test_resumed_segments_are_joined_and_what_was_done_twice_counts_once(tmp_pat
     assert (run.progress, run.notes) == ("1 of 4", ["2 earlier starts in the same folder left out"])
 
 
+def test_a_validation_that_a_resumed_run_only_makes_up_for_counts(tmp_path):
+    whole = [*epoch(1, 3.0, 10.0), *epoch(2, 2.0, 20.0)]
+    by_epoch = "train_cfg = dict(by_epoch=True, max_epochs=2)\n"
+    write_log(tmp_path, whole[:-1], config=by_epoch)
+    write_log(
+        tmp_path, [whole[-1], {"fgsm/top1_eps8": 5.0, "step": 2}], "20260102_000000", "resume = True\n" + by_epoch
+    )
+    write_log(tmp_path, [{"enc/layers": 9, "step": 2}], "20260103_000000", "resume = True\n" + by_epoch)  # all was done
+    run = load_run(tmp_path)
+    assert run.scalars["accuracy/top1"] == [(1, 10.0), (2, 20.0)]
+    assert run.scalars["fgsm/top1_eps8"] == [(2, 5.0)]
+    assert (run.iterations, run.progress, run.notes) == (20, "2", ["resumed once"])
+
+
+def test_a_validation_by_iterations_that_a_resumed_run_starts_with_is_where_it_resumed(tmp_path):
+    lines = [{"loss": 1.0, "time": 0.5, "data_time": 0.1, "iter": i, "step": i} for i in (10, 20, 30, 40)]
+    val = {"accuracy/top1": 50.0, "time": 0.1, "data_time": 0.1, "step": 0}
+    config = "train_cfg = dict(by_epoch=False, max_iters=40)\n"
+    write_log(tmp_path, lines[:2], config=config)
+    write_log(tmp_path, [val, *lines[2:]], "20260102_000000", "resume = True\n" + config)
+    assert load_run(tmp_path).scalars["accuracy/top1"] == [(20, 50.0)]
+    write_log(tmp_path, [val], "20260103_000000", "resume = True\n" + config)
+    run = load_run(tmp_path)
+    assert run.scalars["accuracy/top1"] == [(20, 50.0), (40, 50.0)]
+    assert len(run.scalars["loss"]) == 4
+
+
 def test_damaged_lines_and_values_that_are_not_finite_are_told_and_the_rest_is_drawn(tmp_path):
     write_log(tmp_path, [*epoch(1, 3.0, 10.0), *epoch(2, math.nan, 20.0)])
     log = next(tmp_path.glob("*/vis_data/scalars.json"))

@@ -82,7 +82,7 @@ class Figure:
         name: File name without ending.
         kind: ``'curves'``: series with ``x``, ``mean``, ``low``, ``high``; ``'intervals'``: rows with ``label``,
             ``mean``, ``low``, ``high``; ``'scatter'``: series with ``x``, ``y``.
-        data: Series or rows.
+        data: Series or rows; None stands for curves that are not drawn, so that a cell looks the same everywhere.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Figure:
     caption: str
     x_label: str
     y_label: str
-    data: list[dict]
+    data: list[dict | None]
     log_x: bool = False
     log_y: bool = False
     reference: float | None = None
@@ -289,7 +289,7 @@ def _gbr(results: Results) -> Section:
                 results,
                 f"gbr_{what}_{arena}",
                 arena,
-                ("baseline", "bn", "wd1e-3", "enc-ws"),
+                ("baseline", "bn", None, "enc-ws", "wd1e-3"),  # as the other figures look, without WS
                 key,
                 "mean squared Jacobian norm\n(output² per input²)",
                 caption,
@@ -361,16 +361,15 @@ def _robustness(results: Results) -> Section:
         claimed=1,
     )
     for arena in ("full", "quarter", "digits"):
-        series = []
+        series: list[dict | None] = []
         for cell in ("baseline", "bn", "ws", "enc-ws"):
             points = [
                 (eps, interval(list(values.values())))
                 for eps in EPS[arena]
                 if (values := results.values(arena, cell, metrics.fgsm(eps)))
             ]
-            if points:
-                series.append(_series(results.title(arena, cell), points))
-        if series:
+            series.append(_series(results.title(arena, cell), points) if points else None)
+        if any(series):
             caption = f"Accuracy under FGSM, {results.grid.arenas[arena].title}; bands: 95 % over seeds."
             section.figures.append(
                 Figure(f"fgsm_{arena}", "curves", caption, "eps (1/255 of the pixel range)", "top-1 (%)", series)
@@ -632,25 +631,24 @@ def _curves(
     results: Results,
     name: str,
     arena: str,
-    cells: Sequence[str],
+    cells: Sequence[str | None],
     key: str,
     y_label: str,
     caption: str,
     log_y: bool = False,
 ) -> list[Figure]:
     """A figure of a logged quantity over epochs, mean (geometric if log_y) and 95 % band; none if no cell has run."""
-    series = []
+    series: list[dict | None] = []
     for cell in cells:
         by_epoch: dict[float, list[float]] = {}
-        for result in results.seeds(arena, cell).values():
+        for result in results.seeds(arena, cell).values() if cell else ():
             for epoch, value in result["by_epoch"].get(key, []):
                 if value is not None and (not log_y or (epoch > 0 and value > 0)):
                     by_epoch.setdefault(epoch, []).append(value)
-        if by_epoch:
-            mean = geometric_interval if log_y else interval
-            points = [(epoch, mean(values)) for epoch, values in sorted(by_epoch.items())]
-            series.append(_series(results.title(arena, cell), points))
-    return [Figure(name, "curves", caption, "epoch", y_label, series, log_y=log_y)] if series else []
+        mean = geometric_interval if log_y else interval
+        points = [(epoch, mean(values)) for epoch, values in sorted(by_epoch.items())]
+        series.append(_series(results.title(arena, cell), points) if points else None)
+    return [Figure(name, "curves", caption, "epoch", y_label, series, log_y=log_y)] if any(series) else []
 
 
 def _series(label: str, points: Sequence[tuple[float, Interval]]) -> dict:

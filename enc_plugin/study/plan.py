@@ -29,11 +29,14 @@ _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHO
 
 
 def estimate(run: PlannedRun, runs: Sequence[PlannedRun], results: str | Path) -> float:
-    """Seconds of one core that a run will take: the median of its arena's finished runs, else a rule of thumb."""
-    found = [read_result(results, other) for other in runs if other.cell.arena is run.cell.arena]
-    seconds = [result["seconds"]["cpu"] for result in found if result and result["status"] != FAILED]
-    if seconds:
-        return statistics.median(seconds)
+    """Core seconds that a run will take: the median of its cell's runs, else of its arena's, else a rule of thumb."""
+    arena = [other for other in runs if other.cell.arena is run.cell.arena]
+    for alike in ([other for other in arena if other.cell is run.cell], arena):
+        found = [read_result(results, other) for other in alike]
+        # What a run took before it was stopped and resumed is not known.
+        seconds = [r["seconds"]["cpu"] for r in found if r and r["status"] != FAILED and not r.get("resumed")]
+        if seconds:
+            return statistics.median(seconds)
     return run.cell.arena.images * run.cell.arena.epochs * _SECONDS_AN_IMAGE
 
 

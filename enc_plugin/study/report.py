@@ -79,14 +79,15 @@ def draw(figure: Figure) -> bytes:
     if figure.kind == "scatter":
         series = [_plot.Series(one["label"], one["x"], one["y"]) for one in figure.data]
         return _plot.scatter(series, figure.x_label, figure.y_label, logx=figure.log_x, logy=figure.log_y)
-    bounds = ([[math.nan if v is None else v for v in one[end]] for one in figure.data] for end in ("low", "high"))
-    series = [
-        _plot.Series(one["label"], one["x"], one["mean"], low, high)
-        for one, low, high in zip(figure.data, *bounds, strict=True)
-    ]
+    series = [one if one is None else _band(one) for one in figure.data]
     return _plot.curves(
         series, figure.x_label, figure.y_label, logx=figure.log_x, logy=figure.log_y, whole_x=True, ylim=figure.y_limits
     )
+
+
+def _band(curve: dict) -> _plot.Series:
+    low, high = ([math.nan if bound is None else bound for bound in curve[end]] for end in ("low", "high"))
+    return _plot.Series(curve["label"], curve["x"], curve["mean"], low, high)
 
 
 def headlines(found: Results, parts: Sequence[Section], folder: str) -> str:

@@ -7,11 +7,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+from exactness import Stopped
 from helpers import ROOT, run_command
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 
 from enc_plugin.study import describe_plan, execute, load_grid, pending, read_result, run_all
+from enc_plugin.study.plan import estimate
 
 TINY = """
 arenas = dict(digits=dict(title="digits", config="study/digits_resnet8.py", images=128, epochs=2, overrides={
@@ -110,23 +110,13 @@ def test_the_same_run_gives_the_same_result(done, tmp_path):
     assert not (tmp_path / "work" / run.id).exists()
 
 
-@HOOKS.register_module()
-class StopAfterFirstEpoch(Hook):
-    """Stands for whatever stops a study: Ctrl-C, a machine that goes away."""
-
-    priority = "VERY_LOW"
-
-    def after_train_epoch(self, runner):
-        if runner.epoch == 0:
-            raise KeyboardInterrupt
-
-
-def test_a_stopped_run_goes_on_to_the_result_of_an_unbroken_one(done, tmp_path):
+@pytest.mark.parametrize("stop", [dict(epoch=1), dict(val=2)], ids=["after an epoch", "before the last validation"])
+def test_a_stopped_run_goes_on_to_the_result_of_an_unbroken_one(done, tmp_path, stop):
     folder = done[0]
     run = next(run for run in load_grid(folder / "grid.py").runs() if run.id == "digits/enc-seed0")
-    stop = {"default_hooks.stop": {"type": "StopAfterFirstEpoch"}}
-    stopped = replace(run, cell=replace(run.cell, overrides={**run.cell.overrides, **stop}))
-    with pytest.raises(KeyboardInterrupt):
+    hook = {"default_hooks.stop": dict(type="StopHook", **stop)}
+    stopped = replace(run, cell=replace(run.cell, overrides={**run.cell.overrides, **hook}))
+    with pytest.raises(Stopped):
         execute(stopped, tmp_path / "results", tmp_path / "work", ROOT)
     assert pending([run], tmp_path / "results") == [run]
     found = execute(run, tmp_path / "results", tmp_path / "work", ROOT)
@@ -149,6 +139,9 @@ def test_dry_run_prints_the_plan_and_runs_nothing(tmp_path):
 def test_costs_come_from_the_runs_that_are_done(done):
     folder = done[0]
     runs = load_grid(folder / "grid.py").runs()
+    plain = next(run for run in runs if run.id == "digits/plain-seed1")
+    seconds = [results_of(folder, f"digits/plain-seed{seed}")["seconds"]["cpu"] for seed in (0, 1)]
+    assert estimate(plain, runs, folder / "results") == pytest.approx(sum(seconds) / 2)
     assert "5 of 5 runs done; about 0.0 core hours are left" in describe_plan(runs, folder / "results")
 
 

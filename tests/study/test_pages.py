@@ -73,6 +73,16 @@ def test_every_result_is_on_the_page_and_carries_commit_and_seed():
         assert isinstance(result["seed"], int)
 
 
+def test_every_finished_run_is_measured_to_its_end():
+    for path in STUDY.glob("results/*/*.json"):
+        result = json.loads(path.read_text())
+        if result["status"] == "finished":
+            assert result["by_epoch"]["accuracy/top1"][-1] == [result["epochs"], result["final"]["top1"]], path
+            assert [x for x, _ in result["by_epoch"]["gbr/logits"]] == list(range(result["epochs"] + 1)), path
+            assert sum(key.startswith("fgsm/top1_eps") for key in result["final"]) == 4, path
+            assert result["final"]["test_top1"] == pytest.approx(result["final"]["top1"], abs=0.05), path
+
+
 def test_links_of_the_page_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", (STUDY / "README.md").read_text()):
         assert (STUDY / target).exists(), target

@@ -213,7 +213,7 @@ def _tables(found: Results, part: Section) -> list[tuple[str, list[str], list[li
 
 
 def _comparison_table(found: Results, part: Section) -> tuple[list[str], list[list[str]]]:
-    head = ["arena", "A", "B", "measured", "A", "B", "A against B [95 %]", "seeds", "verdict"]
+    head = ["arena", "A", "B", "measured", "mean of A", "mean of B", "A against B [95 %]", "seeds", "verdict"]
     rows = []
     for c in part.comparisons:
         if c.effect is None:

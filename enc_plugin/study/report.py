@@ -21,7 +21,7 @@ _HEADLINES = {
     "accuracy": {(_ENC, "top-1 accuracy (%)"): "top-1 (points)"},
     "gbr": {(_ENC, "GBR of the logits"): "of logits", (_ENC, "GBR of the probabilities"): "of probabilities"},
     "robustness": {(_ENC, "top-1 accuracy (%) under FGSM"): "top-1 under FGSM (points, mean over eps)"},
-    "tightness": {(_ENC, "AM-GM slack of the folded linear maps (log)"): "slack (log)"},
+    "tightness": {(_ENC, "AM-GM slack of the folded linear maps (log)"): "slack of the folded linear maps (log)"},
     "parts": {
         (("bn", "baseline"), "top-1 accuracy (%)"): "classifier BN alone",
         (("enc-ws", "bn"), "top-1 accuracy (%)"): "ENC less classifier BN",
@@ -93,8 +93,9 @@ def _band(curve: dict) -> _plot.Series:
 def headlines(found: Results, parts: Sequence[Section], folder: str) -> str:
     """The verdicts in five lines, with a figure: what stands in the project's README."""
     by_name = {part.name: part for part in parts}
+    to_go = f"{len(found.missing)} planned ones to go" if found.missing else "all that are planned"
     note = (
-        f"[The study]({folder}/README.md): {len(list(found))} finished runs, {len(found.missing)} planned ones to go. "
+        f"[The study]({folder}/README.md): {len(list(found))} finished runs, {to_go}. "
         "ENC is eq. 22, against the plain network; differences are paired by seed, with 95 % intervals."
     )
     figures = by_name["accuracy"].figures or by_name["parts"].figures
@@ -107,17 +108,31 @@ def _headline(found: Results, part: Section) -> str:
     arenas = []
     for arena in dict.fromkeys(c.arena for c in part.comparisons):
         run = [c for c in part.comparisons if c.arena == arena and c.effect is not None]
-        effects = [
-            f"{label} {_effect(c)}"
+        named = [
+            (label, c)
             for (pair, name), label in shown.items()
             for c in run
             if (c.cell, c.other) == pair and c.metric.name.split(",")[0] == name
         ]
-        if effects:
+        if named:
+            named += _decisive(found, run, [c for _, c in named], part.verdicts.get(arena))
+            effects = ", ".join(f"{label} {_effect(c)}" for label, c in named)
             verdict = f" - **{_verdict(found, part, arena)}**" if arena in part.verdicts else ""
-            arenas.append(f"{arena}: {', '.join(effects)}{verdict}")
+            arenas.append(f"{arena}: {effects}{verdict}")
     title = part.title if part.title.endswith("?") else f"{part.title}?"
     return f"- {title} {'; '.join(arenas) or 'Not run yet'}."
+
+
+def _decisive(
+    found: Results, run: Sequence[Comparison], shown: Sequence[Comparison], verdict: str | None
+) -> list[tuple[str, Comparison]]:
+    """The clearest comparison that has the joint verdict, if none that is shown has: readers see what decides."""
+    alike = [c for c in run if c.claimed and c.verdict == verdict]
+    if not alike or any(c.verdict == verdict for c in shown):
+        return []
+    c = min(alike, key=lambda c: c.effect.p_value(c.metric.as_ratio))
+    against = "" if (c.cell, c.other) == _ENC else f" against {found.title(c.arena, c.other)}"
+    return [(f"{c.metric.name}{against}", c)]
 
 
 def markdown(found: Results, parts: Sequence[Section]) -> str:

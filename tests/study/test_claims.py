@@ -19,6 +19,7 @@ from enc_plugin.study.claims import (
     joint_verdict,
     sections,
 )
+from enc_plugin.study.report import headlines
 from enc_plugin.study.results import (
     FREE_NORM,
     GBR_LOGITS,
@@ -157,6 +158,22 @@ def test_decay_that_lowers_the_bound_alone_is_seen_link_by_link():
         GBR_PROBS: "no difference seen",
     }
     assert section.verdicts == {"quarter": UNDECIDED}
+
+
+def test_a_headline_shows_what_decides():
+    def line(eps8):
+        """Robustness of three pairs that differ under FGSM 1/255, clearly or not under 8/255 alone."""
+        runs = []
+        for seed in range(3):
+            runs.append(made_up(seed=seed, **{"fgsm/top1_eps1": 40.0, "fgsm/top1_eps8": 5.0}))
+            more = {"fgsm/top1_eps1": 43.0 + seed, "fgsm/top1_eps8": 5.0 + eps8[seed]}
+            runs.append(made_up(cell="enc-ws", seed=seed, **more))
+        found = results(*runs)
+        lines = headlines(found, sections(found), "study").splitlines()
+        return next(text for text in lines if "robust" in text)
+
+    assert "top-1 accuracy under FGSM 8/255 (%) -1.00" in line([-1.0, -1.01, -0.99])  # contradicts, the mean does not
+    assert "8/255" not in line([-5.0, 0.0, 5.0])  # the mean itself does not decide
 
 
 def test_a_better_fit_is_no_smaller_gap():

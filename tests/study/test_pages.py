@@ -107,11 +107,11 @@ def test_a_readme_without_the_markers_is_refused(written, tmp_path):
 
 def test_only_the_lines_between_the_markers_change(written, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nwritten earlier\n{END}\nafter\n")
     write_study(written, readme)
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
-    assert "old" not in text
+    assert "written earlier" not in text
     write_study(written, readme)
     assert readme.read_text() == text

@@ -179,6 +179,7 @@ def sections(results: Results) -> list[Section]:
         _decay(results),
         _robustness(results),
         _augmentations(results),
+        _all_together(results),
         _augmented_robustness(results),
         _alpha(results),
         _parts(results),
@@ -378,23 +379,37 @@ def _robustness(results: Results) -> Section:
 
 
 def _augmentations(results: Results) -> Section:
-    pairs = [(f"enc-{name}", name) for name in AUGMENTATIONS]
+    pairs = [(f"enc-{name}", name) for name in AUGMENTATIONS] + [("enc-ws", name) for name in AUGMENTATIONS]
     section = _claim(
         results,
         "augmentations",
-        "ENC adds to Cutout, Mixup, CutMix and label smoothing",
+        "ENC adds to Cutout, Mixup, CutMix and label smoothing, and beats each alone",
         "Table 2 (ResNet-50): Cutout 76.48 to 77.47 with ENC, Mixup 76.70 to 77.50, CutMix 76.57 to 77.94, LS 76.75 to "
-        "77.37.",
+        "77.37; ENC alone 77.44.",
         pairs,
         lambda arena: [metrics.TOP1] if arena == "quarter" else [],
         claimed=1,
     )
-    alone = [("enc-ws", name) for name in AUGMENTATIONS] + [("enc-cutmix-ls", "baseline")]
-    section.comparisons += compare(results, "quarter", alone, [metrics.TOP1], 1)
-    section.verdicts["quarter"] = joint_verdict(section.comparisons)
     section.text.append(
-        "ENC against each alone stands below the pairs: the paper's ENC (77.44) beats each of them. At so few epochs "
-        "augmentation mostly slows training down; that says little about long schedules."
+        "At so few epochs augmentation mostly slows down training, and ENC speeds it up; that says little about long "
+        "schedules."
+    )
+    return section
+
+
+def _all_together(results: Results) -> Section:
+    section = _claim(
+        results,
+        "all-together",
+        "ENC + CutMix + LS does best of all",
+        "Table 2 (ResNet-50): 77.96 together, 77.94 without LS, 77.44 ENC alone, 76.54 plain.",
+        [("enc-cutmix-ls", other) for other in ("baseline", "enc-ws", "enc-cutmix")],
+        lambda arena: [metrics.TOP1] if arena == "quarter" else [],
+        claimed=1,
+    )
+    section.text.append(
+        "Until the runs were done, the comparison with plain was a part of the claim above, which was not decided for "
+        "it; those with ENC and with ENC + CutMix were added with the split."
     )
     return section
 

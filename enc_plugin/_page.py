@@ -13,6 +13,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+SHORT = 16  # characters: a table's column of no longer texts is not broken into lines
+
 
 class Html(str):
     """Text that is HTML already and goes into a page as it is."""
@@ -41,11 +43,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "")
 
     Args:
         head: Names of the columns.
-        rows: Cells; the first of a row names it. A column of numbers (in all its filled cells) is aligned right.
+        rows: Cells; the first of a row names it. A column of numbers (in all its filled cells) is aligned right; a
+            column of short texts is not broken into lines.
         caption: What the table shows; also what a screen reader announces.
     """
-    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(head))]
-    kinds = [' class="n"' if number and i else "" for i, number in enumerate(numeric)]
+    kinds = [_kind([row[i] for row in rows]) if i and rows else "" for i in range(len(head))]
     top = "".join(f'<th scope="col"{kind}>{_inline(cell)}</th>' for cell, kind in zip(head, kinds, strict=True))
     body = "\n".join(
         f'<tr><th scope="row">{_inline(row[0])}</th>'
@@ -96,10 +98,17 @@ def _join(blocks: Sequence[str]) -> str:
     return "\n".join(block if isinstance(block, Html) else f"<p>{html.escape(block)}</p>" for block in blocks)
 
 
+def _kind(cells: Sequence[str]) -> str:
+    """Attribute of the cells of a column."""
+    if all(_is_number(cell) for cell in cells):
+        return ' class="n"'
+    return ' class="s"' if max(map(len, cells)) <= SHORT else ""
+
+
 def _is_number(cell: str) -> bool:
-    """Whether the cell is empty or begins with a number, as ``1.5 ± 0.2`` does."""
+    """Whether the cell is empty or begins with a number, as ``1.5 ± 0.2`` or the ratio ``x1.5`` do."""
     try:
-        return not cell or bool(float(cell.split()[0].rstrip("%")) or True)
+        return not cell or bool(float(cell.split()[0].removeprefix("x").rstrip("%")) or True)
     except (ValueError, IndexError):
         return False
 
@@ -126,7 +135,9 @@ thead th { vertical-align: bottom; min-width: 4.4rem; border-bottom: 2px solid v
 th[scope=row] { position: sticky; left: 0; background: var(--back); min-width: 5rem; max-width: 40vw;
   overflow-wrap: break-word; }
 .n { text-align: right; white-space: nowrap; }
-thead .n { white-space: normal; }
+.s { white-space: nowrap; }
+td:last-child:not(.n) { min-width: 7rem; }
+thead .n, thead .s { white-space: normal; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; }
 .note { background: var(--note); padding: .5rem .8rem; border-radius: 6px; }

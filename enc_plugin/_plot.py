@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 # Okabe and Ito without yellow, which is lost on white.
@@ -201,6 +202,7 @@ def intervals(
     axes.grid(visible=False, axis="y")
     if logx and np.any(values > 0):
         axes.set_xscale("log")
+        _log_ticks(axes.xaxis, axes.get_xlim())
     return to_png(axes.figure)
 
 
@@ -249,15 +251,28 @@ def _finish(
     drawn = [one for one in series if one is not None]
     if logx and any(np.any(_finite(one.x) > 0) for one in drawn):
         axes.set_xscale("log")
+        _log_ticks(axes.xaxis, axes.get_xlim())
     elif whole_x:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     if logy and any(np.any(_finite(one.y) > 0) for one in drawn):
         axes.set_yscale("log")
     if ylim is not None:
         axes.set_ylim(*ylim)
+    if axes.get_yscale() == "log":
+        _log_ticks(axes.yaxis, axes.get_ylim())
     if legend:
         legend_below(axes)
     return to_png(axes.figure)
+
+
+def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
+    """Plain numbers on a logarithmic axis of few decades, where matplotlib writes powers of ten over each other."""
+    decades = math.log10(limits[1] / limits[0])
+    if decades > 2:
+        return
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades > 0.7 else MaxNLocator(nbins=5))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:

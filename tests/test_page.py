@@ -74,8 +74,17 @@ def test_figures_are_inside_the_page():
 
 def test_columns_of_numbers_are_aligned_right_and_a_row_begins_with_its_name():
     cells = [(tag, attrs.get("class"), attrs.get("scope")) for tag, attrs in Tree(PAGE).tags if tag in ("th", "td")]
-    assert cells[:3] == [("th", None, "col"), ("th", "n", "col"), ("th", None, "col")]
-    assert cells[3:6] == [("th", None, "row"), ("td", "n", None), ("td", None, None)]
+    assert cells[:3] == [("th", None, "col"), ("th", "n", "col"), ("th", "s", "col")]
+    assert cells[3:6] == [("th", None, "row"), ("td", "n", None), ("td", "s", None)]
+
+
+@pytest.mark.parametrize(
+    "cells, kind",
+    [(["x1.5 [1, 2]", ""], "n"), (["ENC, eq. 22", "1.5"], "s"), (["a sentence that goes on and on", "1"], None)],
+)
+def test_a_column_breaks_into_lines_if_it_holds_long_texts(cells, kind):
+    page = render("A", table(["run", "what"], [["a", cell] for cell in cells]))
+    assert {attrs.get("class") for tag, attrs in Tree(page).tags if tag == "td"} == {kind}
 
 
 def test_a_row_of_another_length_is_refused():

@@ -608,7 +608,7 @@ def _learning_rates(results: Results) -> Section:
     if len(rows) == 2 * len(rates):
         section.comparisons = compare(results, arena, [(best["ENC"][1], best["plain"][1])], [metrics.TOP1], 1)
         section.verdicts[arena] = joint_verdict(section.comparisons)
-        section.text.append("The last comparison takes the better of three on both sides: its interval is optimistic.")
+        section.text.append("The comparison takes the best of three rates on both sides: its interval is optimistic.")
     return section
 
 

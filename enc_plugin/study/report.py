@@ -230,14 +230,14 @@ def _tables(found: Results, part: Section) -> list[tuple[str, list[str], list[li
 
 
 def _comparison_table(found: Results, part: Section) -> tuple[list[str], list[list[str]]]:
-    head = ["arena", "A", "B", "measured", "mean of A", "mean of B", "A against B [95 %]", "seeds", "verdict"]
+    head = ["arena", "A", "B", "measured", "mean A", "mean B", "A against B [95 %]", "seeds", "verdict"]
     rows = []
     for c in part.comparisons:
         if c.effect is None:
             continue
         values = ["-" if v is None else format(v, c.metric.digits) for v in (c.first, c.second)]
         names = [found.title(c.arena, cell) for cell in (c.cell, c.other)]
-        verdict = "one seed" if c.effect.n == 1 else c.verdict
+        verdict = "one seed" if c.effect.n == 1 else c.verdict.removesuffix(" at this scale")
         rows.append([c.arena, *names, c.metric.name, *values, _effect(c), str(c.effect.n), verdict])
     return head, rows
 

@@ -79,7 +79,7 @@ def test_columns_of_numbers_are_aligned_right_and_a_row_begins_with_its_name():
 
 
 @pytest.mark.parametrize(
-    "cells, kind",
+    ("cells", "kind"),
     [(["x1.5 [1, 2]", ""], "n"), (["ENC, eq. 22", "1.5"], "s"), (["a sentence that goes on and on", "1"], None)],
 )
 def test_a_column_breaks_into_lines_if_it_holds_long_texts(cells, kind):

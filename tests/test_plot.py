@@ -96,7 +96,7 @@ def test_intervals_have_a_row_a_label_from_the_top_and_draw_none_for_nan(bars):
     assert pixels(taller).shape[0] > pixels(png).shape[0]
 
 
-@pytest.mark.parametrize("low, high", [(2.5, 40), (90, 125), (1975, 2150), (0.03, 1.2), (1, 1.001), (1e-8, 1e8)])
+@pytest.mark.parametrize(("low", "high"), [(2.5, 40), (90, 125), (1975, 2150), (0.03, 1.2), (1, 1.001), (1e-8, 1e8)])
 def test_labels_of_a_logarithmic_axis_do_not_touch(low, high):
     axes = _plot.new_axes("x", "y")
     axes.plot([low, high], [0, 1])

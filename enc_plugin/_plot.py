@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
 # Okabe and Ito without yellow, which is lost on white.
@@ -270,8 +270,12 @@ def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
     decades = math.log10(limits[1] / limits[0])
     if decades > 2:
         return
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades > 0.7 else MaxNLocator(nbins=5))
-    axis.set_major_formatter("{x:g}")
+    if decades > 0.7:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+    else:
+        axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))  # as many digits as tell them apart
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -96,7 +96,7 @@ def test_intervals_have_a_row_a_label_from_the_top_and_draw_none_for_nan(bars):
     assert pixels(taller).shape[0] > pixels(png).shape[0]
 
 
-@pytest.mark.parametrize(("low", "high"), [(2.5, 40), (90, 125), (1975, 2150), (0.03, 1.2), (1, 1.001), (1e-8, 1e8)])
+@pytest.mark.parametrize(("low", "high"), [(2.5, 40), (90, 125), (1975, 2150), (0.03, 1.2), (1, 1 + 1e-6), (1e-8, 1e8)])
 def test_labels_of_a_logarithmic_axis_do_not_touch(low, high):
     axes = _plot.new_axes("x", "y")
     axes.plot([low, high], [0, 1])
@@ -105,6 +105,6 @@ def test_labels_of_a_logarithmic_axis_do_not_touch(low, high):
     axes.figure.canvas.draw()
     labels = [label for label in axes.get_xticklabels(which="both") if label.get_text() and label.get_visible()]
     inside = [label for label in labels if axes.get_xlim()[0] <= label.get_position()[0] <= axes.get_xlim()[1]]
+    assert len({label.get_text() for label in inside}) == len(inside) >= 2
     boxes = sorted((label.get_window_extent() for label in inside), key=lambda box: box.x0)
-    assert len(boxes) >= 2
     assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))

@@ -202,7 +202,7 @@ def intervals(
     axes.grid(visible=False, axis="y")
     if logx and np.any(values > 0):
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis, axes.get_xlim())
+        _log_ticks(axes.xaxis)
     return to_png(axes.figure)
 
 
@@ -251,7 +251,7 @@ def _finish(
     drawn = [one for one in series if one is not None]
     if logx and any(np.any(_finite(one.x) > 0) for one in drawn):
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis, axes.get_xlim())
+        _log_ticks(axes.xaxis)
     elif whole_x:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     if logy and any(np.any(_finite(one.y) > 0) for one in drawn):
@@ -259,15 +259,16 @@ def _finish(
     if ylim is not None:
         axes.set_ylim(*ylim)
     if axes.get_yscale() == "log":
-        _log_ticks(axes.yaxis, axes.get_ylim())
+        _log_ticks(axes.yaxis)
     if legend:
         legend_below(axes)
     return to_png(axes.figure)
 
 
-def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
+def _log_ticks(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis of few decades, where matplotlib writes powers of ten over each other."""
-    decades = math.log10(limits[1] / limits[0])
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
     if decades > 2:
         return
     if decades > 0.7:

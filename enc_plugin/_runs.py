@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from mmengine.config import Config
@@ -71,7 +72,7 @@ class _Segment:
     records: list[dict]
     broken: int
 
-    @property
+    @cached_property
     def training(self) -> list[dict]:
         return [record for record in self.records if "iter" in record]
 

@@ -100,12 +100,11 @@ def test_resumed_segments_are_joined_and_what_was_done_twice_counts_once(tmp_pat
 
 def test_a_validation_that_a_resumed_run_only_makes_up_for_counts(tmp_path):
     whole = [*epoch(1, 3.0, 10.0), *epoch(2, 2.0, 20.0)]
-    by_epoch = "train_cfg = dict(by_epoch=True, max_epochs=2)\n"
-    write_log(tmp_path, whole[:-1], config=by_epoch)
-    write_log(
-        tmp_path, [whole[-1], {"fgsm/top1_eps8": 5.0, "step": 2}], "20260102_000000", "resume = True\n" + by_epoch
-    )
-    write_log(tmp_path, [{"enc/layers": 9, "step": 2}], "20260103_000000", "resume = True\n" + by_epoch)  # all was done
+    config = "train_cfg = dict(by_epoch=True, max_epochs=2)\n"
+    resumed = "resume = True\n" + config
+    write_log(tmp_path, whole[:-1], config=config)
+    write_log(tmp_path, [whole[-1], {"fgsm/top1_eps8": 5.0, "step": 2}], "20260102_000000", resumed)
+    write_log(tmp_path, [{"enc/layers": 9, "step": 2}], "20260103_000000", resumed)  # all was done
     run = load_run(tmp_path)
     assert run.scalars["accuracy/top1"] == [(1, 10.0), (2, 20.0)]
     assert run.scalars["fgsm/top1_eps8"] == [(2, 5.0)]

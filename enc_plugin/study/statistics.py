@@ -83,19 +83,24 @@ def _quantile(n: int) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
 
 
+def shared_seeds(a: Mapping[int, float], b: Mapping[int, float], positive: bool = False) -> list[int]:
+    """The seeds that both have, ascending; with ``positive`` those alone whose values are above 0 on both sides."""
+    return [seed for seed in sorted(a.keys() & b.keys()) if not positive or min(a[seed], b[seed]) > 0]
+
+
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
     """Mean of ``a - b`` over the seeds that both have, with its interval; None if they share none.
 
     Runs of equal seeds start from the same weights and see the same data in the same order, so that the difference
     within a seed varies less than the values do.
     """
-    seeds = sorted(set(a) & set(b))
+    seeds = shared_seeds(a, b)
     return interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
 
 
 def paired_ratio(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
     """Geometric mean of ``a / b`` over shared seeds, positive values only, with the interval of the logarithms."""
-    seeds = [seed for seed in sorted(set(a) & set(b)) if a[seed] > 0 and b[seed] > 0]
+    seeds = shared_seeds(a, b, positive=True)
     return geometric_interval([a[seed] / b[seed] for seed in seeds]) if seeds else None
 
 

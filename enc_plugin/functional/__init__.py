@@ -2,7 +2,7 @@
 
 from .attack import fgsm, pgd
 from .bounds import bound_chain, conv_map_sq_norm, robustness_delta, robustness_gap
-from .decay import shift_direction, shifted_l2_grad
+from .decay import decay_efolds, shift_direction, shifted_l2_grad
 from .jacobian import gbr, gbr_penalty
 from .weights import VARIANTS, enc_weight
 
@@ -10,6 +10,7 @@ __all__ = [
     "VARIANTS",
     "bound_chain",
     "conv_map_sq_norm",
+    "decay_efolds",
     "enc_weight",
     "fgsm",
     "gbr",

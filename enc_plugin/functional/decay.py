@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from ._checks import check_number
@@ -61,6 +63,45 @@ def shifted_l2_grad(weight: Tensor, variant: str, eps: float) -> Tensor:
     """
     check_shift_eps(eps)
     return weight - eps * shift_direction(weight, variant)
+
+
+def decay_efolds(
+    learning_rates: Iterable[float], weight_decay: float, momentum: float = 0.0, dampening: float = 0.0
+) -> float:
+    r"""How much weight decay acts in a run: the e-folds by which it lowers :math:`\lVert W \rVert^2`.
+
+    SGD with momentum :math:`\mu` adds :math:`\lambda W` to the gradient. Each such term enters the velocity once, with
+    the factor :math:`1 - d` of dampening, and leaves it as a geometric series, so a step of learning rate
+    :math:`\eta_t` shrinks W by :math:`\eta_t \lambda (1 - d) / (1 - \mu)` in all:
+
+    .. math:: \Delta \log \lVert W \rVert^2 = -\frac{2 \lambda (1 - d)}{1 - \mu} \sum_t \eta_t
+
+    to first order in :math:`\eta\lambda`. This is the part of decay alone. Where a batch norm makes W scale-invariant,
+    the loss's gradient is orthogonal to W and only adds to its norm; after a few e-folds the two balance, and the norm
+    no longer depends on how it started.
+
+    Args:
+        learning_rates: Of every optimizer step of the run.
+        weight_decay: Lambda, not negative.
+        momentum: Of SGD, 0 to 1 (Nesterov's too). For decoupled decay (AdamW), which bypasses the momentum: 0.
+        dampening: Of SGD's momentum.
+
+    Returns:
+        E-folds, not negative: 1 means that decay alone would divide :math:`\lVert W \rVert^2` by e. The paper's
+        ImageNet recipe has 33.
+
+    Raises:
+        ValueError: If ``momentum`` is not in [0, 1), or ``weight_decay`` is negative.
+
+    Example:
+        >>> steps = [lr for lr in (0.1, 0.01, 0.001) for _ in range(30 * 5004)] + [1e-4] * (10 * 5004)
+        >>> round(decay_efolds(steps, weight_decay=1e-4, momentum=0.9), 1)
+        33.3
+    """
+    check_number("weight_decay", weight_decay, "a finite number >= 0", lambda value: 0 <= value < float("inf"))
+    check_number("momentum", momentum, "a number in [0, 1)", lambda value: 0 <= value < 1)
+    check_number("dampening", dampening, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+    return 2 * weight_decay * (1 - dampening) / (1 - momentum) * sum(learning_rates)
 
 
 def check_shift_eps(eps: float, name: str = "eps") -> None:

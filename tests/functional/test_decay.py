@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from enc_plugin.functional import VARIANTS, shifted_l2_grad
+from enc_plugin.functional import VARIANTS, decay_efolds, shifted_l2_grad
 
 ALL = tuple(VARIANTS)
 
@@ -67,3 +67,50 @@ def test_descent_settles_at_the_shift(variant):
 def test_a_bad_shift_is_refused(eps):
     with pytest.raises(ValueError, match="eps: expected a finite number >= 0"):
         shifted_l2_grad(torch.ones(2, 2), "fro", eps)
+
+
+def log_sq_norm_lost(optimizer, weight, gradient, learning_rates) -> float:
+    """By how much log ||W||^2 falls when ``optimizer`` takes a step of ``gradient()`` at each learning rate."""
+    start = weight.detach().square().sum().log()
+    for lr in learning_rates:
+        optimizer.param_groups[0]["lr"] = lr
+        weight.grad = gradient()
+        optimizer.step()
+    return (start - weight.detach().square().sum().log()).item()
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(momentum=0.9), dict(momentum=0.5, dampening=0.3)])
+def test_efolds_are_what_decay_alone_takes_from_the_squared_norm(settings):
+    weight = nn.Parameter(torch.randn(4, 9, dtype=torch.float64))
+    learning_rates = [0.1] * 400 + [0.01] * 200
+    optimizer = torch.optim.SGD([weight], lr=1.0, weight_decay=1e-3, **settings)
+    lost = log_sq_norm_lost(optimizer, weight, lambda: torch.zeros_like(weight), learning_rates)
+    assert decay_efolds(learning_rates, 1e-3, **settings) == pytest.approx(lost, rel=0.02)
+
+
+def test_efolds_of_decoupled_decay_take_no_momentum():
+    weight = nn.Parameter(torch.randn(4, 9, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.1)
+    lost = log_sq_norm_lost(optimizer, weight, lambda: torch.zeros_like(weight), [0.01] * 500)
+    assert decay_efolds([0.01] * 500, 0.1) == pytest.approx(lost, rel=1e-3)
+
+
+def test_efolds_hold_under_a_scale_invariant_loss():
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 9, dtype=torch.float64, generator=generator))
+
+    def gradient():
+        target = torch.randn(4, 9, dtype=torch.float64, generator=generator)
+        loss = 1e-2 * (weight / weight.norm() * target).sum()  # of the direction alone
+        return torch.autograd.grad(loss, weight)[0]
+
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9, weight_decay=5e-3)
+    learning_rates = [0.01] * 1000  # short of the equilibrium, where the gradient adds what decay takes
+    lost = log_sq_norm_lost(optimizer, weight, gradient, learning_rates)
+    assert decay_efolds(learning_rates, 5e-3, momentum=0.9) == pytest.approx(lost, rel=0.02)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("momentum", 1.0), ("weight_decay", -1e-4), ("dampening", 2.0)])
+def test_efolds_refuse_settings_out_of_range(argument, value):
+    with pytest.raises(ValueError, match=argument):
+        decay_efolds([0.1], **{"weight_decay": 1e-4, argument: value})

@@ -1,28 +1,20 @@
-"""Equivalent-norm-constrained (ENC) training for mmengine, mmpretrain and timm.
+"""Equivalent-norm-constrained (ENC) training for torch, mmengine, mmpretrain and timm.
 
-Importing the package registers every part on mmengine's root registries; in a config:
+The layers, ``to_enc``, ``fold``, ``audit`` and the decay need torch alone. Where mmengine and mmpretrain are installed,
+importing the package registers every part on mmengine's root registries; in a config:
 ``custom_imports = dict(imports=['enc_plugin'])``.
 """
 
+import importlib
 import os
 import warnings
 
-from ._environment import check_environment
-
-check_environment()
-
-with warnings.catch_warnings():
-    # mmcv-lite's warning about an operator that classification never calls.
-    if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
-        warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``", UserWarning)
-    from . import checkpoint, datasets, engine, models
-from ._paths import config_path  # noqa: E402
-from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc  # noqa: E402
-from .layers import CheckpointWarning, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear  # noqa: E402
-from .optim import add_shift, param_groups_enc  # noqa: E402
-from .version import __version__  # noqa: E402
-
-checkpoint.allow_mmengine_checkpoints()
+from ._environment import check_environment, is_installed
+from ._paths import config_path
+from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc
+from .layers import CheckpointWarning, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
+from .optim import add_shift, param_groups_enc
+from .version import __version__
 
 __all__ = [
     "Audit",
@@ -37,10 +29,35 @@ __all__ = [
     "add_shift",
     "audit",
     "config_path",
-    "datasets",
-    "engine",
     "fold",
-    "models",
     "param_groups_enc",
     "to_enc",
 ]
+
+_PARTS = {"engine": ("mmengine",), "models": ("mmengine",), "datasets": ("mmengine", "mmpretrain")}
+
+
+def _register_parts() -> None:
+    """Import the parts whose libraries are installed. One that is installed and broken shows its own error."""
+    check_environment()
+    with warnings.catch_warnings():
+        # mmcv-lite's warning about an operator that classification never calls.
+        if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
+            warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``", UserWarning)
+        for part, packages in _PARTS.items():
+            if all(map(is_installed, packages)):
+                importlib.import_module(f"{__name__}.{part}")
+                __all__.append(part)
+    if is_installed("mmengine"):
+        from .checkpoint import allow_mmengine_checkpoints
+
+        allow_mmengine_checkpoints()
+
+
+def __getattr__(name: str):
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")  # not registered: raises, and names the extra
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_register_parts()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import _needs_mmengine  # noqa: F401
+
+# isort: split
 import json
 import math
 import statistics

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import _needs_mmpretrain  # noqa: F401
+
+# isort: split
 import copy
 import datetime
 import hashlib

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._environment import MMCV_RANGE
+from ._environment import MMCV_RANGE, is_installed
+from ._environment import PACKAGES as STACK
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
 
@@ -86,7 +87,7 @@ def run(config: str | None = None, options: dict | None = None, quick: bool = Fa
     logging.disable(logging.CRITICAL)  # the libraries' loggers: what is wrong is in the findings
     findings = list(check_environment(quick, seconds))
     if config is not None:
-        if any(finding.state == BROKEN for finding in findings):
+        if any(finding.state == BROKEN for finding in findings) or not is_installed("mmengine"):
             findings.append(Finding("config", BROKEN, "not examined", "mend the environment first"))
         else:
             findings += check_config(config, options)
@@ -99,14 +100,19 @@ def check_environment(quick: bool = False, seconds: float = 120) -> Iterator[Fin
     """Findings on this interpreter, its packages and this machine."""
     old = sys.version_info < (3, 10)
     yield Finding("python", BROKEN if old else OK, platform.python_version(), "use Python 3.10 or later" if old else "")
-    packages = [finding for module in _PACKAGES for finding in _guard(module, _package, module)]
-    packages += [*_guard("pkg_resources", _pkg_resources), *_guard("opencv", _opencv)]
+    alone = not any(map(is_installed, STACK))
+    packages = [x for module in (["torch"] if alone else _PACKAGES) for x in _guard(module, _package, module)]
+    if alone:
+        packages.append(_torch_alone())
+    else:
+        packages += [*_guard("pkg_resources", _pkg_resources), *_guard("opencv", _opencv)]
     yield from packages
     if any(finding.state == BROKEN for finding in packages):
         return  # what follows fails for the same reasons
     yield from _guard("enc_plugin", _plugin)
     yield from _guard("importable", _importable_elsewhere, seconds)
-    yield from _guard("checkpoints", _checkpoints)
+    if not alone:
+        yield from _guard("checkpoints", _checkpoints)
     yield from _guard("cuda", _cuda)
     if not quick:
         yield from _guard("gloo", _gloo, seconds)
@@ -178,6 +184,11 @@ def _package(module: str) -> Iterator[Finding]:
     yield Finding(module, OK, text)
 
 
+def _torch_alone() -> Finding:
+    found = "not installed: layers, to_enc, fold, decay and enc_plugin.timm work; configs and other tools do not"
+    return Finding("mmengine", NOTE, found, "pip install 'enc-plugin[lite]' for mmengine, mmpretrain and mmcv-lite")
+
+
 def _pkg_resources() -> Iterator[Finding]:
     setuptools = importlib.metadata.version("setuptools") if importlib.util.find_spec("setuptools") else "none"
     try:
@@ -207,13 +218,17 @@ def _plugin() -> Iterator[Finding]:
     except ImportError as error:
         yield Finding("enc_plugin", BROKEN, f"importing it fails: {error}", "do what the message says")
         return
+    where = f"{plugin.__version__}, {Path(plugin.__file__).parent}"
+    if not is_installed("mmengine"):
+        yield Finding("enc_plugin", OK, where)
+        return
     from mmengine.registry import HOOKS, MODELS
 
     missing = [x for x, r in (("ENCImageClassifier", MODELS), ("ENCAuditHook", HOOKS)) if r.get(x) is None]
     if missing:
         yield Finding("enc_plugin", BROKEN, f"{', '.join(missing)} not in the registry", "pip install -e . again")
         return
-    yield Finding("enc_plugin", OK, f"{plugin.__version__}, {Path(plugin.__file__).parent}; its parts are registered")
+    yield Finding("enc_plugin", OK, f"{where}; its parts are registered")
 
 
 def _importable_elsewhere(seconds: float) -> Iterator[Finding]:

@@ -12,6 +12,8 @@ from typing import Any
 try:
     from timm.models import model_entrypoint, register_model
 except ModuleNotFoundError as error:
+    if error.name != "timm":  # timm is there, and lacks something itself
+        raise
     raise ModuleNotFoundError(
         "enc_plugin.timm needs timm, which is not installed; run: pip install 'enc-plugin[timm]'", name=error.name
     ) from error

@@ -106,6 +106,23 @@ def test_the_forks_are_fine_and_a_plugin_found_here_alone_is_noted(tmp_path):
     assert re.search(r"^ok +checkpoints .*loaded under weights_only", output, re.M)
 
 
+@on_the_stack
+@pytest.mark.slow
+def test_torch_alone_is_fine_until_a_config_is_asked_about(tmp_path):
+    python = environment(
+        tmp_path / "env", "mmcv|mmengine|mmpretrain|torchvision|cv2|opencv|rich|setuptools|pkg_resources"
+    )
+    code, output = doctor(python)
+    assert code == 0, output
+    assert re.search(
+        r"^note +mmengine +not installed: layers, to_enc.*pip install 'enc-plugin\[lite\]'", output, re.M | re.S
+    )
+    assert re.search(r"^ok +enc_plugin ", output, re.M)
+    code, output = doctor(python, "--config", str(DIGITS))
+    assert code == 1
+    assert re.search(r"^BROKEN +config +not examined", output, re.M)
+
+
 @pytest.mark.slow
 def test_a_working_environment_passes_with_every_check(tmp_path):
     done = run_command([sys.executable, "tools/doctor.py", "--config", str(DIGITS)])

@@ -1,5 +1,8 @@
 """Datasets, registered on mmengine's root registry."""
 
+from .. import _needs_mmpretrain  # noqa: F401
+
+# isort: split
 from .cifar10 import CIFAR10Folder
 from .digits import Digits
 from .folder import ImageFolder

@@ -1,5 +1,8 @@
 """mmengine parts, registered on mmengine's root registries."""
 
+from .. import _needs_mmengine  # noqa: F401
+
+# isort: split
 from .amp import BFloat16OptimWrapper
 from .audit_hook import ENCAuditHook
 from .bn_eps_hook import BatchNormEpsHook

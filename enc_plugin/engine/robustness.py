@@ -11,7 +11,6 @@ from numbers import Real
 import torch
 from mmengine.dist import all_reduce, get_dist_info
 from mmengine.evaluator import Evaluator
-from mmpretrain.evaluation import Accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -234,6 +233,8 @@ def _nonzero(gradient: Tensor) -> Tensor:
 
 def _accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent by mmpretrain's metric, from predictions that every rank holds in full."""
+    from mmpretrain.evaluation import Accuracy  # here: the hooks register with mmengine alone
+
     rank, world_size = get_dist_info()
     count = len(labels)
     # The evaluator takes the ranks' results in turn and drops what exceeds the count: pad the last turn.

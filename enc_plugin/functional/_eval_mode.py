@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,8 +17,9 @@ def require_eval_mode(forward: Callable) -> Iterator[None]:
     In train mode each image's output depends on its batch (batch norm) or on chance (dropout), and running changes
     the model. A module is checked at once; of any other callable, each module is as it is called.
     """
-    if isinstance(forward, nn.Module):
-        for name, module in forward.named_modules():
+    model = module_of(forward)
+    if model is not None:
+        for name, module in model.named_modules():
             _check(module, name)
         yield
         return
@@ -26,6 +28,16 @@ def require_eval_mode(forward: Callable) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def module_of(forward: Callable) -> nn.Module | None:
+    """The module that ``forward`` is, or is a method of; None for another callable."""
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    forward = getattr(forward, "__self__", forward)
+    # What torch.compile made of a module has, in some versions of torch, a mode of its own that means nothing.
+    forward = getattr(forward, "_orig_mod", forward)
+    return forward if isinstance(forward, nn.Module) else None
 
 
 def _check(module: nn.Module, name: str = "") -> None:

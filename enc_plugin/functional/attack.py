@@ -2,6 +2,7 @@ r"""White-box attacks in the L-inf ball: FGSM (one gradient) and PGD (several)."
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
 
@@ -13,6 +14,7 @@ from ._checks import check_class_numbers, check_floating_tensor, check_integer, 
 from ._eval_mode import require_eval_mode
 
 MAX_STEPS = 10_000  # a slip of zeros would run for days
+LEAST_EPS = 0.5  # grey levels
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -38,7 +40,8 @@ def fgsm(
         forward: Maps images to logits ``(N, C)``; whatever normalises the images belongs within. In eval mode.
         images: Pixels x, ``(N, ...)``, floating point, within ``[lower, upper]``.
         labels: True classes y, ``(N,)`` integers.
-        eps: Largest change of a pixel, in the unit of ``images`` (8 / 255 for the range 0..1); a number, or a sequence.
+        eps: Largest change of a pixel, in the unit of ``images`` (8 / 255 for the range 0..1, 8 for 0..255); a number,
+            or a sequence. Below half a grey level of 0..255 a warning says that the unit may be the other one.
         lower: Smallest possible pixel value.
         upper: Largest possible pixel value.
         loss: ``'cross_entropy'``, or a callable that takes logits and labels and returns a loss, ``(N,)`` or summed.
@@ -203,6 +206,21 @@ def _holds_integers(labels: Tensor) -> bool:
     return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
 
 
+def _warn_of_other_unit(budgets: Sequence[float], scale: float) -> None:
+    """Warn of budgets below half a grey level of pixels in 0..255, which 8 / 255 of the range looks like."""
+    small = [budget for budget in budgets if 0 < budget < LEAST_EPS]
+    if small and scale == 255:
+        warnings.warn(f"eps: {other_unit(small[0])}", stacklevel=4)
+
+
+def other_unit(eps: float) -> str:
+    """What is suspect about ``eps`` below half a grey level, and the value that may have been meant."""
+    return (
+        f"{eps:.4g} is below half a grey level, which rounding to pixels undoes, because the unit is 1/255 of the "
+        f"range; if {eps:.4g} of the range was meant, it is eps={eps * 255:.4g}"
+    )
+
+
 def _check_arguments(
     images: Tensor, labels: Tensor, eps: float | Sequence[float], lower: float, upper: float
 ) -> list[float]:
@@ -234,6 +252,7 @@ def _check_arguments(
                 f"eps: expected numbers from 0 to upper - lower = {upper - lower:g}, got {budget!r}; eps has the unit "
                 "of the images (8 / 255 of the range is 8 / 255 for pixels in 0..1, and 8 for pixels in 0..255)"
             )
+    _warn_of_other_unit(budgets, upper - lower)
     if images.numel():
         low, high = (bound.item() for bound in images.detach().aminmax())
         if not (lower <= low and high <= upper):

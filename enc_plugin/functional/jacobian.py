@@ -3,15 +3,12 @@ r"""The Generalization Bound Regularizer (GBR), eq. 2 and 18: squared norm of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
 from ._checks import check_class_numbers, check_floating_tensor, check_integer, check_type
+from ._reading import reading, refuse_random
 
 OUTPUTS = {
     "logits": "what forward returns",
@@ -43,7 +40,8 @@ def gbr(
 
     Args:
         forward: Maps inputs ``(N, ...)`` to outputs ``(N, C)`` (other shapes are flattened to that), each sample on
-            its own: a model in eval mode, or any callable.
+            its own and without chance: a model in eval mode, or any callable. What ``torch.compile`` made runs
+            uncompiled, because its backward pass runs once only.
         inputs: Samples x, ``(N, ...)``, floating point; their unit is what the result is relative to.
         output: What is differentiated: ``'logits'`` (what ``forward`` returns), ``'probs'`` (its softmax) or
             ``'label_prob'`` (the softmax of the true class).
@@ -60,8 +58,9 @@ def gbr(
         ``(N,)``, in float32 at least; not halved, no mean taken.
 
     Raises:
-        ValueError: If ``output`` is unknown or lacks its labels, a batch norm uses the statistics of the batch, a
-            dropout is active, or one sample's output depends on another sample.
+        ValueError: If ``output`` is unknown or lacks its labels, a batch norm uses the statistics of the batch, the
+            output is random (dropout, stochastic depth and the like in train mode), or one sample's output depends on
+            another sample.
         TypeError: If ``inputs`` are integers or ``forward`` returns no tensor.
 
     Example:
@@ -71,7 +70,7 @@ def gbr(
     """
     _check_arguments(forward, inputs, output, labels, projections, generator, seeds, batch_size)
     values = []
-    with _reading(inputs):
+    with reading(inputs.device):
         if projections is not None and seeds is None:
             device = generator.device if generator is not None else "cpu"
             seeds = torch.randint(2**32, (len(inputs),), generator=generator, device=device)
@@ -147,8 +146,12 @@ def _squared_norms(
     seeds: list[int] | None,
     check: bool,
 ) -> Tensor:
-    """:func:`gbr` of one chunk; ``check`` looks for samples that depend on each other."""
-    x, out = _graph(forward, inputs, output, labels)
+    """:func:`gbr` of one chunk; ``check`` looks for chance, and for samples that depend on each other."""
+    if check:
+        with refuse_random(forward, inputs):
+            x, out = _graph(forward, inputs, output, labels)
+    else:
+        x, out = _graph(forward, inputs, output, labels)
     directions, scale = _directions(out.shape[1], projections, seeds, out)
     total = torch.zeros(len(x), dtype=_at_least_float32(x), device=x.device)
     check = check and len(x) > 1
@@ -158,7 +161,7 @@ def _squared_norms(
             gradient = _checked_gradient(forward, inputs, output, labels, x, out, direction, keep)
         else:
             gradient = _input_gradient(out, x, direction, keep)
-        total += gradient.flatten(1).to(total.dtype).square().sum(1)
+        total += gradient.reshape(len(x), -1).to(total.dtype).square().sum(1)
     return total * scale
 
 
@@ -172,24 +175,25 @@ def _checked_gradient(
     direction: Tensor,
     keep: bool,
 ) -> Tensor:
-    """Gradient along ``direction``, after the proof that samples do not mix, for little more than the gradient alone.
+    """Gradient along ``direction``. Also checks, almost for free, that no sample's output depends on another sample.
 
     The outputs of one sample in the middle are left out of the sum. Its input then gets a gradient of exactly zero,
     unless it reaches another sample's outputs. Its own gradient is taken alone.
     """
-    middle = slice(len(x) // 2, len(x) // 2 + 1)
+    index = len(x) // 2
+    middle = slice(index, index + 1)
     others = direction.clone()
     others[middle] = 0
     gradient = _input_gradient(out, x, others, keep)
-    # Zero times the NaN or Inf of a network that has diverged is NaN: no sign of mixing.
+    # Zero times the NaN or Inf of a network that has diverged is NaN, and no sign of mixing.
     if gradient[middle].nan_to_num(0, 0, 0).any():
         raise ValueError(
             "forward: expected each sample's output to depend on that sample alone, but it depends on other samples of "
             "the batch; look for batch statistics, or operations along dimension 0"
         )
     own_x, own_out = _graph(forward, inputs[middle], output, None if labels is None else labels[middle])
-    gradient[middle] = _input_gradient(own_out, own_x, direction[middle])
-    return gradient
+    own = _input_gradient(own_out, own_x, direction[middle])
+    return torch.cat([gradient[:index], own, gradient[index + 1 :]])
 
 
 def _input_gradient(out: Tensor, x: Tensor, direction: Tensor, keep: bool = False) -> Tensor:
@@ -209,19 +213,11 @@ def _graph(
     forward: Callable[[Tensor], Tensor], inputs: Tensor, output: str, labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Leaf with the values of ``inputs``, and the outputs ``(N, C)`` to differentiate, with their graph."""
-    # A copy, and one more for forward: some networks begin with an in-place operation, which a leaf does not allow.
-    x = inputs.clone()
-    channels_last = x.ndim == 4 and x.device.type == "cpu"
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)  # 5 to 25 % faster: convolutions need no reordering
-    x.requires_grad_()
-    try:
-        out = forward(x.clone())
-    except RuntimeError as error:
-        if not channels_last or "view size is not compatible" not in str(error):
-            raise
-        x = inputs.clone(memory_format=torch.contiguous_format).requires_grad_()  # forward calls view() on its input
-        out = forward(x.clone())
+    x, out = _run(forward, inputs)
+    if len(x) == 1 and isinstance(out, Tensor) and (out.ndim == 0 or len(out) != 1):
+        # A network that squeezes takes a batch of one for no batch at all.
+        x, out = _run(forward, inputs, copies=2)
+        out = out[:1] if out.ndim and len(out) == 2 else out
     if not isinstance(out, Tensor):
         raise TypeError(f"forward: expected it to return a tensor (N, C), got {type(out).__name__}")
     if out.ndim == 0 or len(out) != len(x):
@@ -233,6 +229,27 @@ def _graph(
         check_class_numbers("labels", labels, out.shape[1])
         out = out.gather(1, labels.to(out.device).long()[:, None])
     return x, out
+
+
+def _run(forward: Callable[[Tensor], Tensor], inputs: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
+    """Leaf with the values of ``inputs``, and what ``forward`` returns for ``copies`` of it, one behind the other."""
+
+    def feed(x: Tensor) -> Tensor:
+        return forward(torch.cat([x] * copies) if copies > 1 else x.clone())
+
+    # A copy, and one more in feed: some networks begin with an in-place operation, which a leaf does not allow.
+    x = inputs.clone()
+    channels_last = x.ndim == 4 and x.device.type == "cpu"
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)  # 5 to 25 % faster: convolutions need no reordering
+    x.requires_grad_()
+    try:
+        return x, feed(x)
+    except RuntimeError as error:
+        if not channels_last or "view size is not compatible" not in str(error):
+            raise
+    x = inputs.clone(memory_format=torch.contiguous_format).requires_grad_()  # forward calls view() on its input
+    return x, feed(x)
 
 
 def _directions(
@@ -267,30 +284,6 @@ class _UnitVectors:
             unit = torch.zeros_like(self.like)
             unit[:, index] = 1
             yield unit
-
-
-@contextmanager
-def _reading(inputs: Tensor) -> Iterator[None]:
-    """Gradients on, whatever the caller has set; random state restored; modules that mix samples or draw refused."""
-    handle = register_module_forward_pre_hook(_refuse)
-    try:
-        devices = [inputs.device] if inputs.is_cuda else []
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-            yield
-    finally:
-        handle.remove()
-
-
-def _refuse(module: nn.Module, _: tuple) -> None:
-    name = type(module).__name__
-    if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-        why = "is in train mode" if module.training else "keeps no running statistics"
-        raise ValueError(
-            f"forward: a {name} {why}, so that samples depend on their batch; "
-            + ("call model.eval() first" if module.training else "use track_running_stats=True")
-        )
-    if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-        raise ValueError(f"forward: a {name} is in train mode, so that the output is random; call model.eval() first")
 
 
 def _at_least_float32(like: Tensor) -> torch.dtype:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy as np
@@ -108,6 +109,7 @@ def test_nan_gradient_leaves_the_pixel():
     assert torch.equal(fgsm(lambda x: x * float("nan"), images, torch.tensor([0, 1]), 0.1), images)
 
 
+@pytest.mark.filterwarnings("ignore:eps. .* is below half a grey level")
 @given(
     eps=st.floats(0, 1),
     steps=st.integers(1, 3),
@@ -354,3 +356,20 @@ def test_wrong_arguments_are_named():
         pgd(forward, images, labels, 0.1, steps=0)
     with pytest.raises(ValueError, match="step_size: expected a positive"):
         pgd(forward, images, labels, 0.1, step_size=0)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_eps_below_half_a_grey_level_is_warned_of_with_the_value_that_may_have_been_meant(attack, recwarn):
+    images, labels = torch.rand(2, 3) * 255, torch.tensor([0, 1])
+    attack(lambda x: x, images, labels, [0, 0.5, 1, 8], upper=255)
+    attack(lambda x: x, images / 255, labels, 8 / 255)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"eps: 0.03137 is below half a grey level.*it is eps=8$"):
+        attack(lambda x: x, images, labels, [8 / 255, 1], upper=255)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_a_method_of_a_module_in_train_mode_is_refused(attack):
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear is in train mode"):
+        attack(functools.partial(net.forward), torch.rand(1, 2), torch.tensor([0]), 0.1)

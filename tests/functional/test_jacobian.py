@@ -1,14 +1,18 @@
 import math
+import random
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mmcv.cnn.bricks import drop as mmcv_drop
 from mmpretrain.models.backbones.densenet import DenseBlock
 from mmpretrain.models.backbones.resnet import BasicBlock
 from mmpretrain.models.backbones.seresnet import SEBottleneck
+from timm.layers import DropPath
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from enc_plugin import to_enc
 from enc_plugin.functional import gbr, gbr_penalty
@@ -236,6 +240,95 @@ def test_active_dropout_is_refused_and_idle_dropout_is_not():
     with pytest.raises(ValueError, match="Dropout is in train mode"):
         gbr(net, torch.randn(5, 3))
     assert gbr(net.eval(), torch.randn(5, 3)).shape == (5,)
+
+
+class _Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0].mean(1)
+
+
+class _OwnDropout(nn.Module):
+    """Functional dropout of 1 %, by the mode of the module that calls it."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.01, self.training)
+
+
+class _SkippedByPython(nn.Module):
+    """A layer that is skipped for the whole batch, by Python's random numbers."""
+
+    def forward(self, x):
+        return x if self.training and random.random() < 0.5 else 2 * x
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (_Attention, (4, 8)),
+        (lambda: nn.RReLU(), (5,)),
+        (lambda: StochasticDepth(0.1, "batch"), (5,)),
+        (lambda: DropPath(0.1), (5,)),
+        (lambda: mmcv_drop.DropPath(0.1), (5,)),
+        (lambda: nn.Sequential(nn.Linear(5, 3), _OwnDropout()), (5,)),
+        (_SkippedByPython, (5,)),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_network_that_draws_random_numbers_in_train_mode_is_refused_whatever_its_class(network, shape, count):
+    net, x = network(), torch.randn(count, *shape)
+    before = torch.get_rng_state(), random.getstate()
+    for forward in (net, lambda x: net(x), net.forward):
+        with pytest.raises(ValueError, match="forward: .* random"):
+            gbr(forward, x)
+    with pytest.raises(ValueError, match=r"is in train mode and draws random numbers.*model.eval\(\)"):
+        gbr(net, x)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert gbr(net.eval(), x).shape == (count,)
+
+
+def test_chance_that_no_mode_switches_off_is_refused_and_draws_without_effect_are_not():
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="expected the same output for the same input, but it is random"):
+        gbr(lambda x: nn.functional.dropout(x, 0.3), x)
+    assert torch.equal(gbr(lambda x: x + 0 * torch.rand(1), x), torch.full((4,), 3.0))
+
+
+def test_a_compiled_network_has_the_jacobian_of_the_network():
+    net, x = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)).eval(), torch.randn(3, 4)
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(x).sum().backward()  # compiled before
+    for projections in (None, 2):
+        assert torch.equal(gbr(compiled, x, projections=projections), gbr(net, x, projections=projections))
+
+
+class _Squeeze(nn.Module):
+    def forward(self, x):
+        return x.squeeze()
+
+
+@pytest.mark.parametrize(
+    ("forward", "shape"),
+    [
+        (lambda x: x.sum((2, 3)), (3, 5, 5)),
+        (lambda x: x.mean(1), (3, 2, 2)),
+        (lambda x: torch.stack([x, x**2], 1), ()),
+        (lambda x: x**3, ()),
+        (nn.Sequential(nn.Conv2d(3, 6, 5), _Squeeze()).double().eval(), (3, 5, 5)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 1), _Squeeze()).double().eval(), (3, 2, 2)),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 4])
+def test_sums_scalar_samples_and_networks_that_squeeze_are_valid_functions(forward, shape, count):
+    x = torch.randn(count, *shape, dtype=torch.float64)
+    batched = [torch.stack([sample, sample]) for sample in x]  # for the oracle: two of a kind, which no squeeze takes
+    jacobians = [torch.autograd.functional.jacobian(lambda two: forward(two)[0], two) for two in batched]
+    expected = torch.stack([jacobian.square().sum() for jacobian in jacobians])
+    torch.testing.assert_close(gbr(forward, x, batch_size=3), expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("count", [3, 8])

@@ -147,7 +147,7 @@ def to_enc(
     has_norm = needs_norm | {layer for _, layer in enc_layers(model) if layer.norm is not None}
     plan = None
     if selected and preserve is not False:
-        plan = Plan(model, {name: modules[name] for name in selected}, has_norm, preserve)
+        plan = Plan(model, {name: modules[name] for name in selected}, has_norm, None if preserve is True else preserve)
 
     layers = []
     for name in selected:

@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .example import with_values
+from .flow import Scales
 from .functional.weights import is_centered, num_rows
 from .layers import ENCLayer
-
-# Operators that pass a positive factor per channel on, channel by channel. Pooling pads with zeros or not at all.
-_HOMOGENEOUS = {
-    "relu",
-    "relu_",
-    "leaky_relu",
-    "leaky_relu_",
-    "max_pool1d_with_indices",
-    "max_pool2d_with_indices",
-    "max_pool3d_with_indices",
-    "adaptive_max_pool2d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d",
-    "mean",
-    "native_dropout",
-    "clone",
-    "detach",
-    "_to_copy",
-    "view",
-    "_unsafe_view",
-    "unsqueeze",
-    "squeeze",
-}
-
-_Channels = tuple[tuple[ENCLayer | None, int], ...]  # who wrote which channels, in channel order
+from .trace import RecordError, plain_forward, record, untouched
 
 
 @dataclass(frozen=True)
@@ -75,36 +47,39 @@ class Plan:
         model: The network, ENC or not yet; it is left as it was.
         layers: The layers that are (or will be) ENC, by name.
         owns_norm: The layers that have a post-norm of their own, which takes the scale.
-        example: An input batch; True: one made up for the first layer.
+        example: A batch that the network takes, as for :func:`enc_plugin.trace.record`; None: one is made up.
 
     Raises:
         ValueError: If the network does not run on the example, or the output of a layer reaches something other than
             batch norms with running statistics; the layer and the operator are named.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], owns_norm: set[nn.Module], example):
-        self.model, self.layers, self.owns_norm = model, layers, owns_norm
-        self.example = _make_example(layers) if example is True else example
-        flow = _Flow({layer for layer in layers.values() if layer not in owns_norm})
-        with _plain_forward(layers.values()), _eval_mode(model), flow.watching(model):
-            try:
-                outputs = model(self.example)
-            except Exception as error:
-                raise ValueError(
-                    "preserve: the network is run once to find the batch norm behind each layer, and does not run on "
-                    f"{'a made-up input' if example is True else 'the example'} of shape "
-                    f"{tuple(getattr(self.example, 'shape', ()))} ({error}); pass a batch it takes: preserve=<Tensor>"
-                ) from error
-        flow.finish(outputs)
-        self.outputs = _flat(outputs)
-        self.readers = flow.readers
-        problems = [f"{name!r} ({flow.leaks[layer]})" for name, layer in layers.items() if layer in flow.leaks]
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], owns_norm: set[nn.Module], example=None):
+        self.model, self.layers = model, layers
+        try:
+            trace = record(model, example)
+        except RecordError as error:
+            raise ValueError(
+                f"preserve: the network is run once to find the batch norm behind each layer, and {error}: "
+                "preserve=<Tensor>"
+            ) from error
+        self.example = with_values(trace.example, model)
+        scales = Scales(trace, [layer for layer in layers.values() if layer not in owns_norm])
+        self.readers = scales.readers
+        problems = [f"{name!r} ({scales.leaks[layer]})" for name, layer in layers.items() if layer in scales.leaks]
         if problems:
             shown = ", ".join(problems[:5]) + (", ..." if len(problems) > 5 else "")
             raise ValueError(
                 f"preserve: the scale of {len(problems)} layer(s) cannot go into a batch norm: {shown}; leave them "
                 "plain (exclude=...), or give them a batch norm of their own (post_norm=True)"
             )
+        with plain_forward(layers.values()):
+            self.outputs = self._run()
+
+    def _run(self) -> Tensor:
+        args, kwargs = self.example
+        with untouched(self.model), torch.no_grad():
+            return _flat(self.model(*args, **kwargs))
 
     @torch.no_grad()
     def apply(self) -> Preservation:
@@ -117,11 +92,10 @@ class Plan:
             else:
                 if layer.bias is not None:
                     layer.bias.copy_(layer.bias.double() * scale)
-                for norm, start in self.readers.get(layer, ()):
-                    _absorb(norm, slice(start, start + len(scale)), scale)
+                for norm, positions, channels in self.readers.get(layer, ()):
+                    _absorb(norm, positions.to(scale.device), scale[channels.to(scale.device)])
             layer.holds_plain_weight = False
-        with _eval_mode(self.model):
-            outputs = _flat(self.model(self.example))
+        outputs = self._run()
         change = (outputs - self.outputs).norm() / self.outputs.norm()
         return Preservation(change.item(), removed)
 
@@ -137,7 +111,7 @@ def _row_scale(layer: ENCLayer) -> tuple[Tensor, float]:
     return scale.expand(layer.weight.shape[0]), share if is_centered(layer.variant) else 0.0
 
 
-def _absorb(norm: _BatchNorm, channels: slice, scale: Tensor) -> None:
+def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
     """Let ``norm`` give the same outputs in eval mode for inputs that have become ``scale`` times what they were."""
     var = norm.running_var[channels].double()
     new_var = scale.square() * var
@@ -160,144 +134,6 @@ def _fill_post_norm(layer: ENCLayer, scale: Tensor) -> None:
     norm.running_var.copy_(var)
     norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt() / scale)
     norm.bias.copy_(bias)
-
-
-class _Flow(TorchDispatchMode):
-    """Follows the channels of the watched layers through a forward pass, up to the batch norms that read them."""
-
-    def __init__(self, layers: set[nn.Module]):
-        super().__init__()
-        self.watched = layers
-        self.leaks: dict[nn.Module, str] = {}
-        self.readers: dict[nn.Module, list[tuple[_BatchNorm, int]]] = {}
-        self._channels: dict[
-            int, tuple[Tensor, _Channels]
-        ] = {}  # by id; the tensor is kept so that the id stays its own
-        self._read: dict[_BatchNorm, set[_Channels]] = {}
-        self._inside_norm = False
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Hook the layers and batch norms of ``model`` while the context lasts."""
-        hooks = []
-        for module in model.modules():
-            if module in self.watched:
-                hooks.append(module.register_forward_hook(self._after_layer))
-            elif isinstance(module, _BatchNorm):
-                hooks.append(module.register_forward_pre_hook(self._before_norm))
-                hooks.append(module.register_forward_hook(self._after_norm))
-        try:
-            with torch.no_grad(), self:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def finish(self, outputs) -> None:
-        """Turn what was seen into :attr:`readers` and :attr:`leaks`."""
-        for tensor in tree_leaves(outputs):
-            self._leak(self._of(tensor), "it is an output of the network")
-        for norm, inputs in self._read.items():
-            for channels in inputs:
-                if len(inputs) > 1:
-                    self._leak(channels, "its batch norm serves several places")
-                start = 0
-                for layer, count in channels:
-                    if layer is not None:
-                        self.readers.setdefault(layer, []).append((norm, start))
-                    start += count
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        inputs = [] if self._inside_norm else [t for t in tree_leaves((args, kwargs)) if self._of(t)]
-        if not inputs:
-            return out
-        first = out[0] if isinstance(out, (tuple, list)) else out
-        if name == "cat" and isinstance(first, Tensor) and first.ndim > 1:
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            if dim % first.ndim == 1:
-                parts = [self._of(t) or ((None, t.shape[1]),) for t in args[0]]
-                self._write(first, tuple(segment for part in parts for segment in part))
-                return out
-        same_channels = isinstance(first, Tensor) and first.ndim > 1 and first.shape[:2] == inputs[0].shape[:2]
-        if name in _HOMOGENEOUS and same_channels:
-            self._write(first, self._of(inputs[0]))
-            return out
-        for tensor in inputs:
-            self._leak(self._of(tensor), f"its output goes into {name!r}")
-        return out
-
-    def _of(self, tensor) -> _Channels:
-        return self._channels.get(id(tensor), (None, ()))[1] if isinstance(tensor, Tensor) else ()
-
-    def _write(self, tensor: Tensor, channels: _Channels) -> None:
-        self._channels[id(tensor)] = (tensor, channels)
-
-    def _leak(self, channels: _Channels, why: str) -> None:
-        for layer, _ in channels:
-            if layer is not None:
-                self.leaks.setdefault(layer, why)
-
-    def _after_layer(self, layer: nn.Module, args, out: Tensor) -> None:
-        dim = 1 if out.ndim > 1 and out.shape[1] == layer.weight.shape[0] else None
-        if dim is None or (isinstance(layer, nn.Linear) and out.ndim != 2):
-            self._channels.pop(id(out), None)
-            self.leaks.setdefault(layer, f"its output has shape {tuple(out.shape)}")
-        else:
-            self._write(out, ((layer, out.shape[1]),))
-
-    def _before_norm(self, norm: _BatchNorm, args) -> None:
-        channels = self._of(args[0])
-        if any(layer is not None for layer, _ in channels) and norm.running_mean is None:
-            self._leak(channels, "its batch norm keeps no running statistics")
-        self._read.setdefault(norm, set()).add(channels)
-        self._inside_norm = True
-
-    def _after_norm(self, norm: _BatchNorm, args, out: Tensor) -> None:
-        self._inside_norm = False
-
-
-@contextmanager
-def _plain_forward(layers) -> Iterator[None]:
-    """Let layers that are ENC already compute with W while the context lasts: the network that they came from."""
-    enc = {layer: type(layer) for layer in layers if isinstance(layer, ENCLayer)}
-    for layer in enc:
-        layer.__class__ = layer.plain_class
-    try:
-        yield
-    finally:
-        for layer, own in enc.items():
-            layer.__class__ = own
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _make_example(layers: dict[str, nn.Module]) -> Tensor:
-    """Noise of the shape that the first layer takes: two pictures of 224 x 224 for a 2-D convolution."""
-    first = next(iter(layers.values()))
-    if isinstance(first, nn.Conv2d):
-        shape = (2, first.in_channels, 224, 224)
-    elif isinstance(first, nn.Linear):
-        shape = (2, first.in_features)
-    else:
-        raise ValueError(
-            f"preserve: the input of a network that starts with {type(first).__name__} cannot be made up; "
-            "pass a batch that it takes: preserve=<Tensor>"
-        )
-    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
-    noise = torch.randn(math.prod(shape), generator=generator).view(shape)
-    return noise.to(first.weight.device, first.weight.dtype)
 
 
 def _flat(outputs) -> Tensor:

@@ -156,7 +156,6 @@ class Twice(nn.Module):
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
             "keeps no running statistics",
         ),
-        (nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)), "cannot be made up; pass a batch"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 2)), "does not run on a made-up input"),
     ],
 )
@@ -166,6 +165,48 @@ def test_a_scale_that_cannot_be_moved_is_an_error_and_the_model_unchanged(model,
         to_enc(model, "wn", preserve=True)
     assert [type(module) for module in model.modules()] == classes
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+class Shuffled(nn.Module):
+    """ShuffleNet's mixing of groups, padding of channels, a gain per channel, and an average over the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gain, self.norm = nn.Conv2d(3, 6, 3), nn.Parameter(torch.randn(6, 1, 1)), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        x = self.conv(x) * self.gain
+        x = x.view(len(x), 2, 3, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+        return self.norm(nn.functional.pad(x, (0, 0, 0, 0, 1, 1)).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A linear layer on tokens whose batch norm wants the features in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.norm(self.linear(x).transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("variant", NORM_ONLY)
+@pytest.mark.parametrize(
+    "make",
+    [
+        Shuffled,
+        Tokens,
+        lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.PReLU(4), nn.MaxPool1d(2), nn.BatchNorm1d(4)),
+        lambda: nn.Sequential(nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.BatchNorm1d(4)),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(16)),
+    ],
+    ids=["shuffled", "tokens", "conv1d", "conv3d", "flattened"],
+)
+def test_a_scale_follows_its_channels_wherever_they_are_moved(make, variant):
+    model = trained(make()).double()
+    made_up = to_enc(copy.deepcopy(model), variant, post_norm=False, preserve=True)
+    assert made_up.preserved.output_change < 1e-8
 
 
 BACKBONE = dict(type="ResNetCIFAR6n", depth=8)

@@ -23,6 +23,7 @@ from .functional._checks import check_type
 from .functional.weights import check_alpha_option, check_variant, is_centered, num_rows
 from .layers import ENC_LAYERS, ENCLayer, enc_class
 from .preserve import Plan, Preservation
+from .startup_average import average_from_start, drop_averages
 
 # Squeeze-and-excitation blocks by their class names in mmpretrain, mmcv, timm and torchvision.
 _SE_BLOCK = re.compile(r"^(Effective)?SE(Layer|Module|Block|Unit)|SqueezeExcit")
@@ -160,6 +161,8 @@ def to_enc(
             module.add_post_norm()
         layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, module.norm is not None))
     _guard_fusers(model)
+    if layers:
+        average_from_start(model)
     report = ConversionReport(layers, _plain_weights(model, selected, problems), _keep_function(plan, variant))
     if not report.layers:
         warnings.warn(
@@ -246,6 +249,7 @@ def fold(model: nn.Module) -> nn.Module:
             delattr(module, name)
         if hasattr(module, "become_plain"):
             module.become_plain()
+    drop_averages(model)
     return model
 
 

@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint import find_damage, latest_checkpoint, replacing
+from ..convert import enc_layers
+from ..startup_average import average_from_start
 from .amp import without_cuda
 from .audit_hook import unwrap
 from .guard import NO_SAMPLES, check_loop, check_work_dir
@@ -84,7 +86,10 @@ class ENCRunner(Runner):
                 "broadcast_buffers": False,
                 "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
             }
-        return super().wrap_model(model_wrapper_cfg, model)
+        wrapped = super().wrap_model(model_wrapper_cfg, model)
+        if next(enc_layers(wrapped), None) is not None:
+            average_from_start(unwrap(wrapped))  # again: a backbone may be ENC by conv_cfg alone, or have got other norms
+        return wrapped
 
     def build_optim_wrapper(self, optim_wrapper):
         """Build the optimizer wrapper, mixed precision included, on any device."""

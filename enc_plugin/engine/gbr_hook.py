@@ -14,7 +14,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from ..functional._checks import check_integer, check_seed, check_type
 from .audit_hook import unwrap
 from .gbr import FixedSamples, check_options, choose_samples, find_pipeline, measure_gbr
-from .measure import untouched
+from .measure import statistics_note, untouched
 
 
 @HOOKS.register_module()
@@ -127,9 +127,10 @@ class GBRHook(Hook):
         runner.visualizer.add_scalars(scalars, step=step, file_path=f"{runner.timestamp}.json")
         how = "exact" if self.projections is None else f"{self.projections} projection(s)"
         when = f"{'epoch' if self.by_epoch else 'iteration'} {step}"
+        note = statistics_note(unwrap(runner.model))
         runner.logger.info(
             f"GBR: {found.mean:.5g} ± {found.sem:.2g} at {when} ({self.output} to {self.space} inputs, "
-            f"{len(self._samples)} training samples, {how}, {found.seconds:.1f} s)"
+            f"{len(self._samples)} training samples, {how}, {found.seconds:.1f} s)" + (f"; {note}" if note else "")
         )
         if found.num_bad:
             runner.logger.warning(

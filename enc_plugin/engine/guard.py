@@ -23,6 +23,7 @@ from ..convert import check_normalizable, enc_layers
 from ..functional._checks import check_integer, check_type
 from ..layers import ENCLinear
 from .audit_hook import unwrap
+from .measure import statistics_note
 
 NO_SAMPLES = "its dataset holds no sample; look at data_root, data_prefix, ann_file, split and indices"
 _IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -78,6 +79,12 @@ class ENCGuardHook(Hook):
         """Look at the validation set, once."""
         if self.data:
             self._check_dataset(runner, "val_dataloader", runner.val_dataloader.dataset)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Warn of running statistics that do not fit the weights yet."""
+        note = statistics_note(unwrap(runner.model))
+        if note:
+            runner.logger.warning(f"ENC: what is validated is {note}")
 
     def before_test(self, runner: Runner) -> None:
         """Look at the test set."""

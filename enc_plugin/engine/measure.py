@@ -12,6 +12,8 @@ from mmengine.dist import broadcast, get_dist_info
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import nn
 
+from ..startup_average import unfit_statistics
+
 # Flags of activation checkpointing (mmpretrain's and timm's): where it is reentrant, autograd.grad refuses it.
 _CHECKPOINTING = ("with_cp", "grad_checkpointing")
 # mmengine's option ``activation_checkpointing`` sets no flag: it wraps the ``forward`` of modules, reentrant too.
@@ -62,6 +64,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
+
+
+def statistics_note(model: nn.Module) -> str:
+    """What to say beside a number measured in eval mode while running statistics do not fit the weights; else ''."""
+    unfit = unfit_statistics(model)
+    if not unfit:
+        return ""
+    name, why = next(iter(unfit.items()))
+    return (
+        f"not yet the network that trains: running statistics of {len(unfit)} batch norms do not fit ({name!r}: {why})"
+    )
 
 
 def recomputed(model: nn.Module) -> list[str]:

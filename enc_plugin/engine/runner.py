@@ -88,7 +88,9 @@ class ENCRunner(Runner):
             }
         wrapped = super().wrap_model(model_wrapper_cfg, model)
         if next(enc_layers(wrapped), None) is not None:
-            average_from_start(unwrap(wrapped))  # again: a backbone may be ENC by conv_cfg alone, or have got other norms
+            average_from_start(
+                unwrap(wrapped)
+            )  # again: a backbone may be ENC by conv_cfg alone, or have got other norms
         return wrapped
 
     def build_optim_wrapper(self, optim_wrapper):

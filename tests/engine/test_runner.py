@@ -55,6 +55,35 @@ def test_the_classifier_completes_a_backbone_built_by_conv_cfg(tmp_path):
     assert_equal(weights(one), weights(both))
 
 
+def test_statistics_fit_from_the_first_step_in_enc_networks_alone(tmp_path):
+    """ENC by conv_cfg, too; a plain network stays mmengine's, bit for bit; weights do not depend on it."""
+    by_conv_cfg = train(digits_config(tmp_path / "a", "resnet8_1xb64", model__backbone__conv_cfg=CONV_CFG))
+    stock_rule = digits_config(
+        tmp_path / "b", "resnet8_1xb64", model__backbone__conv_cfg=CONV_CFG, runner_type="Runner"
+    )
+    states = [weights(by_conv_cfg), weights(train(stock_rule))]
+    parameters = {name for name, _ in by_conv_cfg.model.named_parameters()}
+    assert_equal(*({key: state[key] for key in parameters} for state in states))
+    fitting, stale = (state["backbone.bn1.running_var"] for state in states)
+    assert stale.min() > 0.9**3  # three batches, and layers of small outputs
+    assert fitting.max() < 0.1
+
+    plain = digits_config(tmp_path / "c", "resnet8_1xb64")
+    stock = digits_config(tmp_path / "d", "resnet8_1xb64", runner_type="Runner")
+    assert_equal(weights(train(plain)), weights(train(stock)))
+
+
+def test_a_number_measured_before_statistics_fit_says_so(tmp_path):
+    hooks = [dict(type="GBRHook", num_samples=4, projections=1)]
+    train(digits_config(tmp_path / "enc", custom_hooks=hooks))
+    notes = [line for line in log_text(tmp_path / "enc").splitlines() if "not yet the network that trains" in line]
+    assert len(notes) == 1
+    assert "at epoch 0" in notes[0]
+    assert "10 batch norms do not fit ('backbone.bn1': no batch seen)" in notes[0]
+    train(digits_config(tmp_path / "plain", "resnet8_1xb64"))
+    assert "ENC: what is validated is not yet the network that trains" in log_text(tmp_path / "plain")
+
+
 def test_the_log_states_layers_decay_and_constraint_at_start_and_end(tmp_path):
     runner = train(digits_config(tmp_path))
     text = log_text(tmp_path)

@@ -4,6 +4,7 @@ from .attack import fgsm, pgd
 from .bounds import bound_chain, conv_map_sq_norm, robustness_delta, robustness_gap
 from .decay import decay_efolds, shift_direction, shifted_l2_grad
 from .jacobian import gbr, gbr_penalty
+from .residual import map_spectral_norm, residual_log_bound
 from .weights import VARIANTS, enc_weight
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "fgsm",
     "gbr",
     "gbr_penalty",
+    "map_spectral_norm",
     "pgd",
+    "residual_log_bound",
     "robustness_delta",
     "robustness_gap",
     "shift_direction",

@@ -13,27 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.registry import DATASETS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 from .._provenance import provenance
-from ..convert import audit
 from ..engine.audit_hook import unwrap
-from ..engine.gbr import find_pipeline
-from ..engine.measure import untouched
-from ..engine.robustness import PixelClassifier, collate_pixels
-from ..folded import FoldedAudit
 from ..report import load_run
 from .grid import PlannedRun
+from .measures import measure
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 
 # What is read from the training log for each epoch, where it was logged.
 _BY_EPOCH = ("loss", "accuracy/top1", "gbr/logits", "gbr/logits_sem", "gbr/probs", "gbr/probs_sem")
 _MEASURED = ("fgsm/", "gbr/")
-_GAP_SAMPLES = 5000
 
 
 def result_path(results: str | Path, run: PlannedRun) -> Path:
@@ -103,7 +96,7 @@ def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | 
 
 
 def _train_and_measure(run: PlannedRun, work_dir: Path, root: str | Path) -> dict:
-    cfg = run.config(root)
+    cfg, arena = run.config(root), run.cell.arena
     cfg.work_dir = str(work_dir)
     cfg.launcher = "none"
     cfg.resume = (work_dir / "last_checkpoint").is_file()
@@ -117,8 +110,7 @@ def _train_and_measure(run: PlannedRun, work_dir: Path, root: str | Path) -> dic
     final = {
         "top1": log.last("accuracy/top1"),
         **{key: log.last(key) for key in sorted(log.scalars) if key.startswith(_MEASURED) and "seconds" not in key},
-        **_losses(runner),
-        "norms": _norms(unwrap(runner.model), runner.val_dataloader.dataset),
+        **measure(runner, arena.pgd),
     }
     seconds = {key: sum(v for _, v in log.scalars.get(key, [])) for key in ("gbr/seconds", "fgsm/seconds")}
     seconds["an_iteration"] = statistics.median(v for _, v in log.scalars["train/time"])
@@ -131,61 +123,6 @@ def _channels_last(model: nn.Module) -> None:
     model.backbone.register_forward_pre_hook(
         lambda backbone, inputs: (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
     )
-
-
-def _norms(model: nn.Module, dataset) -> dict:
-    """Norms of free and effective weights, and how far the folded ones are from the equality of eq. 19."""
-    images = torch.stack([dataset[i]["inputs"] for i in range(2)])
-    inputs = model.data_preprocessor({"inputs": images}, training=False)["inputs"]
-    with untouched(model):
-        folded: FoldedAudit = audit(model, folded=True, inputs=inputs)
-    weights = [m.weight.detach().double() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    found = {
-        "sum_sq_free": sum(w.square().sum().item() for w in weights),
-        "layers": len(folded),
-        "unfolded": len(folded.unfolded),
-        "kernel_log_product": folded.kernel_chain["log_product"],
-        "kernel_slack": folded.slack,
-        "sq_norms": [row.sq_norm for row in folded],
-    }
-    if folded.map_chain is not None:
-        found |= {"map_log_product": folded.map_chain["log_product"], "map_slack": folded.map_slack}
-    rows = audit(model)
-    if rows:
-        found["enc_max_deviation"] = rows.max_deviation
-    return found
-
-
-def _losses(runner: Runner) -> dict:
-    """Cross entropy and accuracy on training and test images as they are: the gap that theorem 1 bounds."""
-    found = {}
-    for split in ("train", "test"):
-        loss, top1, count = _evaluate(unwrap(runner.model), _dataset(runner, split))
-        found |= {f"{split}_loss": loss, f"{split}_top1": top1, f"{split}_samples": count}
-    return found
-
-
-def _dataset(runner: Runner, split: str):
-    """The whole test set, or up to 5,000 training images spread evenly over the set under the test pipeline."""
-    if split == "test":
-        return runner.val_dataloader.dataset
-    config = dict(runner.cfg.train_dataloader.dataset)
-    config["pipeline"] = find_pipeline(runner.cfg.val_dataloader.dataset)
-    dataset = DATASETS.build(config)
-    step = max(1, len(dataset) // _GAP_SAMPLES)
-    return Subset(dataset, range(0, len(dataset), step))
-
-
-def _evaluate(model: nn.Module, dataset) -> tuple[float, float, int]:
-    loss = correct = count = 0.0
-    with untouched(model):
-        classify = PixelClassifier(model)
-        for pixels, labels in DataLoader(dataset, batch_size=250, collate_fn=collate_pixels):
-            logits = classify(pixels)
-            loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-            correct += (logits.argmax(1) == labels).sum().item()
-            count += len(labels)
-    return loss / count, 100 * correct / count, int(count)
 
 
 def _write(path: Path, result: dict) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-_ARENA_KEYS = {"title", "config", "images", "epochs", "overrides"}
+_ARENA_NEEDS = {"title", "config", "images", "epochs"}
+_ARENA_KEYS = _ARENA_NEEDS | {"overrides", "pgd"}
 _CELL_KEYS = {"title", "seeds", "overrides"}
 
 
@@ -24,6 +25,7 @@ class Arena:
         images: Training images an epoch.
         epochs: Epochs a run.
         overrides: Changes to the config, dotted keys as for ``--cfg-options``.
+        pgd: Attack on all test images of a trained network, ``dict(eps=[...], steps=...)``, eps in 1/255; None: none.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Arena:
     images: int
     epochs: int
     overrides: dict = field(default_factory=dict)
+    pgd: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def load_grid(path: str | Path) -> Grid:
     """Read a grid from a config file that sets ``arenas`` and ``cells``.
 
     Args:
-        path: Python file: ``arenas = dict(name=dict(title, config, images, epochs, overrides))`` and
+        path: Python file: ``arenas = dict(name=dict(title, config, images, epochs, overrides, pgd))``
+            and
             ``cells = dict(arena={name: dict(title, seeds, overrides)})``.
 
     Raises:
@@ -128,7 +132,7 @@ def load_grid(path: str | Path) -> Grid:
             raise ValueError(f"grid: {path} sets no {part}")
     arenas = {}
     for name, settings in content["arenas"].items():
-        _check_keys(f"arena {name!r}", settings, _ARENA_KEYS, _ARENA_KEYS - {"overrides"})
+        _check_keys(f"arena {name!r}", settings, _ARENA_KEYS, _ARENA_NEEDS)
         arenas[name] = Arena(name, **settings)
     cells: dict[str, list[Cell]] = {}
     for arena, members in content["cells"].items():

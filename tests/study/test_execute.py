@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ from enc_plugin.study.plan import estimate
 
 TINY = """
 arenas = dict(digits=dict(title="digits", config="study/digits_resnet8.py", images=128, epochs=2, overrides={
-    "train_dataloader.dataset.indices": 128, "val_dataloader.dataset.indices": 64, "train_cfg.max_epochs": 2}))
+    "train_dataloader.dataset.indices": 128, "val_dataloader.dataset.indices": 64, "train_cfg.max_epochs": 2},
+    pgd=dict(eps=[8], steps=2)))
 cells = dict(digits={
     "plain": dict(title="plain", seeds=[0, 1]),
     "enc": dict(title="ENC", seeds=[0], overrides={"model.type": "ENCImageClassifier"}),
@@ -80,7 +82,9 @@ def test_a_result_says_what_was_run_and_measured(done):
     assert final["train_samples"] == 128
     assert final["norms"]["enc_max_deviation"] < 1e-5
     assert len(final["norms"]["sq_norms"]) == final["norms"]["layers"] == 10
-    assert min(final["norms"]["kernel_slack"], final["norms"]["map_slack"]) >= 0
+    assert final["gbr/logits"] < math.exp(final["norms"]["residual_log_bound"])
+    assert final["pgd2/top1_eps8"] <= final["fgsm/top1_eps8"] + 2
+    assert (final["train_margin"] > 0) == (final["train_top1"] > 50)
     assert found["seconds"]["cpu"] > 0
 
 

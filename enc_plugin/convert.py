@@ -20,9 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ._table import format_table
 from .folded import FoldedAudit, audit_folded
 from .functional._checks import check_type
-from .functional.weights import check_alpha_option, check_variant, is_centered, num_rows
+from .functional.weights import check_alpha_option, check_variant, is_centered
 from .layers import ENC_LAYERS, ENCLayer, enc_class
+from .normalizable import check_normalizable
 from .preserve import Plan, Preservation
+from .reparametrized import copies_of_results
 from .startup_average import average_from_start, drop_averages
 
 # Squeeze-and-excitation blocks by their class names in mmpretrain, mmcv, timm and torchvision.
@@ -145,7 +147,7 @@ def to_enc(
             check_normalizable(name, module.weight, variant)
 
     needs_norm = {modules[name] for name in selected if wants_norm is None and post_norm} | (wants_norm or set())
-    has_norm = needs_norm | {layer for _, layer in enc_layers(model) if layer.norm is not None}
+    has_norm = needs_norm | {layer for _, layer in enc_layers(model) if layer.enc_norm is not None}
     plan = None
     if selected and preserve is not False:
         plan = Plan(model, {name: modules[name] for name in selected}, has_norm, None if preserve is True else preserve)
@@ -157,9 +159,9 @@ def to_enc(
             # Changing the class keeps every reference, hook and shared module in place.
             module.__class__ = enc_class(type(module))
             module._init_enc(variant, alpha, module in needs_norm)
-        elif module in needs_norm and module.norm is None:
+        elif module in needs_norm and module.enc_norm is None:
             module.add_post_norm()
-        layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, module.norm is not None))
+        layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, module.enc_norm is not None))
     _guard_fusers(model)
     if layers:
         average_from_start(model)
@@ -181,33 +183,6 @@ def _check_model(model: nn.Module) -> None:
 def enc_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer]]:
     """The ENC layers of ``model`` with their qualified names, each once, in module order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ENCLayer))
-
-
-def check_normalizable(name: str, weight: Tensor, variant: str) -> None:
-    """Raise ``ValueError``, naming the layer and the way out, if ``variant`` cannot normalise ``weight``."""
-    rows = weight.detach().reshape(num_rows(weight, variant), -1)
-    one_element = is_centered(variant) and rows.shape[1] == 1
-    if rows.is_meta and not one_element:
-        return  # its values are not known yet
-    if not rows.is_meta and not rows.isfinite().all():
-        raise ValueError(
-            f"layer {name!r}: its weight holds NaN or Inf; start from a finite checkpoint or initialisation"
-        )
-    if one_element:
-        bad, what = torch.ones(rows.shape[0], dtype=torch.bool), "of one element"
-    elif not is_centered(variant):
-        bad, what = ~rows.bool().any(1), "all zero"
-    else:
-        bad, what = rows.amax(1) == rows.amin(1), "constant"
-    if bad.any():
-        where = "its weight is" if rows.shape[0] == 1 else f"{int(bad.sum())} of its {rows.shape[0]} rows are"
-        way_out = "initialise it with random values"
-        if what == "of one element":
-            way_out = "convert it with variant='fro' ('wn' would keep signs alone, which cannot train)"
-        raise ValueError(
-            f"layer {name!r}: {where} {what}, which {variant!r} cannot normalise (0 / 0); "
-            f"{way_out}, or leave it plain with exclude=[{name!r}]"
-        )
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -242,8 +217,8 @@ def fold(model: nn.Module) -> nn.Module:
         warnings.warn(f"fold changed nothing: {type(model).__name__} has no ENC layer", NoEffectWarning, stacklevel=2)
     for name, layer in enc_layers(model):
         if not layer.weight.is_meta:
-            check_normalizable(name, layer.weight, layer.variant)
-    model = copy.deepcopy(model)
+            check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
+    model = copy.deepcopy(model, copies_of_results(model.modules()))
     for module in list(model.modules()):
         for name in [key for key, value in module.__dict__.items() if isinstance(value, _FoldFirst)]:
             delattr(module, name)
@@ -408,10 +383,10 @@ def _plain_weights(model: nn.Module, selected: list[str], problems: dict[str, st
 
 
 def _check_same_options(name: str, layer: ENCLayer, variant: str, alpha: float | str) -> None:
-    own = "learnable" if layer.log_alpha is not None else layer.alpha
-    if (layer.variant, own) != (variant, alpha):
+    own = layer.enc_settings
+    if (own["variant"], own["alpha"]) != (variant, alpha):
         raise ValueError(
-            f"layer {name!r} is ENC already with variant={layer.variant!r}, alpha={own!r}, but "
+            f"layer {name!r} is ENC already with variant={own['variant']!r}, alpha={own['alpha']!r}, but "
             f"variant={variant!r}, alpha={alpha!r} is asked for; make the two agree, or use exclude=[{name!r}]"
         )
 
@@ -491,8 +466,8 @@ def audit(model: nn.Module, folded: bool = False, inputs: Tensor | None = None) 
             AuditRow(
                 name,
                 type(layer).__name__,
-                layer.variant,
-                float(layer.alpha),
+                layer.enc_variant,
+                float(layer.enc_alpha),
                 layer.effective_weight.double().square().sum().item(),
                 layer.weight.double().square().sum().sqrt().item(),
             )

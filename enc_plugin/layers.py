@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from functools import cache
@@ -11,11 +12,39 @@ import torch
 from torch import Tensor, nn
 
 from .functional._checks import check_type
-from .functional.weights import check_alpha_option, check_variant, enc_weight, is_centered
+from .functional.weights import check_alpha_option, check_variant, enc_weight
+from .normalizable import check_normalizable, check_row_length
+from .reparametrized import WEIGHT_KEYS, free_weights, remove_reparametrizations
+
+# Symbolic tracing (torch.fx) records a call of each of these functions, and does not look inside.
+torch.fx.wrap("enc_weight")
+torch.fx.wrap("_to_rows")
+torch.fx.wrap("_to_shape_of")
 
 
 class CheckpointWarning(UserWarning):
     """A checkpoint was saved under other settings than those of the layers that load it."""
+
+
+class _YieldingAttribute:
+    """Public name of one of an ENC layer's own attributes: a subclass's attribute of the same name comes first.
+
+    Python itself looks into the instance's ``__dict__`` first, because this descriptor defines no ``__set__``.
+    """
+
+    def __init__(self, own: str, doc: str):
+        self.own, self.__doc__ = own, doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: nn.Module | None, owner: type | None = None):
+        if layer is None:
+            return self
+        for registered in (layer._parameters, layer._buffers, layer._modules):
+            if self.name in registered:
+                return registered[self.name]
+        return getattr(layer, self.own)
 
 
 class ENCLayer(nn.Module):
@@ -43,62 +72,126 @@ class ENCLayer(nn.Module):
     holds_plain_weight = False
     keeps_function = False
 
+    # Own attributes have names that no subclass of the stock layers uses. Internal code reads these, not the public
+    # names below, which may be a subclass's own.
+    enc_variant: str
+    _enc_alpha: float | None = None  # None: learnable
+    _enc_norm_name: str | None = None  # key of the post-norm among the submodules
+    _enc_norm_frozen = False  # because the layer was, when it got the norm
+
+    variant = _YieldingAttribute("enc_variant", "Variant of the ENC equation: ``'ws'``, ``'wn'``, ...")
+    alpha = _YieldingAttribute("enc_alpha", "Squared Frobenius norm of the effective weight: a number or a tensor.")
+    log_alpha = _YieldingAttribute("enc_log_alpha", "Logarithm of a learnable alpha, or None.")
+    norm = _YieldingAttribute("enc_norm", "The layer's own batch norm, or None.")
+    settings = _YieldingAttribute("enc_settings", "``variant``, ``alpha`` and ``post_norm``, as the constructor takes.")
+
     def _init_enc(self, variant: str, alpha: float | str, post_norm: bool) -> None:
         """Turn an initialised stock layer into an ENC layer; consumes no random numbers and keeps every parameter."""
         check_variant(variant)
         check_alpha_option(alpha)
         check_type("post_norm", post_norm, bool, "True or False")
-        self.variant = variant
+        check_row_length(self.weight, variant)
+        self.enc_variant = variant
+        self._enc_alpha = None if alpha == "learnable" else float(alpha)
         if alpha == "learnable":
-            self.log_alpha = nn.Parameter(self.weight.new_zeros((), dtype=self._stat_dtype()))
-        else:
-            self.register_parameter("log_alpha", None)
-            self._alpha = float(alpha)
-        self.register_module("norm", None)
+            start = self.weight.new_zeros((), dtype=self._stat_dtype())
+            # Not by setattr, which takes the public name above for an attribute that is in the way.
+            self._parameters["log_alpha"] = nn.Parameter(start, requires_grad=self._is_trained())
         if post_norm:
             self.add_post_norm()
-        if is_centered(variant) and self.weight[0].numel() < 2 and (variant == "ws" or self.weight.numel() < 2):
-            raise ValueError(
-                f"weight: shape {tuple(self.weight.shape)} has rows of one element, which {variant!r} turns into "
-                "0 / 0; use variant='fro' for this layer, or leave it out of ENC"
-            )
 
     def add_post_norm(self) -> None:
-        """Append a fresh batch norm (weight 1, bias 0); its ``norm.*`` keys join the state dict."""
-        self.norm = self.norm_class(self.weight.shape[0], device=self.weight.device, dtype=self._stat_dtype())
-        self.norm.train(self.training)
+        """Append a fresh batch norm (weight 1, bias 0), frozen if the layer is; its keys join the state dict.
+
+        The keys are ``norm.*``, or ``post_norm.*`` where a subclass has an attribute ``norm`` of its own.
+        """
+        self._enc_norm_name = "norm" if lacks_attribute(self, "norm") else "post_norm"
+        norm = self.norm_class(self.weight.shape[0], device=self.weight.device, dtype=self._stat_dtype())
+        self._enc_norm_frozen = not self._is_trained()
+        norm.requires_grad_(not self._enc_norm_frozen)
+        self._modules[self._enc_norm_name] = norm
+        self._set_norm_mode()
 
     def _stat_dtype(self) -> torch.dtype:
         # Half precision is for the arithmetic: batch norm statistics and a learnable alpha stay in float32.
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
+    def free_weights(self) -> list[nn.Parameter]:
+        """The tensors that an optimizer owns in the place of the effective weight: ``[weight]`` of an ordinary layer.
+
+        Of a pruned or parametrized layer see :func:`enc_plugin.reparametrized.free_weights`.
+        """
+        return free_weights(self)
+
+    def _is_trained(self) -> bool:
+        return any(p.requires_grad for p in self.free_weights())
+
+    def train(self, mode: bool = True) -> ENCLayer:
+        """Set the mode. The post-norm of a frozen layer stays in eval mode, so that its outputs do not change."""
+        super().train(mode)
+        if self.enc_norm is not None:
+            self._set_norm_mode()
+        return self
+
+    def _set_norm_mode(self) -> None:
+        norm, is_trained = self.enc_norm, self._is_trained()
+        if is_trained and self._enc_norm_frozen:  # someone has unfrozen the layer's weight alone
+            norm.requires_grad_(True)
+            self._enc_norm_frozen = False
+        # Training nothing but batch norms is a recipe too: then this one is not frozen.
+        norm.train(self.training and (is_trained or any(p.requires_grad for p in norm.parameters())))
+
     @property
-    def alpha(self) -> float | Tensor:
+    def enc_alpha(self) -> float | Tensor:
         """Squared Frobenius norm of the effective weight: a number, or a scalar tensor when it is learnable."""
-        return self._alpha if self.log_alpha is None else self.log_alpha.exp()
+        return self._parameters["log_alpha"].exp() if self._enc_alpha is None else self._enc_alpha
+
+    @property
+    def enc_log_alpha(self) -> nn.Parameter | None:
+        """Logarithm of a learnable alpha, a scalar; None for a constant one."""
+        return self._parameters["log_alpha"] if self._enc_alpha is None else None
+
+    @property
+    def enc_norm(self) -> nn.Module | None:
+        """The layer's own batch norm (post-norm), or None."""
+        return None if self._enc_norm_name is None else self._modules[self._enc_norm_name]
+
+    @property
+    def enc_kept(self) -> Tensor | None:
+        """Mask of ``torch.nn.utils.prune`` on the weight, 1 for what is kept; None for a layer that is not pruned."""
+        return self._buffers.get("weight_mask")
 
     @property
     def effective_weight(self) -> Tensor:
-        """The weight that the layer computes with, shaped like ``weight`` (differentiable)."""
-        return enc_weight(self.weight, self.variant, self.alpha)
+        """The weight that the layer computes with, shaped like ``weight`` (differentiable).
+
+        Of a pruned layer (``torch.nn.utils.prune``), pruned elements stay 0, and the equation holds for the others.
+        """
+        return enc_weight(self.weight, self.enc_variant, self.enc_alpha, self.enc_kept)
 
     def _post_norm(self, out: Tensor) -> Tensor:
-        if self.norm is None:
+        norm = self.enc_norm
+        if norm is None:
             return out
-        # SyncBatchNorm has the values of other processes too.
-        if self.norm.training and out.numel() == out.shape[1] and not isinstance(self.norm, nn.SyncBatchNorm):
+        # Not of a proxy (torch.fx), which has no values yet. SyncBatchNorm has the values of other processes too.
+        if (
+            norm.training
+            and isinstance(out, Tensor)
+            and out.numel() == out.shape[1]
+            and not isinstance(norm, nn.SyncBatchNorm)
+        ):
             raise ValueError(
                 f"input: this {type(self).__name__} has a batch norm of its own (post_norm), which in train mode needs "
                 f"more than one value for each output, got an output of shape {tuple(out.shape)}: use batches of at "
                 "least two samples (drop_last=True leaves out a last batch of one), post_norm=False, or model.eval()"
             )
-        return self.norm(out)
+        return norm(out)
 
     @property
-    def settings(self) -> dict[str, str | float | bool]:
+    def enc_settings(self) -> dict[str, str | float | bool]:
         """``variant``, ``alpha`` (a number or ``'learnable'``) and ``post_norm``, as the constructor takes them."""
-        alpha = "learnable" if self.log_alpha is not None else self._alpha
-        return {"variant": self.variant, "alpha": alpha, "post_norm": self.norm is not None}
+        alpha = "learnable" if self._enc_alpha is None else self._enc_alpha
+        return {"variant": self.enc_variant, "alpha": alpha, "post_norm": self.enc_norm is not None}
 
     def fuse(self) -> nn.Module:
         """The stock layer that computes the same in eval mode, as timm's ``reparameterize_model`` asks for it.
@@ -113,39 +206,59 @@ class ENCLayer(nn.Module):
     @torch.no_grad()
     def become_plain(self) -> None:
         """Turn into the stock layer of :meth:`fuse`, in place; hooks and references stay valid."""
-        weight, bias, like = self.effective_weight, self.bias, self.weight
-        if self.norm is not None:
-            gain, shift = batch_norm_affine(self.norm)
+        weight, bias, like, is_trained = self.effective_weight, self.bias, self.weight, self._is_trained()
+        if self.enc_norm is not None:
+            gain, shift = batch_norm_affine(self.enc_norm)
             weight = weight.double() * gain.reshape(-1, *[1] * (weight.ndim - 1))
             bias = shift if bias is None else shift + gain * bias.double()
-        for name in ("norm", "log_alpha"):
-            delattr(self, name)
-        for name in ("variant", "_alpha", "holds_plain_weight", "keeps_function"):
+            del self._modules[self._enc_norm_name]
+        if self._enc_alpha is None:
+            del self._parameters["log_alpha"]
+        is_new_bias = bias is not self.bias
+        remove_reparametrizations(self)
+        for name in _OWN_STATE:
             self.__dict__.pop(name, None)
         self.__class__ = self.plain_class
         # New parameters: a weight that is tied to another layer's must not change there.
-        self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=like.requires_grad)
-        if bias is not self.bias:
-            self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=like.requires_grad)
+        self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=is_trained)
+        if is_new_bias:
+            self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=is_trained)
+
+    def _apply(self, fn, recurse=True):
+        was_meta = [tensor.is_meta for tensor in self._own_tensors()]
+        super()._apply(fn, recurse)
+        # Off the meta device (to_empty) tensors hold whatever the memory held. A checkpoint of a plain network has no
+        # values for these, and nothing else would set them.
+        if any(was_meta) and not any(tensor.is_meta for tensor in self._own_tensors()):
+            if self.enc_norm is not None:
+                self.enc_norm.reset_parameters()
+            if self.enc_log_alpha is not None:
+                nn.init.zeros_(self.enc_log_alpha)
+        return self
+
+    def _own_tensors(self) -> list[Tensor]:
+        norm = [] if self.enc_norm is None else self.enc_norm.state_dict(keep_vars=True).values()
+        return [*norm, *([] if self.enc_log_alpha is None else [self.enc_log_alpha])]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Beside the module's version number: no key of its own, so that the checkpoint still loads anywhere.
         if hasattr(destination, "_metadata"):
-            destination._metadata.setdefault(prefix[:-1], {})["enc"] = self.settings
+            destination._metadata.setdefault(prefix[:-1], {})["enc"] = self.enc_settings
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
         # A stock checkpoint knows no post-norm and no learnable alpha: keep ours instead of reporting missing keys.
-        if f"{prefix}weight" in state_dict:
-            own = {f"{prefix}norm.{k}": v for k, v in self.norm.state_dict().items()} if self.norm is not None else {}
+        has_weight = any(f"{prefix}{key}" in state_dict for key in WEIGHT_KEYS)
+        if has_weight:
+            own = self._norm_state(prefix)
             saved = local_metadata.get("enc")
             has_norm = any(key in state_dict for key in own)
             self._check_origin(saved, "version" in local_metadata and not has_norm)
             self.holds_plain_weight = saved is None and not has_norm
             if not has_norm:
                 state_dict.update(own)
-            if self.log_alpha is not None:
-                start = self.log_alpha.detach()
+            if self.enc_log_alpha is not None:
+                start = _off_meta(self.enc_log_alpha.detach())
                 if saved is not None and saved["alpha"] != "learnable":
                     start = torch.full_like(start, math.log(saved["alpha"]))
                 state_dict.setdefault(f"{prefix}log_alpha", start)
@@ -154,10 +267,25 @@ class ENCLayer(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         finally:
             del self._is_loading
+        if has_weight:
+            errors = args[-1]  # torch raises them once all layers are loaded
+            try:
+                check_normalizable(prefix[:-1], self.weight, self.enc_variant, self.enc_kept)
+            except ValueError as error:
+                errors.append(str(error))
+
+    def _norm_state(self, prefix: str) -> dict[str, Tensor]:
+        """State of the post-norm under its keys in a checkpoint; the initial one where it is on the meta device."""
+        norm = self.enc_norm
+        if norm is None:
+            return {}
+        if any(tensor.is_meta for tensor in norm.state_dict().values()):
+            norm = self.norm_class(self.weight.shape[0], device="cpu", dtype=self._stat_dtype())
+        return {f"{prefix}{self._enc_norm_name}.{key}": value for key, value in norm.state_dict().items()}
 
     def _check_origin(self, saved: dict | None, is_plain: bool) -> None:
         """Warn if a checkpoint comes from other settings; one text for all layers, so that Python shows it once."""
-        own = self.settings
+        own = self.enc_settings
         if saved is None and is_plain and not self.keeps_function:
             warnings.warn(
                 "the checkpoint is of a plain network: ENC layers normalise its weights, so the outputs differ until "
@@ -186,18 +314,38 @@ class ENCLayer(nn.Module):
                 f"layer; {type(self).__name__} would normalise the scale away. Call enc_plugin.fold(model) first and "
                 "fuse the plain model that it returns (to set the weight, copy into weight.data)"
             )
+        if name in _PUBLIC and name != "norm" and "enc_variant" in self.__dict__ and lacks_attribute(self, name):
+            raise AttributeError(
+                f"{name}: the settings of an ENC layer are fixed when it is made, got {value!r}; make a new "
+                f"{type(self).__name__}, or fold the model and convert it with other options"
+            )
         super().__setattr__(name, value)
 
     def _is_rescaled(self, new: Tensor) -> bool:
         # A layer that is being made or loaded takes any weight.
-        if "variant" not in self.__dict__ or "_is_loading" in self.__dict__:
+        if "enc_variant" not in self.__dict__ or "_is_loading" in self.__dict__:
             return False
         return rows_are_rescaled(self._parameters.get("weight"), new)
 
     def extra_repr(self) -> str:
         """The stock layer's settings, the variant and alpha."""
-        alpha = "'learnable'" if self.log_alpha is not None else f"{self._alpha:g}"
-        return f"{super().extra_repr()}, variant={self.variant!r}, alpha={alpha}"
+        alpha = "'learnable'" if self._enc_alpha is None else f"{self._enc_alpha:g}"
+        return f"{super().extra_repr()}, variant={self.enc_variant!r}, alpha={alpha}"
+
+
+# Attributes of ENC layers that users read, and all that an ENC layer keeps in its own ``__dict__``.
+_PUBLIC = tuple(name for name, value in vars(ENCLayer).items() if isinstance(value, _YieldingAttribute))
+_OWN_STATE = ("enc_variant", "_enc_alpha", "_enc_norm_name", "_enc_norm_frozen", "holds_plain_weight", "keeps_function")
+
+
+def lacks_attribute(layer: nn.Module, name: str) -> bool:
+    """Whether a layer, stock or ENC, has no attribute ``name`` but the one that ENC layers define."""
+    stores = (layer.__dict__, layer._parameters, layer._buffers, layer._modules)
+    return not any(name in store for store in stores) and not hasattr(getattr(layer, "plain_class", type(layer)), name)
+
+
+def _off_meta(scalar: Tensor) -> Tensor:
+    return torch.zeros_like(scalar, device="cpu") if scalar.is_meta else scalar
 
 
 @torch.no_grad()
@@ -300,11 +448,20 @@ class ENCConv3d(_ENCConv, nn.Conv3d):
         self._init_enc(variant, alpha, post_norm)
 
 
+def _to_rows(out: Tensor) -> Tensor:
+    """``(*, out)`` as ``(N, out)``, which batch norms take."""
+    return out if out.ndim == 2 else out.reshape(-1, out.shape[-1])
+
+
+def _to_shape_of(out: Tensor, rows: Tensor) -> Tensor:
+    return rows if out.ndim == 2 else rows.view_as(out)
+
+
 class _ENCLinear(ENCLayer):
     def _post_norm(self, out: Tensor) -> Tensor:
-        if self.norm is None or out.ndim == 2:
-            return super()._post_norm(out)
-        return super()._post_norm(out.reshape(-1, out.shape[-1])).view_as(out)
+        if self.enc_norm is None:
+            return out
+        return _to_shape_of(out, super()._post_norm(_to_rows(out)))
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply by the effective weight, then apply the post-norm if there is one."""
@@ -354,10 +511,18 @@ class _ENCSubclass(ENCLayer):
 
     def forward_with(self, weight: Tensor, *args, **kwargs) -> Tensor:
         """The stock class's own forward with ``weight`` in the place of the layer's."""
-        # The stock forward sees this module as it will be after fold: its class, its attributes, another weight.
+        # The stock forward sees this module as it will be after fold: its class, its attributes, another weight. (A
+        # pruned layer has its own weight among its attributes.)
+        state = {key: value for key, value in self.__dict__.items() if key != "weight"}
+        state["_parameters"] = {**self._parameters, "weight": weight}
+        state["_modules"] = {key: value for key, value in self._modules.items() if key != self._enc_norm_name}
         stock = object.__new__(self.plain_class)
-        stock.__dict__ = {**self.__dict__, "_parameters": {**self._parameters, "weight": weight}}
-        return self.plain_class.forward(stock, *args, **kwargs)
+        stock.__dict__ = dict(state)
+        out = self.plain_class.forward(stock, *args, **kwargs)
+        for key, value in stock.__dict__.items():
+            if value is not state.get(key):  # set by the stock forward
+                self.__dict__[key] = value
+        return out
 
     def __reduce_ex__(self, protocol):
         # Pickle cannot import a class that was made at run time; it is made again from the stock class.
@@ -382,11 +547,16 @@ def _derive_enc_class(plain_class: type[nn.Module]) -> type[ENCLayer] | None:
     if stock is None or issubclass(plain_class, ENCLayer):
         return None
     own = _ENCSubclassLinear if stock is nn.Linear else _ENCSubclass
+    # Public names that the subclass uses for something else keep its meaning.
+    kept = {
+        name: inspect.getattr_static(plain_class, name) for name in (*_PUBLIC, "fuse") if hasattr(plain_class, name)
+    }
     # The bases of the stock class are direct bases too, for mmengine's initialisers (see above).
     return type(
         f"ENC{plain_class.__name__}",
         (own, plain_class, *plain_class.__bases__),
         {
+            **kept,
             "plain_class": plain_class,
             "norm_class": ENC_LAYERS[stock].norm_class,
             "__doc__": f":class:`{plain_class.__module__}.{plain_class.__qualname__}` with an ENC weight.",

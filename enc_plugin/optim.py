@@ -112,6 +112,8 @@ class DecayRules:
         by_length = sorted(sorted(custom_keys), key=len, reverse=True)  # the longest key wins, as in mmengine
         unmatched = set(custom_keys)
         groups: dict[str, dict] = {}
+        layers = [layer for layer in module.modules() if isinstance(layer, ENCLayer)]
+        variants = {p: layer.enc_variant for layer in layers for p in layer.free_weights()}
         seen: set[nn.Parameter] = set()
         names = []
         for module_name, owner in module.named_modules(prefix=prefix):
@@ -123,7 +125,7 @@ class DecayRules:
                 names.append(name)
                 hits = [key for key in by_length if key in name]
                 unmatched -= set(hits)
-                settings = self.settings(owner, leaf, param, custom_keys[hits[0]] if hits else {})
+                settings = self.settings(owner, leaf, param, custom_keys[hits[0]] if hits else {}, variants.get(param))
                 key = repr(settings)  # custom settings may be lists
                 groups.setdefault(key, {"params": [], **settings})["params"].append(param)
         if unmatched:
@@ -133,7 +135,14 @@ class DecayRules:
             )
         return list(groups.values())
 
-    def settings(self, owner: nn.Module, leaf: str, param: nn.Parameter, custom: Mapping[str, Any]) -> dict:
+    def settings(
+        self,
+        owner: nn.Module,
+        leaf: str,
+        param: nn.Parameter,
+        custom: Mapping[str, Any],
+        variant: str | None = None,
+    ) -> dict:
         """Group settings of one parameter: lr, weight_decay, and for an ENC weight its variant and shift.
 
         Args:
@@ -141,6 +150,7 @@ class DecayRules:
             leaf: Its name there, such as ``'weight'``.
             param: The parameter.
             custom: The entry of ``custom_keys`` that applies to it, or an empty mapping.
+            variant: Of the ENC layer whose weight it is (:meth:`ENCLayer.free_weights`), or None.
         """
         option = self.options.get
         is_enc = isinstance(owner, ENCLayer)
@@ -169,9 +179,8 @@ class DecayRules:
         if self.weight_decay is not None:
             settings["weight_decay"] = self.weight_decay * decay_mult
         eps = custom.get("shift_eps", option("shift_eps", DEFAULT_SHIFT_EPS))
-        variant = None
-        if leaf == "weight":
-            variant = owner.variant if is_enc else option("plain_shift") if isinstance(owner, _WEIGHTED) else None
+        if leaf == "weight" and not is_enc and isinstance(owner, _WEIGHTED):
+            variant = option("plain_shift")
         if variant is not None and eps > 0 and settings.get("weight_decay"):
             settings["enc_variant"] = variant
             settings["shift_eps"] = eps

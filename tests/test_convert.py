@@ -14,6 +14,7 @@ from torch import nn
 
 from enc_plugin import ENCConv2d, ENCLinear, NoEffectWarning, audit, to_enc
 from enc_plugin.convert import enc_layers
+from enc_plugin.functional import enc_weight
 
 
 def small_net() -> nn.Module:
@@ -194,11 +195,42 @@ def test_a_layer_without_a_direction_is_refused_and_the_model_left_alone(break_i
     assert not list(enc_layers(model))
 
 
-def test_rows_of_one_element_name_the_layer_and_the_way_out():
-    model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
-    with pytest.raises(ValueError, match="layer '0': 4 of its 4 rows are of one element.*variant='fro'"):
-        to_enc(model)
-    assert len(to_enc(model, variant="wn")) == 1
+@pytest.mark.parametrize(
+    ("make", "variant", "message"),
+    [
+        (lambda: nn.Conv2d(4, 4, 1, groups=4), "ws", "rows of one element.*0 / 0; convert it with variant='fro'"),
+        (lambda: nn.Conv2d(4, 4, 1, groups=4), "wn", "rows of one element.*mere signs.*variant='fro'"),
+        (lambda: nn.Linear(2, 16), "ws", "rows of 2 elements.*mere signs.*variant='wn'"),
+        (lambda: nn.Conv1d(2, 4, 1), "ws", "rows of 2 elements.*mere signs"),
+        (lambda: nn.Linear(2, 1), "centered_fro", "rows of 2 elements.*mere signs.*variant='wn'"),
+        (lambda: nn.Linear(1, 1), "fro", "rows of one element.*mere signs.*no variant can train it"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_rows_that_become_mere_signs_are_refused_with_the_way_out(make, variant, message, device):
+    with torch.device(device):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), make())
+    with pytest.raises(ValueError, match=f"layer '1': .*{message}.*exclude="):
+        to_enc(model, variant)
+    assert not list(enc_layers(model)), "a refused model is left alone"
+
+
+@pytest.mark.parametrize(
+    ("shape", "variant"), [((3, 2), "ws"), ((3, 1), "wn"), ((1, 2), "centered_fro"), ((1, 1), "fro")]
+)
+def test_refused_rows_cannot_train_because_their_effective_weight_is_locally_constant(shape, variant):
+    weight, direction = torch.randn(2, *shape, dtype=torch.float64)
+    forward, backward = (enc_weight(weight + h * direction, variant) for h in (1e-5, -1e-5))
+    assert (forward - backward).abs().max() < 1e-12
+    longer = torch.randn(shape[0], shape[1] + 1, dtype=torch.float64)
+    assert (enc_weight(longer, variant) - enc_weight(longer + 1e-5 * longer.roll(1, 1), variant)).abs().max() > 1e-7
+
+
+def test_the_layer_that_cannot_take_the_variant_takes_another_one():
+    model = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+    to_enc(model, exclude="0")
+    to_enc(model, "wn", include="0")
+    assert [layer.variant for _, layer in enc_layers(model)] == ["wn", "ws"]
 
 
 @pytest.mark.parametrize(
@@ -226,14 +258,6 @@ def test_meta_models_are_converted():
     with torch.device("meta"):
         model = torchvision.models.resnet50()
     assert len(to_enc(model)) == 54
-
-
-def test_a_refused_meta_model_is_left_alone_too():
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=8))
-    with pytest.raises(ValueError, match="layer '1': 8 of its 8 rows are of one element"):
-        to_enc(model)
-    assert not list(enc_layers(model))
 
 
 def test_audit_reads_norms_and_finds_the_layer_that_lost_its_direction():

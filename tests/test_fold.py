@@ -234,7 +234,7 @@ def test_a_layer_without_a_direction_is_refused_by_name():
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     to_enc(model)
     nn.init.zeros_(model[0].weight)
-    with pytest.raises(ValueError, match="layer '0': 8 of its 8 rows are constant"):
+    with pytest.raises(ValueError, match="layer '0': 8 of its 8 rows are all zero"):
         fold(model)
 
 
@@ -294,7 +294,7 @@ def test_other_ways_to_set_a_weight_stay_open():
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
 def test_blocks_that_merge_their_kernels_ask_for_fold_and_work_after_it(name):
     model = timm.create_model(name, num_classes=10)
-    to_enc(model, "wn")  # 'ws' cannot normalise depthwise 1x1 kernels
+    to_enc(model, "fro")  # the others cannot train depthwise 1x1 kernels
     randomize_norms(model)
     model.eval()
     x = torch.randn(1, 3, 32, 32)

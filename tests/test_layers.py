@@ -159,10 +159,12 @@ def test_bad_options_are_named(kwargs, message):
         ENCConv2d(3, 4, 3, **kwargs)
 
 
-def test_rows_of_one_element_are_refused_under_ws():
+def test_rows_of_one_element_are_refused():
     with pytest.raises(ValueError, match=r"shape \(4, 1, 1, 1\) has rows of one element.*variant='fro'"):
         ENCConv2d(4, 4, 1, groups=4)
-    ENCConv2d(4, 4, 1, groups=4, variant="wn")
+    with pytest.raises(ValueError, match="mere signs"):
+        ENCConv2d(4, 4, 1, groups=4, variant="wn")
+    ENCConv2d(4, 4, 1, groups=4, variant="fro")
 
 
 def test_repr_shows_variant_and_alpha():

@@ -11,8 +11,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from ..convert import audit, check_normalizable, enc_layers
+from ..convert import audit, enc_layers
 from ..layers import ENCLayer, saved_settings
+from ..normalizable import check_normalizable
 from .limits import warn_of_recomputation
 
 DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
@@ -45,7 +46,7 @@ class ENCAuditHook(Hook):
         """Check and report the weights that training starts from."""
         model = unwrap(runner.model)
         for name, layer in enc_layers(model):
-            check_normalizable(name, layer.weight, layer.variant)
+            check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
         self._report(runner, model)
         warn_of_recomputation(runner, model)
 

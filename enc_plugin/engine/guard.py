@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
-from ..convert import check_normalizable, enc_layers
+from ..convert import enc_layers
 from ..functional._checks import check_integer, check_type
 from ..layers import ENCLinear
+from ..normalizable import check_normalizable
 from .audit_hook import unwrap
 from .measure import statistics_note
 
@@ -294,7 +295,7 @@ def _find_cause(runner: Runner, batch: Any) -> str:
         return f"{len(broken)} weights hold NaN or Inf: {', '.join(map(repr, broken[:3]))}"
     for name, layer in enc_layers(model):
         try:
-            check_normalizable(name, layer.weight, layer.variant)
+            check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
         except ValueError as error:
             return str(error)
     layer = _first_overflow(runner, model, batch)

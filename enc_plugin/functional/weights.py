@@ -50,7 +50,15 @@ def is_centered(variant: str) -> bool:
     return variant in _CENTERED
 
 
-def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0) -> Tensor:
+def min_elements(variant: str) -> int:
+    """Fewest elements of a row (whole-layer variants: of the layer) whose direction can turn.
+
+    A row with one element fewer keeps a sign alone: the gradient of its effective weight is zero.
+    """
+    return 3 if is_centered(variant) else 2
+
+
+def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0, kept: Tensor | None = None) -> Tensor:
     r"""Effective weight of an ENC layer: every layer gets squared Frobenius norm ``alpha`` (eq. 20-23).
 
     .. math:: \lVert \hat W \rVert_F^2 = \alpha
@@ -63,7 +71,8 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0)
     ==================  ==========================================================================
 
     with m rows (``out``), n columns (``weight[0].numel()``) and the population standard deviation. Statistics are
-    taken in float32 at least; in float32 they hold for weights of magnitude 1e-15 to 1e15.
+    taken in float32 at least; in float32 they hold for weights of magnitude 1e-15 to 1e15
+    (:func:`imprecise_rows` finds the others).
 
     Args:
         weight: Free weight W, ``(out, in)`` or ``(out, in / groups, *kernel)``, finite. A row (for the whole-layer
@@ -72,6 +81,9 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0)
         variant: ``'fro'``, ``'wn'``, ``'ws'`` or ``'centered_fro'``.
         alpha: Squared Frobenius norm of the result, positive, below 1e30; a number, or a tensor of one element
             (learnable alpha).
+        kept: Pruning mask, shaped like ``weight``: 1 for the elements that take part, 0 for pruned ones, or None. The
+            result is 0 where ``kept`` is 0. Elsewhere the equation holds for the kept elements of a row, with m the
+            number of rows that keep any.
 
     Returns:
         Tensor of the shape, dtype and device of ``weight``.
@@ -95,7 +107,9 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0)
             f"weight: expected rows of at least two elements, got shape {tuple(weight.shape)}; {variant!r} turns "
             "rows of one element into 0 / 0, 'fro' does not"
         )
-    if torch.compiler.is_compiling():
+    if kept is not None:
+        what = _of_kept(w, variant, alpha, kept)
+    elif torch.compiler.is_compiling():
         what = _by_formula(w, variant, alpha)
     elif is_centered(variant):
         # One fused op: statistics per group of rows, the scale as its affine weight, only W kept for backward.
@@ -120,6 +134,54 @@ def _by_formula(w: Tensor, variant: str, alpha: float | Tensor) -> Tensor:
         w = w - (sums.sum(0, keepdim=True) if variant in _WHOLE_LAYER else sums) / (w.numel() // rows)
     scale = _scale(w, alpha, rows, (rows, *(1 for _ in columns)))
     return w * (scale / _norms(w, scale))
+
+
+def _of_kept(w: Tensor, variant: str, alpha: float | Tensor, kept: Tensor) -> Tensor:
+    """:func:`enc_weight` of the elements that ``kept`` marks."""
+    rows = num_rows(w, variant)
+    kept = kept.reshape(rows, -1).to(w.dtype)
+    w, count = w.reshape(rows, -1) * kept, kept.sum(1, keepdim=True)
+    if is_centered(variant):
+        w = (w - w.sum(1, keepdim=True) / count.clamp(min=1)) * kept
+    # A row that is pruned as a whole stays 0, without a division by 0 on the way (its gradient would be NaN).
+    norms = torch.where(count > 0, torch.linalg.vector_norm(w, dim=1, keepdim=True), 1)
+    scale = _scale(w, alpha, 1, (1, 1)) / (count > 0).sum().sqrt()
+    return w * (scale / norms)
+
+
+@torch.no_grad()
+def imprecise_rows(weight: Tensor, variant: str, kept: Tensor | None = None) -> Tensor:
+    """Find the rows that :func:`enc_weight` cannot normalise in the precision that it computes in.
+
+    Such rows are constant or zero, nearly so (their differences drown in rounding), or of a magnitude whose square
+    float32 cannot hold. Each row is compared with the equation in float64, for the row divided by its largest element.
+
+    Args:
+        weight: Free weight W, as in :func:`enc_weight`, finite.
+        variant: As in :func:`enc_weight`.
+        kept: As in :func:`enc_weight`.
+
+    Returns:
+        Truth values, one for each row (whole-layer variants: one): whether the effective weight is not finite or off by
+        more than 1 %.
+    """
+    rows = num_rows(weight, variant)
+    v = weight.double().reshape(rows, -1)
+    kept = None if kept is None else kept.reshape(rows, -1)
+    v = v if kept is None else v * kept
+    v = v / v.abs().amax(1, keepdim=True)
+    exact = enc_weight(v, variant, 1.0, kept)
+    w = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+    error = enc_weight(w.reshape(rows, -1), variant, 1.0, kept).double() - exact
+    precise = error.norm(dim=1) <= 0.01 * exact.norm(dim=1)  # false for NaN
+    if is_centered(variant):
+        # In float64 there is nothing better to compare with: here the differences themselves have to be above rounding.
+        mean = v.mean(1, keepdim=True) if kept is None else v.sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+        spread = (v - mean if kept is None else (v - mean) * kept).norm(dim=1)
+        precise &= spread > 64 * torch.finfo(w.dtype).eps * v.norm(dim=1)
+    if kept is not None:
+        precise |= ~kept.bool().any(1)  # pruned as a whole, on purpose
+    return ~precise
 
 
 class _UnitRows(torch.autograd.Function):

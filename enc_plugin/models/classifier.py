@@ -6,8 +6,9 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmpretrain.models.classifiers import ImageClassifier
 
-from ..convert import check_normalizable, enc_layers, to_enc
+from ..convert import enc_layers, to_enc
 from ..functional._checks import check_type
+from ..normalizable import check_normalizable
 from .gbr_penalty import GBRImageClassifier
 
 
@@ -45,7 +46,7 @@ class ENCImageClassifier(GBRImageClassifier):
             layer.holds_plain_weight = False
         super().init_weights()
         for name, layer in enc_layers(self):
-            check_normalizable(name, layer.weight, layer.variant)
+            check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
         # A backbone that loads its own weights (init_cfg) does not call the hook of the whole.
         _keep_plain_function(self)
 

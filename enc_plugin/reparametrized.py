@@ -28,8 +28,8 @@ def free_weights(layer: nn.Module) -> list[nn.Parameter]:
 
 def remove_reparametrizations(layer: nn.Module) -> None:
     """Make the weight a parameter again where ``torch.nn.utils`` has replaced it, with the values that it has."""
-    for name in list(layer.parametrizations) if parametrize.is_parametrized(layer) else ():
-        parametrize.remove_parametrizations(layer, name)
+    if parametrize.is_parametrized(layer):
+        _remove_parametrizations(layer)
     for hook in list(layer._forward_pre_hooks.values()):
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(layer, hook._tensor_name)
@@ -42,6 +42,18 @@ def remove_reparametrizations(layer: nn.Module) -> None:
             f"the weight of this {type(layer).__name__} is no parameter, and not made by torch.nn.utils (prune, "
             "parametrize, weight_norm, spectral_norm); make it a parameter before you fold the model"
         )
+
+
+def _remove_parametrizations(layer: nn.Module) -> None:
+    # Not by torch's remove_parametrizations: it changes the class, which a copied layer shares with its original.
+    owners = layer._modules.pop("parametrizations")
+    values = {name: owner().detach().clone() for name, owner in owners.items()}
+    layer.__class__ = type(layer).__bases__[0]
+    for name, value in values.items():
+        if any(True for _ in owners[name].parameters(recurse=False)):
+            layer.register_parameter(name, nn.Parameter(value))
+        else:
+            layer.register_buffer(name, value)
 
 
 def copies_of_results(modules: Iterable[nn.Module]) -> dict[int, Tensor]:

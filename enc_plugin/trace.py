@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -241,7 +242,8 @@ def _random_states(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def plain_forward(layers) -> Iterator[None]:
     """Let the ENC layers among ``layers`` compute with W while the context lasts: the network they came from."""
-    enc = {layer: type(layer) for layer in layers if isinstance(layer, ENCLayer)}
+    # Of a parametrized layer, the weight is an attribute of the class that it has.
+    enc = {x: type(x) for x in layers if isinstance(x, ENCLayer) and not parametrize.is_parametrized(x)}
     for layer in enc:
         layer.__class__ = layer.plain_class
     try:

@@ -14,6 +14,25 @@ arenas = dict(
             "param_scheduler.milestones": [3, 6, 9],
         },
     ),
+    # The paper's regime of decay: lambda 8.5e-3 has here the 33 e-folds of ||W||^2 that 1e-4 has in the paper's recipe.
+    overfit=dict(
+        title="CIFAR-10 (JPEG), 12,500 training images, 60 epochs, ResNet-20, decay 8.5e-3",
+        config="study/cifar10_resnet20.py",
+        images=12_500,
+        epochs=60,
+        overrides={
+            "train_dataloader.dataset.per_class": 1250,
+            "train_cfg": dict(max_epochs=60, val_interval=3),
+            "param_scheduler.milestones": [18, 36, 54],
+            "optim_wrapper.optimizer.weight_decay": 8.5e-3,
+            "custom_hooks": [
+                dict(type="GBRHook", num_samples=512, projections=1, output="logits", interval=3),
+                dict(type="GBRHook", num_samples=512, projections=1, output="probs", interval=3),
+                dict(type="FGSMHook", eps=(1, 2, 4, 8), interval=1000),  # all test images, after the last epoch alone
+            ],
+        },
+        pgd=dict(eps=[2], steps=10),
+    ),
     full=dict(
         title="CIFAR-10 (JPEG), all 50,000 training images, 15 epochs, ResNet-20",
         config="study/cifar10_resnet20.py",
@@ -57,28 +76,35 @@ bn_eps = {"default_hooks.bn_eps": dict(type="BatchNormEpsHook", eps=1e-12)}
 decay = "optim_wrapper.optimizer.weight_decay"
 lr = "optim_wrapper.optimizer.lr"
 
-three, five = [0, 1, 2], [0, 1, 2, 3, 4]
+three, four, five = [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]
+
+# --- Cells that train alike, given batch norm (docs/gauge.md). ---
+kept, kept_bn = dict(gauge="row means kept"), dict(gauge="row means kept + classifier BN")
+removed, removed_bn = dict(gauge="row means removed"), dict(gauge="row means removed + classifier BN")
 
 # --- The cells of each arena, in the order in which they run. A cell's first seeds run before any cell's later ones. ---
 cells = dict(
     quarter={
         # Table 1 and figure 2
-        "baseline": dict(title="plain", seeds=five),
-        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=five),
+        "baseline": dict(title="plain", seeds=five, **kept),
+        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=five, **removed_bn),
         # which part does the work?
-        "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=three),
+        "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=three, **kept_bn),
+        # The constraint acts on the function here: no batch norm undoes the classifier's norm.
         "enc-ws-nobn": dict(title="ENC without classifier BN", overrides={**enc, **no_classifier_bn}, seeds=three),
-        "ws": dict(title="WS", overrides=ws, seeds=five),
-        "ws-bn": dict(title="WS + classifier BN", overrides={**ws, **classifier_bn}, seeds=three),
-        "enc-ws-noshift": dict(title="ENC without the shift", overrides={**enc, **no_shift}, seeds=three),
-        "bn-shift": dict(
-            title="plain + classifier BN + shift", overrides={**classifier_bn, **plain_shift}, seeds=three
+        "ws": dict(title="WS", overrides=ws, seeds=five, **removed),
+        "ws-bn": dict(
+            title="WS + classifier BN", overrides={**ws, **classifier_bn}, seeds=list(range(12)), **removed_bn
         ),
-        "enc-ws-bneps": dict(title="ENC, BN eps 1e-12", overrides={**enc, **bn_eps}, seeds=three),
-        "enc-fro": dict(title="ENC, eq. 20", overrides=enc_fro, seeds=three),
-        "enc-wn": dict(title="ENC, eq. 21", overrides=enc_wn, seeds=three),
+        "enc-ws-noshift": dict(title="ENC without the shift", overrides={**enc, **no_shift}, seeds=three, **removed_bn),
+        "bn-shift": dict(
+            title="plain + classifier BN + shift", overrides={**classifier_bn, **plain_shift}, seeds=three, **kept_bn
+        ),
+        "enc-ws-bneps": dict(title="ENC, BN eps 1e-12", overrides={**enc, **bn_eps}, seeds=three, **removed_bn),
+        "enc-fro": dict(title="ENC, eq. 20", overrides=enc_fro, seeds=three, **kept_bn),
+        "enc-wn": dict(title="ENC, eq. 21", overrides=enc_wn, seeds=three, **kept_bn),
         "enc-cfro": dict(title="ENC, eq. 23", overrides=enc_cfro, seeds=three),
-        "wn": dict(title="WN", overrides=wn, seeds=three),
+        "wn": dict(title="WN", overrides=wn, seeds=three, **kept),
         # figure 1 (decay 1e-4 is the baseline), figure 3
         "wd1e-3": dict(title="decay 1e-3", overrides={decay: 1e-3}, seeds=three),
         "wd0": dict(title="decay 0", overrides={decay: 0.0}, seeds=three),
@@ -101,8 +127,12 @@ cells = dict(
         "enc-cutout": dict(title="ENC + Cutout", overrides={**enc, **cutout}, seeds=three),
         "enc-cutmix-ls": dict(title="ENC + CutMix + LS", overrides={**enc, **cutmix, **smooth}, seeds=three),
         # Table 5
-        "enc-a0.5": dict(title="ENC, alpha 0.5", overrides={**enc, "model.enc": dict(alpha=0.5)}, seeds=three),
-        "enc-a2": dict(title="ENC, alpha 2", overrides={**enc, "model.enc": dict(alpha=2.0)}, seeds=three),
+        "enc-a0.5": dict(
+            title="ENC, alpha 0.5", overrides={**enc, "model.enc": dict(alpha=0.5)}, seeds=three, **removed_bn
+        ),
+        "enc-a2": dict(
+            title="ENC, alpha 2", overrides={**enc, "model.enc": dict(alpha=2.0)}, seeds=three, **removed_bn
+        ),
         "enc-alearn": dict(
             title="ENC, learnable alpha", overrides={**enc, "model.enc": dict(alpha="learnable")}, seeds=three
         ),
@@ -113,20 +143,38 @@ cells = dict(
             seeds=three,
         ),
     },
+    # Block b is the first four cells, c the decays, d the last: each whole by itself, in this order.
+    overfit={
+        "baseline": dict(title="plain", seeds=four, **kept),
+        "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=four, **kept_bn),
+        "ws-bn": dict(title="WS + classifier BN", overrides={**ws, **classifier_bn}, seeds=four, **removed_bn),
+        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=four, **removed_bn),
+        "wd0": dict(title="plain, decay 0", overrides={decay: 0.0}, seeds=three),
+        "wd1e-4": dict(title="plain, decay 1e-4", overrides={decay: 1e-4}, seeds=three),
+        "wd1e-3": dict(title="plain, decay 1e-3", overrides={decay: 1e-3}, seeds=three),
+        "wd3e-3": dict(title="plain, decay 3e-3", overrides={decay: 3e-3}, seeds=three),
+        "wd3e-2": dict(title="plain, decay 3e-2", overrides={decay: 3e-2}, seeds=three),
+        "enc-ws-nobn": dict(
+            title="ENC, plain classifier",
+            overrides={**enc, "model.enc": dict(exclude="head")},
+            seeds=three,
+            **removed,
+        ),
+    },
     full={
-        "baseline": dict(title="plain", seeds=three),
-        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=three),
-        "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=three),
-        "ws": dict(title="WS", overrides=ws, seeds=three),
+        "baseline": dict(title="plain", seeds=three, **kept),
+        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=three, **removed_bn),
+        "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=three, **kept_bn),
+        "ws": dict(title="WS", overrides=ws, seeds=three, **removed),
     },
     digits={
-        "baseline": dict(title="plain", seeds=five),
-        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=five),
-        "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=five),
-        "ws": dict(title="WS", overrides=ws, seeds=five),
-        "enc-fro": dict(title="ENC, eq. 20", overrides=enc_fro, seeds=five),
-        "enc-wn": dict(title="ENC, eq. 21", overrides=enc_wn, seeds=five),
+        "baseline": dict(title="plain", seeds=five, **kept),
+        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=five, **removed_bn),
+        "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=five, **kept_bn),
+        "ws": dict(title="WS", overrides=ws, seeds=five, **removed),
+        "enc-fro": dict(title="ENC, eq. 20", overrides=enc_fro, seeds=five, **kept_bn),
+        "enc-wn": dict(title="ENC, eq. 21", overrides=enc_wn, seeds=five, **kept_bn),
         "enc-cfro": dict(title="ENC, eq. 23", overrides=enc_cfro, seeds=five),
-        "wn": dict(title="WN", overrides=wn, seeds=five),
+        "wn": dict(title="WN", overrides=wn, seeds=five, **kept),
     },
 )

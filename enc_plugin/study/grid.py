@@ -10,9 +10,14 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+ROOT = Path(__file__).resolve().parents[2]  # what the configs of the committed grid are relative to
+
 _ARENA_NEEDS = {"title", "config", "images", "epochs"}
 _ARENA_KEYS = _ARENA_NEEDS | {"overrides", "pgd"}
-_CELL_KEYS = {"title", "seeds", "overrides"}
+_CELL_KEYS = {"title", "seeds", "overrides", "gauge"}
+
+# Networks with a batch norm behind every layer but perhaps the classifier train alike within a class (docs/gauge.md).
+GAUGES = ("row means kept", "row means kept + classifier BN", "row means removed", "row means removed + classifier BN")
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,19 @@ class Arena:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method in one arena: what it changes in the arena's config, and the seeds it runs with."""
+    """One method in one arena: what it changes in the arena's config, and the seeds it runs with.
+
+    Attributes:
+        gauge: The class of :data:`GAUGES` whose members train alike, under the arena's own decay, learning rate and
+            augmentation; None: none.
+    """
 
     arena: Arena
     name: str
     title: str
     seeds: tuple[int, ...]
     overrides: dict = field(default_factory=dict)
+    gauge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ def load_grid(path: str | Path) -> Grid:
     Args:
         path: Python file: ``arenas = dict(name=dict(title, config, images, epochs, overrides, pgd))``
             and
-            ``cells = dict(arena={name: dict(title, seeds, overrides)})``.
+            ``cells = dict(arena={name: dict(title, seeds, overrides, gauge)})``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -149,7 +160,10 @@ def _cell(arena: Arena, name: str, settings: dict) -> Cell:
         raise ValueError(f"seeds: cell '{arena.name}/{name}' needs different seeds, at least one, got {seeds!r}")
     if "/" in name:
         raise ValueError(f"grid: cell names become file names, {name!r} holds a '/'")
-    return Cell(arena, name, settings["title"], tuple(seeds), settings.get("overrides", {}))
+    gauge = settings.get("gauge")
+    if gauge is not None and gauge not in GAUGES:
+        raise ValueError(f"gauge: cell '{arena.name}/{name}': expected one of {', '.join(GAUGES)}, got {gauge!r}")
+    return Cell(arena, name, settings["title"], tuple(seeds), settings.get("overrides", {}), gauge)
 
 
 def _check_keys(what: str, settings: dict, known: set[str], needed: set[str]) -> None:

@@ -5,30 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import _page, _plot
-from .claims import NOT_RUN, Comparison, Figure, Section, sections
+from .claims import NOT_TESTED
 from .execute import DIVERGED, FAILED
 from .grid import load_grid
 from .results import Results, load_results
+from .sections import Figure, Section, cell_efolds, sections
+from .verdicts import MEANING, MIN_SEEDS
 
 BEGIN, END = "<!-- study: written by tools/report.py -->", "<!-- end of study -->"
-_ENC = ("enc-ws", "baseline")
-# What the README shows of a section: two cells and a metric (its name up to a comma), and what to call the effect.
-_HEADLINES = {
-    "accuracy": {(_ENC, "top-1 accuracy (%)"): "top-1 (points)"},
-    "gbr": {(_ENC, "GBR of the logits"): "of logits", (_ENC, "GBR of the probabilities"): "of probabilities"},
-    "robustness": {(_ENC, "top-1 accuracy (%) under FGSM"): "top-1 under FGSM (points, mean over eps)"},
-    "tightness": {(_ENC, "AM-GM slack of the folded linear maps (log)"): "slack of the folded linear maps (log)"},
-    "parts": {
-        (("bn", "baseline"), "top-1 accuracy (%)"): "classifier BN alone",
-        (("enc-wn", "bn"), "top-1 accuracy (%)"): "constraint alone (eq. 21)",
-        (("enc-ws", "enc-wn"), "top-1 accuracy (%)"): "removed means (eq. 22 for 21)",
-        (("enc-ws", "bn"), "top-1 accuracy (%)"): "all of ENC less classifier BN",
-    },
-}
 _TITLE = "Does ENC do what the paper says?"
 
 
@@ -76,15 +65,14 @@ def draw(figure: Figure) -> bytes:
     if figure.kind == "intervals":
         ends = ([math.nan if row[end] is None else row[end] for row in figure.data] for end in ("low", "high"))
         labels = [_plot.shorten(row["label"], 56) for row in figure.data]
-        means = [row["mean"] for row in figure.data]
-        return _plot.intervals(labels, means, *ends, figure.x_label, reference=figure.reference, width=8.5)
+        means, groups = ([row[key] for row in figure.data] for key in ("mean", "group"))
+        return _plot.intervals(labels, means, *ends, figure.x_label, width=8.5, groups=groups, band=figure.band)
     if figure.kind == "scatter":
         series = [_plot.Series(one["label"], one["x"], one["y"]) for one in figure.data]
         return _plot.scatter(series, figure.x_label, figure.y_label, logx=figure.log_x, logy=figure.log_y)
     series = [one if one is None else _band(one) for one in figure.data]
-    return _plot.curves(
-        series, figure.x_label, figure.y_label, logx=figure.log_x, logy=figure.log_y, whole_x=True, ylim=figure.y_limits
-    )
+    options = dict(logx=figure.log_x, logy=figure.log_y, whole_x=True)
+    return _plot.curves(series, figure.x_label, figure.y_label, **options)
 
 
 def _band(curve: dict) -> _plot.Series:
@@ -93,64 +81,42 @@ def _band(curve: dict) -> _plot.Series:
 
 
 def headlines(found: Results, parts: Sequence[Section], folder: str) -> str:
-    """The verdicts in five lines, with a figure: what stands in the project's README."""
-    by_name = {part.name: part for part in parts}
+    """The answer on one screen: claim by arena, one word and one effect each; what stands in the project's README."""
     to_go = f"{len(found.missing)} planned ones to go" if found.missing else "all that are planned"
-    note = (
-        f"[The study]({folder}/README.md): {len(list(found))} finished runs, {to_go}. "
-        "ENC is eq. 22, against the plain network; differences are paired by seed, with 95 % intervals."
-    )
-    figures = by_name["accuracy"].figures or by_name["parts"].figures
-    pictures = [f"![{figure.caption}]({folder}/figures/{figure.name}.png)" for figure in figures[:1]]
-    return "\n".join([note, "", *(_headline(found, by_name[name]) for name in _HEADLINES), "", *pictures])
-
-
-def _headline(found: Results, part: Section) -> str:
-    shown = _HEADLINES[part.name]
-    arenas = []
-    for arena in dict.fromkeys(c.arena for c in part.comparisons):
-        run = [c for c in part.comparisons if c.arena == arena and c.effect is not None]
-        named = [
-            (label, c)
-            for (pair, name), label in shown.items()
-            for c in run
-            if (c.cell, c.other) == pair and c.metric.name.split(",")[0] == name
-        ]
-        if named:
-            named += _decisive(found, run, [c for _, c in named], part.verdicts.get(arena))
-            effects = ", ".join(f"{label} {_effect(c)}" for label, c in named)
-            verdict = f" - **{_verdict(found, part, arena)}**" if arena in part.verdicts else ""
-            arenas.append(f"{arena}: {effects}{verdict}")
-    title = part.title if part.title.endswith("?") else f"{part.title}?"
-    return f"- {title} {'; '.join(arenas) or 'Not run yet'}."
-
-
-def _decisive(
-    found: Results, run: Sequence[Comparison], shown: Sequence[Comparison], verdict: str | None
-) -> list[tuple[str, Comparison]]:
-    """The clearest comparison that has the joint verdict, if none that is shown has: readers see what decides."""
-    alike = [c for c in run if c.claimed and c.verdict == verdict]
-    if not alike or any(c.verdict == verdict for c in shown):
-        return []
-    c = min(alike, key=lambda c: c.effect.p_value(c.metric.as_ratio))
-    against = "" if (c.cell, c.other) == _ENC else f" against {found.title(c.arena, c.other)}"
-    return [(f"{c.metric.name}{against}", c)]
+    note = f"[The study]({folder}/README.md): {len(list(found))} finished runs, {to_go}. {_WORDS}"
+    pictures = [
+        f"![{figure.caption}]({folder}/figures/{figure.name}.png)"
+        for part in parts
+        for figure in part.figures
+        if figure.name == "cells_quarter"
+    ]
+    table = _markdown_table(*_summary(found, parts))
+    return "\n".join([*table, "", f"Not tested: {NOT_TESTED}.", "", note, "", *_arena_items(found), "", *pictures])
 
 
 def markdown(found: Results, parts: Sequence[Section]) -> str:
-    """The study's page in Markdown."""
-    text = [f"# {_TITLE}", "", _INTRODUCTION, "", *(f"- {line}" for line in _arenas(found)), "", _METHOD, ""]
-    text += [*_markdown_table(*_summary(found, parts)), ""]
+    """The study's page in Markdown: the answer first, then a section a claim."""
+    text = [
+        f"# {_TITLE}",
+        "",
+        *_markdown_table(*_summary(found, parts)),
+        "",
+        f"Not tested: {NOT_TESTED}.",
+        "",
+        _WORDS,
+        "",
+    ]
+    text += [*_arena_items(found), "", _METHOD, "", _INTRODUCTION, "", "Sections:", ""]
+    text += [f"- [{title}](#{_anchor(title)})" for title in (*(part.title for part in parts), _RUNS)] + [""]
     for part in parts:
-        text += [f"## {part.title}", "", f"*The claim.* {part.claim}", ""]
-        if part.verdicts:
-            text += [f"**Verdict.** {_verdicts(found, part)}", ""]
-        for title, head, rows in _tables(found, part):
+        text += [f"## {part.title}", "", part.claim, ""]
+        text += [*_markdown_table(*_verdict_table(found, part)), ""] if part.verdicts else []
+        for title, head, rows in part.tables:
             text += [*([f"{title}:", ""] if title else []), *_markdown_table(head, rows), ""]
         text += [f"- {line}" for line in part.text] + ([""] if part.text else [])
         for figure in part.figures:
             text += [f"![{figure.caption}](figures/{figure.name}.png)", "", f"*{figure.caption}*", ""]
-    text += ["## All runs", ""]
+    text += [f"## {_RUNS}", ""]
     for line in _about_runs(found):
         text += [line, ""]
     head, rows = _run_table(found)
@@ -161,8 +127,8 @@ def markdown(found: Results, parts: Sequence[Section]) -> str:
 
 def page(found: Results, parts: Sequence[Section], pictures: dict[str, bytes]) -> str:
     """The same as one HTML page that needs no other file; figures by name."""
-    blocks = [_INTRODUCTION.replace("`", ""), _page.items(*_arenas(found)), _METHOD.replace("*", "")]
-    blocks.append(_page.section("Verdicts", _page.table(*_summary(found, parts))))
+    blocks: list[str] = [_page.table(*_plain_cells(*_summary(found, parts))), f"Not tested: {NOT_TESTED}."]
+    blocks += [_WORDS.replace("*", ""), _page.items(*_arenas(found)), _METHOD, _INTRODUCTION.replace("`", "")]
     for part in parts:
         drawn = [
             _page.figure(pictures[figure.name], alt=figure.caption, caption=figure.caption) for figure in part.figures
@@ -170,83 +136,85 @@ def page(found: Results, parts: Sequence[Section], pictures: dict[str, bytes]) -
         blocks.append(
             _page.section(
                 part.title,
-                f"The claim. {part.claim}",
-                *([_page.note(f"Verdict. {_verdicts(found, part)}")] if part.verdicts else []),
-                *(_page.table(head, rows, title) for title, head, rows in _tables(found, part)),
+                part.claim,
+                *([_page.table(*_plain_cells(*_verdict_table(found, part)))] if part.verdicts else []),
+                *(_page.table(head, rows, title) for title, head, rows in part.tables),
                 *([_page.items(*part.text)] if part.text else []),
                 *([_page.grid(*drawn)] if drawn else []),
             )
         )
     runs = _page.details("Every run", _page.table(*_run_table(found)))
-    blocks.append(_page.section("All runs", *_about_runs(found), runs))
+    blocks.append(_page.section(_RUNS, *_about_runs(found), runs))
     return _page.render(_TITLE, *blocks)
 
 
+_RUNS = "All runs"
 _INTRODUCTION = (
     "Every number below is computed from the files in `results/`, one a run, each with its config, changes, seed, "
     "commit and versions; `grid.py` declares the runs. `python tools/study.py` carries out what is missing, "
     "`python tools/report.py --study study` writes this page again."
 )
+_WORDS = (
+    "Each cell has one word, and ENC's effect with its 95 % interval over seeds: "
+    + "; ".join(f"*{word}*: {meaning}" for word, meaning in MEANING.items())
+    + ". ENC is 'ws' (eq. 22) with its batch norm behind the classifier."
+)
 _METHOD = (
-    "Runs of equal seeds start from the same weights and see the same pictures in the same order; differences are "
-    "paired by seed, with 95 % intervals of Student's t, not corrected for their number; where two are compared by "
-    "their ratio (x), means are geometric. A claim is *reproduced* if every interval that it is about lies wholly on "
-    "the claimed side, *not reproduced* if one lies wholly on the other side, at a level divided by their number (of "
-    "many, one does by chance), and *not decided at this scale* otherwise. A verdict is one *so far* while its arena "
-    "has runs to go. The networks and schedules are far smaller than the paper's: a verdict is about this scale."
+    "Effects are contrasts of cell means by Welch's interval: cells may differ in spread and number of seeds, and runs "
+    "of equal seeds are not paired, since the data show hardly any correlation within a seed. Where cells are compared "
+    "by their ratio (x), means are geometric. Intervals are not corrected for their number. A result is one so far "
+    f"while its arena has runs to go. No word rests on fewer than {MIN_SEEDS} seeds. Claims, effects and words were "
+    "declared before the runs of the arena overfit, and after those of the other three. The networks and schedules are "
+    "far smaller than the paper's: a word is about this scale."
 )
 
 
 def _arenas(found: Results) -> list[str]:
-    return [f"{name}: {arena.title} ({arena.config})" for name, arena in found.grid.arenas.items()]
+    """The columns: what they train on, and how much weight decay acts on the plain network there."""
+    lines = []
+    for name, arena in found.grid.arenas.items():
+        efolds = cell_efolds(found.grid.cells[name][0])
+        lines.append(f"{name}: {arena.title}; {efolds:.2g} e-folds of decay (the paper: 33)")
+    return lines
+
+
+def _arena_items(found: Results) -> list[str]:
+    return [f"- {line}" for line in _arenas(found)]
 
 
 def _summary(found: Results, parts: Sequence[Section]) -> tuple[list[str], list[list[str]]]:
     arenas = list(found.grid.arenas)
     rows = [
-        [part.title, *(_verdict(found, part, arena) if arena in part.verdicts else "" for arena in arenas)]
+        [
+            part.title,
+            part.claim.split(". Measured")[0].removeprefix("The paper: ").rstrip("."),
+            *(_verdict(found, part, arena) for arena in arenas),
+        ]
         for part in parts
         if part.verdicts
     ]
-    return ["claim", *arenas], rows
+    return ["claim", "paper", *arenas], rows
 
 
-def _verdicts(found: Results, part: Section) -> str:
-    return "; ".join(f"{arena}: {_verdict(found, part, arena)}" for arena in part.verdicts) + "."
+def _verdict_table(found: Results, part: Section) -> tuple[list[str], list[list[str]]]:
+    return list(part.verdicts), [[_verdict(found, part, arena) for arena in part.verdicts]]
 
 
 def _verdict(found: Results, part: Section, arena: str) -> str:
-    """The verdict; "so far" while the arena has runs to go, so that no peek on the way passes for the plan's result."""
-    verdict = part.verdicts[arena]
-    if verdict == NOT_RUN or arena not in {run.cell.arena.name for run in found.missing}:
-        return verdict
-    return f"{verdict.removesuffix(' at this scale')} so far"
+    """The word and the effect; "so far" while the arena has runs to go: a peek is not the plan's result."""
+    if arena not in part.verdicts:
+        return ""
+    to_go = arena in {run.cell.arena.name for run in found.missing}
+    return f"{part.verdicts[arena]}{' so far' if to_go and part.verdicts[arena].effect else ''}"
 
 
-def _tables(found: Results, part: Section) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Titles, heads and rows of a section's tables."""
-    head, rows = _comparison_table(found, part)
-    return ([("", head, rows)] if rows else []) + part.tables
+def _plain_cells(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    return head, [[cell.replace("*", "") for cell in row] for row in rows]
 
 
-def _comparison_table(found: Results, part: Section) -> tuple[list[str], list[list[str]]]:
-    head = ["arena", "A", "B", "measured", "mean A", "mean B", "A against B [95 %]", "seeds", "verdict"]
-    rows = []
-    for c in part.comparisons:
-        if c.effect is None:
-            continue
-        values = ["-" if v is None else format(v, c.metric.digits) for v in (c.first, c.second)]
-        names = [found.title(c.arena, cell) for cell in (c.cell, c.other)]
-        verdict = "one seed" if c.effect.n == 1 else c.verdict.removesuffix(" at this scale")
-        rows.append([c.arena, *names, c.metric.name, *values, _effect(c), str(c.effect.n), verdict])
-    return head, rows
-
-
-def _effect(c: Comparison) -> str:
-    """Difference (``+0.52 [0.10, 0.94]``) or ratio (``x1.30 [1.10, 1.54]``)."""
-    sign, form = ("x", ".3g") if c.metric.as_ratio else ("", f"+{c.metric.digits}")
-    text = f"{sign}{c.effect.mean:{form}}"
-    return f"{text} (one seed)" if c.effect.n == 1 else f"{text} [{c.effect.low:{form}}, {c.effect.high:{form}}]"
+def _anchor(title: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _about_runs(found: Results) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,24 +48,37 @@ def _gap(result: dict) -> float | None:
     return None if None in (final["test_loss"], final["train_loss"]) else final["test_loss"] - final["train_loss"]
 
 
+def _gbr_over_margin(result: dict) -> float | None:
+    """Free of the scale of the logits; both of training images."""
+    gbr, margin = result["final"].get("gbr/logits"), result["final"].get("train_margin")
+    return gbr / margin**2 if gbr is not None and margin is not None and margin > 0 else None
+
+
+def _mean_under(prefix: str) -> Callable[[dict], float | None]:
+    """Mean accuracy under an attack over the eps that the arena's runs are attacked with."""
+
+    def read(result: dict) -> float | None:
+        values = [value for key, value in result["final"].items() if key.startswith(prefix)]
+        return None if not values or None in values else sum(values) / len(values)
+
+    return read
+
+
 TOP1 = Metric("top-1 accuracy (%)", _final("top1"))
 EARLY_TOP1 = Metric("mean top-1 accuracy over the first half of the epochs (%)", _early_accuracy)
 GBR_LOGITS = Metric("GBR of the logits", _final("gbr/logits"), ".3g", as_ratio=True)
+GBR_MARGIN = Metric("GBR of the logits / squared median margin", _gbr_over_margin, ".3g", as_ratio=True)
 GBR_PROBS = Metric("GBR of the probabilities", _final("gbr/probs"), ".3g", as_ratio=True)
-SLACK = Metric("AM-GM slack of the folded kernels (log)", _norm("kernel_slack"))
-MAP_SLACK = Metric("AM-GM slack of the folded linear maps (log)", _norm("map_slack"))
 LOG_PRODUCT = Metric("log of eq. 17's product, linear maps", _norm("map_log_product"), ".1f")
+RESIDUAL_BOUND = Metric("log of the residual network's bound on the GBR", _norm("residual_log_bound"), ".1f")
 FREE_NORM = Metric("squared norm of all free weights", _norm("sum_sq_free"), ".4g", as_ratio=True)
 GAP = Metric("test loss - training loss (nats)", _gap, ".3f")
 TRAIN_LOSS = Metric("training loss (nats)", _final("train_loss"), ".3f")
+FGSM = Metric("top-1 accuracy under FGSM, mean over eps (%)", _mean_under("fgsm/top1_eps"))
+PGD = Metric("top-1 accuracy under PGD-10 (%)", _mean_under("pgd10/top1_eps"))
 # What a run took before it was stopped and resumed is not known.
 CPU_SECONDS = Metric("core seconds a run", lambda r: None if r.get("resumed") else r["seconds"]["cpu"], ".0f", True)
 STEP_SECONDS = Metric("seconds a step", lambda result: result["measured_seconds"].get("an_iteration"), ".3f", True)
-
-
-def fgsm(eps: float) -> Metric:
-    """Accuracy under FGSM at ``eps`` / 255."""
-    return Metric(f"top-1 accuracy under FGSM {eps:g}/255 (%)", _final(f"fgsm/top1_eps{eps:g}"))
 
 
 class Results:
@@ -103,6 +116,10 @@ class Results:
     def seeds(self, arena: str, cell: str) -> dict[int, dict]:
         """The finished runs of a cell by seed; empty if there is none."""
         return self._cells.get((arena, cell), {})
+
+    def finished(self, arena: str, cells: Iterable[str]) -> bool:
+        """Whether each of these cells has a finished run."""
+        return all(self.seeds(arena, cell) for cell in cells)
 
     def values(self, arena: str, cell: str, metric: Metric) -> dict[int, float]:
         """A metric of a cell's finished runs by seed, where it is finite."""

@@ -1,9 +1,9 @@
-"""Means, paired differences and rank correlations over seeds, with 95 % intervals."""
+"""Means, contrasts of cells and rank correlations over seeds, with 95 % intervals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,22 +14,15 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its 95 % confidence interval (Student's t); NaN bounds where one seed gives none."""
+    """An estimate with its 95 % confidence interval (Student's t); NaN bounds where one seed gives none.
+
+    ``n`` is the number of values; of a contrast, that of its smallest cell.
+    """
 
     mean: float
     low: float
     high: float
     n: int
-
-    def p_value(self, ratio: bool = False) -> float:
-        """Two-sided p-value of a mean difference of 0, or of a mean ratio of 1; NaN for one seed."""
-        mean, high = (math.log(self.mean), math.log(self.high)) if ratio else (self.mean, self.high)
-        if math.isnan(high):
-            return math.nan
-        half = high - mean
-        if half == 0:
-            return float(mean == 0)
-        return 2 * float(stats.t.sf(abs(mean) / half * _quantile(self.n), self.n - 1))
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -78,30 +71,55 @@ def geometric_interval(values: Sequence[float]) -> Interval:
     return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.n)
 
 
-def _quantile(n: int) -> float:
-    """Half the width of the interval of ``n`` values, in standard errors."""
+def _quantile(n: float) -> float:
+    """Half the width of the interval of ``n`` values (degrees of freedom plus 1), in standard errors."""
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
 
 
-def shared_seeds(a: Mapping[int, float], b: Mapping[int, float], positive: bool = False) -> list[int]:
-    """The seeds that both have, ascending; with ``positive`` those alone whose values are above 0 on both sides."""
-    return [seed for seed in sorted(a.keys() & b.keys()) if not positive or min(a[seed], b[seed]) > 0]
+def contrast(terms: Sequence[tuple[float, Sequence[float]]], ratio: bool = False) -> Interval:
+    r"""Weighted sum :math:`\sum_k c_k \bar x_k` of the means of independent cells, by Welch's interval.
 
+    Cells may differ in their variance and number of seeds; the degrees of freedom are Satterthwaite's. Two terms of
+    weight 1 and -1 are Welch's t test. Seeds are not paired: runs of equal seeds are hardly more alike than others (the
+    correlation within a seed is about 0.05), and pairing would cost half of the few degrees of freedom.
 
-def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
-    """Mean of ``a - b`` over the seeds that both have, with its interval; None if they share none.
+    Args:
+        terms: Weight and values of each cell.
+        ratio: Of positive values: the same of their logarithms, as a factor.
 
-    Runs of equal seeds start from the same weights and see the same data in the same order, so that the difference
-    within a seed varies less than the values do.
+    Returns:
+        The interval, with NaN bounds if a cell has a single value.
+
+    Raises:
+        ValueError: If a cell has no value, or with ``ratio`` one that is not positive.
+
+    Example:
+        >>> found = contrast([(1, [3.0, 4.0, 5.0]), (-1, [1.0, 2.0, 3.0])])
+        >>> f"{found.mean:.1f} [{found.low:.3f}, {found.high:.3f}]"
+        '2.0 [-0.267, 4.267]'
     """
-    seeds = shared_seeds(a, b)
-    return interval([a[seed] - b[seed] for seed in seeds]) if seeds else None
+    if ratio:
+        if any(value <= 0 for _, values in terms for value in values):
+            raise ValueError("terms: ratios need positive values")
+        found = contrast([(weight, [math.log(value) for value in values]) for weight, values in terms])
+        return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.n)
+    cells = [(weight, interval(values), values) for weight, values in terms]
+    mean, n = sum(weight * cell.mean for weight, cell, _ in cells), min(cell.n for _, cell, _ in cells)
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    parts = [(weight**2 * float(np.var(values, ddof=1)) / cell.n, cell.n - 1) for weight, cell, values in cells]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return Interval(mean, mean, mean, n)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = _quantile(freedom + 1) * math.sqrt(variance)
+    return Interval(mean, mean - half, mean + half, n)
 
 
-def paired_ratio(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
-    """Geometric mean of ``a / b`` over shared seeds, positive values only, with the interval of the logarithms."""
-    seeds = shared_seeds(a, b, positive=True)
-    return geometric_interval([a[seed] / b[seed] for seed in seeds]) if seeds else None
+def homogeneity(cells: Sequence[Sequence[float]]) -> float:
+    """p-value of a one-way analysis of variance: whether cells could have one mean; NaN for fewer than two cells."""
+    cells = [values for values in cells if len(values) > 1]
+    return float(stats.f_oneway(*cells).pvalue) if len(cells) > 1 else math.nan
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

@@ -10,26 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enc_plugin.study import load_grid
-from enc_plugin.study.claims import (
-    CONTRADICTED,
-    NOT_RUN,
-    REPRODUCED,
-    UNDECIDED,
-    compare,
-    joint_verdict,
-    sections,
-)
+from enc_plugin.study.claims import CLAIMS, DECAYS, PARTS
 from enc_plugin.study.report import headlines
-from enc_plugin.study.results import (
-    FREE_NORM,
-    GBR_LOGITS,
-    GBR_PROBS,
-    LOG_PRODUCT,
-    TOP1,
-    TRAIN_LOSS,
-    Results,
-    load_results,
-)
+from enc_plugin.study.results import FGSM, GBR_LOGITS, GBR_MARGIN, LOG_PRODUCT, TOP1, Results, load_results
+from enc_plugin.study.sections import cell_efolds, sections
+from enc_plugin.study.statistics import Interval
+from enc_plugin.study.verdicts import ABSENT, HOLDS, NOT_TESTABLE, OPPOSITE, UNDECIDED, compare, decide
 
 GRID = load_grid(ROOT / "study" / "grid.py")
 
@@ -49,7 +35,8 @@ def made_up(arena="quarter", cell="baseline", seed=0, top1=60.0, gbr=10.0, statu
             "gbr/probs": gbr / 100,
             "test_loss": 1.0,
             "train_loss": 0.5,
-            "norms": {"kernel_slack": 1.0, "map_slack": 1.0, "map_log_product": 9.0, "sum_sq_free": 800.0},
+            "train_margin": 2.0,
+            "norms": {"map_log_product": 9.0, "sum_sq_free": 800.0},
             **{f"fgsm/top1_eps{eps}": 20.0 for eps in (1, 2, 4, 8)},
             **final,
         },
@@ -63,157 +50,173 @@ def results(*runs):
     return Results(GRID, {run["id"]: run for run in runs})
 
 
-def pairs_of(differences, cell="enc-ws", **base):
-    """Runs of the baseline and a cell whose top-1 differs by the given amounts, seed by seed."""
-    runs = []
-    for seed, difference in enumerate(differences):
-        runs.append(made_up(seed=seed, top1=60.0 + seed, **base))
-        runs.append(made_up(cell=cell, seed=seed, top1=60.0 + seed + difference, **base))
-    return results(*runs)
+def section_of(found, name):
+    return next(section for section in sections(found) if section.name == name)
 
 
-def verdict(found, claimed=1):
-    (comparison,) = compare(found, "quarter", [("enc-ws", "baseline")], [TOP1], claimed)
-    return comparison.verdict
+def two_cells(plain, enc, **more):
+    """Runs of the plain network and of ENC with these top-1 accuracies."""
+    runs = [made_up(seed=seed, top1=top1) for seed, top1 in enumerate(plain)]
+    return results(*runs, *(made_up(cell="enc-ws", seed=seed, top1=top1, **more) for seed, top1 in enumerate(enc)))
 
 
-def test_a_clear_gain_is_reproduced_and_a_clear_loss_is_not():
-    assert verdict(pairs_of([1.0, 1.1, 0.9])) == REPRODUCED
-    assert verdict(pairs_of([-1.0, -1.1, -0.9])) == CONTRADICTED
-    assert verdict(pairs_of([-1.0, -1.1, -0.9]), claimed=-1) == REPRODUCED
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (0.1, 0.5, HOLDS),
+        (0.1, 2.0, HOLDS),
+        (-0.5, -0.1, OPPOSITE),
+        (-0.5, 0.5, ABSENT),
+        (-0.5, 1.5, UNDECIDED),
+        (-3.0, 0.5, ABSENT),
+    ],
+)
+def test_words_go_by_no_effect_and_the_papers(low, high, word):
+    found = Interval((low + high) / 2, low, high, 3)
+    assert decide(found, effect=0.9) == word
+    assert decide(Interval(-found.mean, -high, -low, 3), effect=-0.9) == word
 
 
-def test_an_interval_around_zero_decides_nothing():
-    assert verdict(pairs_of([1.0, -1.0, 0.5])) == UNDECIDED
+@given(st.floats(-3, 3), st.floats(0.01, 3), st.floats(0.1, 3))
+def test_ratios_are_judged_as_their_logarithms_are(mean, half, effect):
+    import math
+
+    plain = Interval(mean, mean - half, mean + half, 4)
+    factor = Interval(*(math.exp(x) for x in (mean, mean - half, mean + half)), 4)
+    assert decide(factor, math.exp(effect), ratio=True) == decide(plain, effect)
 
 
-def test_one_seed_decides_nothing():
-    assert verdict(pairs_of([5.0])) == UNDECIDED
+@pytest.mark.parametrize("found", [None, Interval(5.0, 4.0, 6.0, 2), Interval(5.0, float("nan"), float("nan"), 1)])
+def test_fewer_than_three_seeds_decide_nothing(found):
+    assert decide(found, effect=0.9) == NOT_TESTABLE
 
 
-def test_seeds_differ_more_than_pairs():
-    """Unpaired, 60, 61, 62 against 60.5, 61.5, 62.5 would be noise."""
-    assert verdict(pairs_of([0.5, 0.52, 0.48])) == REPRODUCED
+def test_a_claim_has_one_word_and_one_effect_in_each_arena_that_plans_it():
+    found = two_cells([60.0, 60.2, 59.8], [61.0, 61.2, 60.8])
+    verdicts = section_of(found, "accuracy").verdicts
+    assert set(verdicts) == {"quarter", "overfit", "full", "digits"}
+    assert verdicts["quarter"].word == HOLDS
+    assert verdicts["quarter"].effect.startswith("+1.00 [")
+    assert {verdicts[arena].word for arena in ("overfit", "full", "digits")} == {NOT_TESTABLE}
 
 
-@given(st.lists(st.floats(-5, 5), min_size=2, max_size=5))
-def test_the_opposite_data_give_the_opposite_verdict(differences):
-    opposite = {REPRODUCED: CONTRADICTED, CONTRADICTED: REPRODUCED, UNDECIDED: UNDECIDED}
-    assert verdict(pairs_of([-d for d in differences])) == opposite[verdict(pairs_of(differences))]
+def test_seeds_are_not_paired():
+    """Pairs would all differ by 0.5; as independent samples they do not differ visibly."""
+    found = two_cells([60.0, 62.0, 64.0], [60.5, 62.5, 64.5])
+    assert section_of(found, "accuracy").verdicts["quarter"].word == UNDECIDED
 
 
 def test_gbr_is_compared_by_ratio():
     runs = [made_up(seed=s, gbr=10.0 + s) for s in range(3)]
     runs += [made_up(cell="enc-ws", seed=s, gbr=2 * (10.0 + s)) for s in range(3)]
-    (found,) = compare(results(*runs), "quarter", [("enc-ws", "baseline")], [GBR_LOGITS], -1)
+    found = compare(results(*runs), "quarter", ((1, "enc-ws"), (-1, "baseline")), GBR_LOGITS)
     assert found.effect.mean == pytest.approx(2.0)
-    assert found.verdict == CONTRADICTED
+    assert section_of(results(*runs), "gbr").verdicts["quarter"].word == OPPOSITE
 
 
-def test_a_joint_claim_needs_all_its_parts():
-    good, bad = pairs_of([1.0, 1.1, 0.9]), pairs_of([-1.0, -1.1, -0.9])
-    open_ = pairs_of([1.0, -1.0, 0.5])
-    parts = {
-        name: compare(data, "quarter", [("enc-ws", "baseline")], [TOP1], 1)
-        for name, data in (("good", good), ("bad", bad), ("open", open_))
-    }
-    assert joint_verdict(parts["good"]) == REPRODUCED
-    assert joint_verdict(parts["good"] + parts["open"]) == UNDECIDED
-    assert joint_verdict(parts["good"] + parts["open"] + parts["bad"]) == CONTRADICTED
-    assert joint_verdict(parts["bad"] + 19 * parts["open"]) == UNDECIDED  # p = 0.003: one of twenty by chance
-    assert joint_verdict(compare(results(), "quarter", [("enc-ws", "baseline")], [TOP1], 1)) == NOT_RUN
+def test_gbr_over_squared_margin_is_free_of_the_scale_of_the_logits():
+    small, large = made_up(gbr=10.0, train_margin=2.0), made_up(gbr=90.0, train_margin=6.0)
+    assert GBR_MARGIN.read(small) == pytest.approx(GBR_MARGIN.read(large))
+    assert GBR_MARGIN.read(made_up(train_margin=-0.1)) is None
 
 
-def decay_runs(gbr_of):
-    cells = {"wd0": 0, "wd1e-8": 1, "wd1e-6": 2, "baseline": 3, "wd1e-3": 4, "wd1e-2": 5}
+def test_an_average_over_four_pairs_is_their_mean_difference():
+    runs = []
+    for gain, name in enumerate(("cutout", "mixup", "cutmix", "ls")):
+        for seed in range(3):
+            runs.append(made_up(cell=name, seed=seed, top1=60.0 + seed / 10))
+            runs.append(made_up(cell=f"enc-{name}", seed=seed, top1=60.0 + gain + seed / 10))
+    verdict = section_of(results(*runs), "augmentations").verdicts["quarter"]
+    assert (verdict.word, verdict.effect.split()[0]) == (HOLDS, "+1.50")
+
+
+def test_every_claim_is_a_contrast_of_planned_cells():
+    for claim in CLAIMS:
+        assert sum(weight for weight, _ in claim.terms) == pytest.approx(0), claim.name
+        assert any(all(GRID_HAS(arena, cell) for _, cell in claim.terms) for arena in GRID.arenas), claim.name
+        assert claim.effect != (1 if claim.metric.as_ratio else 0), claim.name
+    assert len(CLAIMS) + 1 <= 12, "the README's table fits on one screen"
+    for _, terms in PARTS:
+        assert any(all(GRID_HAS(arena, cell) for _, cell in terms) for arena in GRID.arenas)
+
+
+def GRID_HAS(arena, name):
+    return any(cell.name == name for cell in GRID.cells[arena])
+
+
+def decay_runs(arena, gbr_of):
     return [
-        made_up(cell=cell, seed=seed, gbr=gbr_of(rank) + seed / 100)
-        for cell, rank in cells.items()
+        made_up(arena=arena, cell=cell, seed=seed, gbr=gbr_of(rank) + seed / 100)
+        for rank, cell in enumerate(DECAYS[arena])
         for seed in range(3)
     ]
 
 
 def test_decay_is_judged_by_the_order_of_all_runs():
-    falling = next(s for s in sections(results(*decay_runs(lambda rank: 10.0 - rank))) if s.name == "decay")
-    assert falling.verdicts == {"quarter": REPRODUCED}
-    rising = next(s for s in sections(results(*decay_runs(lambda rank: 10.0 + rank))) if s.name == "decay")
-    assert rising.verdicts == {"quarter": CONTRADICTED}
-    some = [run for run in decay_runs(lambda rank: 10.0 - rank) if run["cell"] != "wd0"]
-    assert next(s for s in sections(results(*some)) if s.name == "decay").verdicts == {"quarter": UNDECIDED}
+    assert section_of(results(*decay_runs("overfit", lambda r: 10.0 - r)), "decay").verdicts["overfit"].word == HOLDS
+    assert section_of(results(*decay_runs("overfit", lambda r: 10.0 + r)), "decay").verdicts["overfit"].word == OPPOSITE
+    flat = section_of(results(*decay_runs("overfit", lambda r: 10.0 + r % 2)), "decay")
+    assert flat.verdicts["overfit"].word == UNDECIDED
 
 
-def test_decay_that_lowers_the_bound_alone_is_seen_link_by_link():
-    norms = {"wd0": (1500.0, 185.0), "wd1e-2": (40.0, 150.0)}
-    runs = [
-        made_up(cell=c, seed=s, norms={"sum_sq_free": n + s, "map_log_product": p + s / 10})
-        for c, (n, p) in norms.items()
-        for s in range(3)
-    ]
-    section = next(s for s in sections(results(*runs)) if s.name == "decay")
-    seen = {c.metric: c.verdict for c in section.comparisons if c.cell == "wd1e-2"}
-    assert seen == {
-        FREE_NORM: "smaller",
-        LOG_PRODUCT: "smaller",
-        GBR_LOGITS: "no difference seen",
-        GBR_PROBS: "no difference seen",
-    }
-    assert section.verdicts == {"quarter": UNDECIDED}
+def test_the_decays_are_those_of_the_cells():
+    for arena, decays in DECAYS.items():
+        for cell in GRID.cells[arena]:
+            if cell.name in decays:
+                (run,) = [run for run in GRID.runs([f"{arena}/{cell.name}"]) if run.seed == 0]
+                assert run.config(ROOT).optim_wrapper.optimizer.weight_decay == decays[cell.name]
 
 
-def test_a_headline_shows_what_decides():
-    def line(eps8):
-        """Robustness of three pairs that differ under FGSM 1/255, clearly or not under 8/255 alone."""
-        runs = []
-        for seed in range(3):
-            runs.append(made_up(seed=seed, **{"fgsm/top1_eps1": 40.0, "fgsm/top1_eps8": 5.0}))
-            more = {"fgsm/top1_eps1": 43.0 + seed, "fgsm/top1_eps8": 5.0 + eps8[seed]}
-            runs.append(made_up(cell="enc-ws", seed=seed, **more))
-        found = results(*runs)
-        lines = headlines(found, sections(found), "study").splitlines()
-        return next(text for text in lines if "robust" in text)
-
-    assert "top-1 accuracy under FGSM 8/255 (%) -1.00" in line([-1.0, -1.01, -0.99])  # contradicts, the mean does not
-    assert "8/255" not in line([-5.0, 0.0, 5.0])  # the mean itself does not decide
+def test_the_arena_overfit_has_the_e_folds_of_the_papers_recipe():
+    efolds = {arena: cell_efolds(cells[0]) for arena, cells in GRID.cells.items()}
+    assert efolds["overfit"] == pytest.approx(33.3, abs=0.2)
+    assert max(efolds[arena] for arena in ("quarter", "full", "digits")) < 1
 
 
-def test_a_better_fit_is_no_smaller_gap():
-    runs = []
-    for seed in range(3):
-        loss = 0.5 + seed / 10
-        runs += [
-            made_up(seed=seed, train_loss=loss, test_loss=loss + 0.4),
-            made_up(cell="bn", seed=seed, train_loss=loss, test_loss=loss + 0.4),
-            made_up(cell="enc-ws", seed=seed, train_loss=loss - 0.3, test_loss=loss + 0.1 + (0.01, -0.01, 0.0)[seed]),
-        ]
-    section = next(s for s in sections(results(*runs)) if s.name == "gap")
-    assert section.verdicts["quarter"] == UNDECIDED
-    fit = next(c for c in section.comparisons if c.metric is TRAIN_LOSS and c.effect is not None)
-    assert (fit.effect.mean, fit.verdict) == (pytest.approx(-0.3), "smaller")
-    for run in runs:
-        if run["cell"] == "enc-ws":
-            run["final"]["test_loss"] -= 0.2
-    section = next(s for s in sections(results(*runs)) if s.name == "gap")
-    assert section.verdicts["quarter"] == REPRODUCED
-
-
-def test_a_learnable_alpha_that_is_not_the_worst_contradicts():
-    tops = {"enc-ws": 65, "enc-a0.5": 61, "enc-a2": 63, "enc-alearn": 62}
-    runs = [made_up(cell=c, seed=s, top1=t + s / 10) for c, t in tops.items() for s in range(3)]
-    assert next(s for s in sections(results(*runs)) if s.name == "alpha").verdicts["quarter"] == CONTRADICTED
+def test_cells_of_a_class_are_pooled():
+    runs = [made_up(cell=cell, seed=s, top1=60 + s / 10) for cell in ("bn", "enc-wn") for s in range(3)]
+    runs += [made_up(cell=cell, seed=s, top1=63 + s / 10) for cell in ("enc-ws", "ws-bn") for s in range(3)]
+    section = section_of(results(*runs), "classes")
+    (_, _, rows) = section.tables[0]
+    assert [row[2] for row in rows] == ["6", "6"]
+    assert any("removed means, with the classifier's batch norm: +3.00" in line for line in section.text)
 
 
 def test_the_best_learning_rates_meet():
     tops = {"baseline": 60, "lr0.03": 62, "lr0.3": 58, "enc-ws": 61, "enc-ws-lr0.03": 59, "enc-ws-lr0.3": 63}
     runs = [made_up(cell=c, seed=s, top1=t + s / 10) for c, t in tops.items() for s in range(3)]
-    section = next(s for s in sections(results(*runs)) if s.name == "learning-rates")
-    (comparison,) = section.comparisons
-    assert (comparison.cell, comparison.other) == ("enc-ws-lr0.3", "lr0.03")
-    assert comparison.effect.mean == pytest.approx(1.0)
+    (_, _, rows) = section_of(results(*runs), "learning-rates").tables[-1]
+    assert rows[0][1:3] == ["ENC, lr 0.3", "plain, lr 0.03"]
+    assert rows[0][6].startswith("+1.00")
+
+
+def test_norms_that_are_not_available_count_nowhere():
+    norms = {"sum_sq_free": 800.0, "not_available": "why"}
+    found = results(*(made_up(cell="ws", seed=s, norms=norms) for s in range(3)))
+    assert found.values("quarter", "ws", LOG_PRODUCT) == {}
+    assert len(found.values("quarter", "ws", TOP1)) == 3
+
+
+def test_the_headlines_hold_every_claim_and_what_was_not_tested():
+    found = two_cells([60.0, 60.2, 59.8], [61.0, 61.2, 60.8])
+    lines = headlines(found, sections(found), "study").splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(CLAIMS) + 1
+    assert "**holds** +1.00" in table[2]
+    assert any(line.startswith("Not tested: ") for line in lines)
+    assert any("33 e-folds of decay" in line for line in lines)
+
+
+def test_fgsm_is_averaged_over_the_eps_that_were_run():
+    run = made_up(**{f"fgsm/top1_eps{eps}": 10.0 * eps for eps in (1, 2, 4, 8)})
+    assert FGSM.read(run) == pytest.approx(37.5)
+    run["final"]["fgsm/top1_eps8"] = None
+    assert FGSM.read(run) is None
 
 
 def test_sections_stand_without_any_run():
     for section in sections(results()):
-        assert set(section.verdicts.values()) <= {NOT_RUN}, section.name
+        assert {verdict.word for verdict in section.verdicts.values()} <= {NOT_TESTABLE}, section.name
 
 
 def test_diverged_runs_count_in_no_mean_and_are_listed():
@@ -221,8 +224,6 @@ def test_diverged_runs_count_in_no_mean_and_are_listed():
     found = results(lost, made_up())
     assert found.values("quarter", "wd0", TOP1) == {}
     assert found.with_status("diverged") == [lost]
-    section = next(s for s in sections(found) if s.name == "decay")
-    assert any("quarter/wd0-seed0" in line for line in section.text)
 
 
 def test_a_result_outside_the_grid_is_refused(tmp_path):

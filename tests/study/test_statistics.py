@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from enc_plugin.study.statistics import (
+    contrast,
     geometric_interval,
+    homogeneity,
     interval,
-    paired_difference,
-    paired_ratio,
     partial_rank_correlation,
     rank_correlation,
 )
@@ -44,39 +44,50 @@ def test_no_value_is_an_error():
         interval([])
 
 
-@given(values, st.floats(-10, 10))
-def test_what_seeds_share_cancels_in_pairs(sample, shift):
-    a = dict(enumerate(x + shift for x in sample))
-    found = paired_difference(a, dict(enumerate(sample)))
-    assert found.mean == pytest.approx(shift, abs=1e-9)
-    assert found.high - found.low < 1e-9
+@given(values, values)
+def test_two_cells_are_compared_by_welchs_t_test(a, b):
+    found = contrast([(1, a), (-1, b)])
+    assert found.mean == pytest.approx(np.mean(a) - np.mean(b), abs=1e-9)
+    assert found.n == min(len(a), len(b))
+    if min(np.std(a), np.std(b)) > 1e-6:
+        low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
 
 
-@given(values, st.floats(-5, 5))
-def test_p_values_are_those_of_the_paired_t_test(sample, shift):
-    other = [shift + math.sin(100 * i) for i in range(len(sample))]
-    found = paired_difference(dict(enumerate(sample)), dict(enumerate(other)))
-    assert found.p_value() == pytest.approx(stats.ttest_rel(sample, other).pvalue, rel=1e-6, abs=1e-12)
-    assert math.isnan(interval([1.0]).p_value())
-    assert (interval([1.0, 1.0]).p_value(), interval([0.0, 0.0]).p_value()) == (0.0, 1.0)
+def test_a_contrast_of_many_cells_covers_its_mean_in_95_of_100_cases():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        cells = [
+            (weight, generator.normal(10 * weight, 1 + i, size=4)) for i, weight in enumerate((0.5, 0.5, -0.5, -0.5))
+        ]
+        found = contrast(cells)
+        covered += found.low < 10 < found.high
+    assert covered / 1000 == pytest.approx(0.95, abs=0.03)
 
 
-def test_p_values_of_ratios_are_of_the_logarithms():
-    a, b = {0: 2.0, 1: 3.0, 2: 5.0}, {0: 1.5, 1: 2.5, 2: 2.0}
-    expected = stats.ttest_rel(np.log(list(a.values())), np.log(list(b.values()))).pvalue
-    assert paired_ratio(a, b).p_value(ratio=True) == pytest.approx(expected)
+def test_a_cell_of_one_seed_leaves_no_interval():
+    found = contrast([(1, [1.0, 2.0]), (-1, [0.5])])
+    assert (found.mean, found.n, math.isnan(found.low)) == (1.0, 1, True)
 
 
-def test_seeds_that_only_one_side_has_are_left_out():
-    found = paired_difference({0: 1.0, 1: 2.0, 7: 100.0}, {0: 0.0, 1: 1.0, 9: -100.0})
-    assert (found.mean, found.n) == (1.0, 2)
-    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+def test_cells_without_spread_have_no_width():
+    found = contrast([(1, [2.0, 2.0]), (-1, [1.0, 1.0])])
+    assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
 
 
 def test_ratios_are_geometric():
-    found = paired_ratio({0: 2.0, 1: 8.0}, {0: 1.0, 1: 1.0})
+    found = contrast([(1, [2.0, 8.0]), (-1, [1.0, 1.0])], ratio=True)
     assert found.mean == pytest.approx(4.0)
     assert found.low * found.high == pytest.approx(16.0)  # the interval is symmetric in the logarithm
+    with pytest.raises(ValueError, match="positive"):
+        contrast([(1, [0.0, 1.0]), (-1, [1.0, 1.0])], ratio=True)
+
+
+def test_cells_of_one_mean_are_homogeneous_and_others_are_not():
+    assert homogeneity([[1.0, 2.0, 3.0], [1.1, 2.1, 2.9]]) > 0.5
+    assert homogeneity([[1.0, 1.1, 0.9], [5.0, 5.1, 4.9]]) < 1e-3
+    assert math.isnan(homogeneity([[1.0, 2.0], [3.0]]))
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=8))

@@ -1,0 +1,126 @@
+"""What a study says of a claim: one contrast of cells in one arena, one effect with its interval, one word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .results import Metric, Results
+from .statistics import Interval, contrast
+
+HOLDS, OPPOSITE, ABSENT, UNDECIDED, NOT_TESTABLE = "holds", "opposite", "absent", "undecided", "not testable"
+MIN_SEEDS = 3  # of each cell, below which there is no verdict
+
+MEANING = {
+    HOLDS: "the interval lies wholly on the claimed side of no effect",
+    OPPOSITE: "it lies wholly on the other side",
+    ABSENT: "it contains no effect, and excludes the effect that the paper reports",
+    UNDECIDED: "it contains both",
+    NOT_TESTABLE: f"a cell has fewer than {MIN_SEEDS} seeds, or the arena lacks what the claim is about",
+}
+
+Terms = tuple[tuple[float, str], ...]  # weight and cell
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper as one number, declared before the runs that decide it.
+
+    Attributes:
+        title: The claim, as tables call it.
+        paper: What the paper reports; where it states no number, what is taken for one.
+        terms: Weights and cells; the weights sum to 0.
+        metric: What is measured. Metrics that compare by ratio are contrasted in their logarithms.
+        effect: The paper's effect in the unit of the metric, a factor for ratios. Its side is the claimed one.
+    """
+
+    name: str
+    title: str
+    paper: str
+    terms: Terms
+    metric: Metric
+    effect: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A contrast of cells of an arena by one metric.
+
+    Attributes:
+        cells: For each term the seeds that count.
+        means: Of each term's cell, geometric for metrics that compare by ratio.
+        effect: The contrast with its 95 % interval; None if a cell has not run.
+    """
+
+    arena: str
+    terms: Terms
+    metric: Metric
+    means: tuple[float | None, ...]
+    effect: Interval | None
+
+    @property
+    def seen(self) -> str:
+        """Whether a difference is seen, for questions without a claim."""
+        if self.effect is None or math.isnan(self.effect.low):
+            return "one seed" if self.effect else "not run yet"
+        none = 1.0 if self.metric.as_ratio else 0.0
+        return {1: "larger", -1: "smaller", 0: "no difference seen"}[
+            (self.effect.low > none) - (self.effect.high < none)
+        ]
+
+
+def is_planned(results: Results, arena: str, terms: Terms) -> bool:
+    """Whether the grid has all cells of a contrast in this arena."""
+    return all(results.has_cell(arena, cell) for _, cell in terms)
+
+
+def compare(results: Results, arena: str, terms: Terms, metric: Metric) -> Comparison:
+    """The contrast ``sum of weight * mean of cell`` in one arena, from all finished runs in which it was measured."""
+    cells = [list(results.values(arena, cell, metric).values()) for _, cell in terms]
+    if metric.as_ratio:
+        cells = [[value for value in values if value > 0] for values in cells]
+    means = tuple(contrast([(1, values)], metric.as_ratio).mean if values else None for values in cells)
+    effect = None
+    if all(cells):
+        effect = contrast([(weight, v) for (weight, _), v in zip(terms, cells, strict=True)], metric.as_ratio)
+    return Comparison(arena, terms, metric, means, effect)
+
+
+def decide(found: Interval | None, effect: float, ratio: bool = False) -> str:
+    """The word for an estimate, given the paper's effect: see :data:`MEANING`.
+
+    Args:
+        found: The estimate; None or NaN bounds where there is none.
+        effect: The paper's effect, not 0 (as a ratio: positive, not 1).
+        ratio: Whether both are factors.
+    """
+    if found is None or found.n < MIN_SEEDS or math.isnan(found.low):
+        return NOT_TESTABLE
+    low, high = found.low, found.high
+    if ratio:
+        low, high, effect = math.log(low), math.log(high), math.log(effect)
+    if effect < 0:
+        low, high, effect = -high, -low, -effect
+    if low > 0:
+        return HOLDS
+    if high < 0:
+        return OPPOSITE
+    return ABSENT if high < effect else UNDECIDED
+
+
+def effect_text(comparison: Comparison) -> str:
+    """Difference (``+0.52 [+0.10, +0.94]``) or ratio (``x1.30 [1.10, 1.54]``)."""
+    found, metric = comparison.effect, comparison.metric
+    if found is None:
+        return ""
+    sign, form = ("x", ".3g") if metric.as_ratio else ("", f"+{metric.digits}")
+    text = f"{sign}{found.mean:{form}}"
+    return f"{text} (one seed)" if found.n == 1 else f"{text} [{found.low:{form}}, {found.high:{form}}]"
+
+
+def describe_terms(results: Results, arena: str, terms: Sequence[tuple[float, str]]) -> tuple[str, str]:
+    """The cells on the positive and on the negative side, by title."""
+    return tuple(
+        ", ".join(results.title(arena, cell) for weight, cell in terms if weight * side > 0) for side in (1, -1)
+    )

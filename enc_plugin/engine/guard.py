@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dataset import InfiniteSampler
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..convert import enc_layers
 from ..functional._checks import check_integer, check_type
-from ..layers import ENCLinear
 from ..normalizable import check_normalizable
 from .audit_hook import unwrap
+from .batches import check_batches, check_penalty, learns_nothing, on_all_ranks
 from .measure import statistics_note
 
 NO_SAMPLES = "its dataset holds no sample; look at data_root, data_prefix, ann_file, split and indices"
@@ -35,12 +34,14 @@ class ENCGuardHook(Hook):
     """Refuses data that cannot be trained on before training starts, and stops a run that has diverged.
 
     Before training, and before validation and test: a dataset without samples, labels that are no class of the head, a
-    last batch of one image where the head has a batch norm of its own, a work dir without room for one checkpoint. A
-    dataset of a single class is warned of. Every label is read once for this.
+    last batch of one image where a batch norm gets one value per channel, a GBR penalty that cannot be differentiated,
+    a work dir without room for one checkpoint. A dataset of a single class is warned of. Every label is read once for
+    this, about ten seconds for a million. All processes refuse together.
 
     In training: gradients that are NaN or infinite stop the run before the optimizer uses them, with the name of the
-    layer where it began and the last checkpoint; weights are looked at before each checkpoint, so that none holds such
-    values. A step that a gradient scaler skips is no reason to stop, a loss that is not finite is.
+    layer where it began and the last checkpoint; what training changes is looked at before each checkpoint, so that
+    none holds such values. Other buffers (masks, observers) may be infinite. A step that a gradient scaler skips is no
+    reason to stop, a loss that is not finite is.
 
     It changes nothing: training with and without it gives the same weights, bit by bit.
     ``default_hooks=dict(enc_guard=None)`` turns it off.
@@ -59,16 +60,22 @@ class ENCGuardHook(Hook):
         self.finite = finite
         self._batch: Any = None
         self._checked: list[Dataset] = []
+        self._nan_at_start: set[str] = set()
 
     def before_train(self, runner: Runner) -> None:
         """Look at the data and the work dir, and watch the optimizers."""
-        if self.data:
-            check_batches(runner.train_dataloader, unwrap(runner.model))
-            self._check_dataset(runner, "train_dataloader", runner.train_dataloader.dataset)
-            if runner.val_loop is not None:
-                self._check_dataset(runner, "val_dataloader", runner.val_dataloader.dataset)
-        if is_main_process():
-            _check_room(runner)
+        model = unwrap(runner.model)
+        loader = getattr(runner.train_loop, "dataloader", None)  # custom loops may have none
+        if isinstance(loader, DataLoader):
+            if self.data:
+                on_all_ranks(lambda: self._check_dataset(runner, "train_dataloader", loader))
+                by_iter = isinstance(runner.train_loop, IterBasedTrainLoop)
+                check_batches(loader, model, runner.max_iters if by_iter else None)
+            check_penalty(loader, model, bool(runner.cfg.get("compile")))
+        if self.data and runner.val_loop is not None:
+            self.before_val(runner)
+        on_all_ranks(lambda: _check_room(runner) if is_main_process() else None)
+        self._nan_at_start = {name for name, tensor in _constants(model) if tensor.isnan().any()}
         if self.finite:
             wrappers = runner.optim_wrapper
             for wrapper in wrappers.values() if hasattr(wrappers, "optim_wrappers") else [wrappers]:
@@ -79,7 +86,8 @@ class ENCGuardHook(Hook):
     def before_val(self, runner: Runner) -> None:
         """Look at the validation set, once."""
         if self.data:
-            self._check_dataset(runner, "val_dataloader", runner.val_dataloader.dataset)
+            loader = getattr(runner.val_loop, "dataloader", None)
+            on_all_ranks(lambda: self._check_dataset(runner, "val_dataloader", loader))
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Warn of running statistics that do not fit the weights yet."""
@@ -90,7 +98,8 @@ class ENCGuardHook(Hook):
     def before_test(self, runner: Runner) -> None:
         """Look at the test set."""
         if self.data:
-            self._check_dataset(runner, "test_dataloader", runner.test_dataloader.dataset)
+            loader = getattr(runner.test_loop, "dataloader", None)
+            on_all_ranks(lambda: self._check_dataset(runner, "test_dataloader", loader))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Remember the batch, to look for the cause in it."""
@@ -116,12 +125,12 @@ class ENCGuardHook(Hook):
         if self.finite:
             self._check_weights(runner)
 
-    def _check_dataset(self, runner: Runner, name: str, dataset: Dataset) -> None:
-        if any(dataset is known for known in self._checked):
+    def _check_dataset(self, runner: Runner, name: str, loader: DataLoader | None) -> None:
+        dataset = getattr(loader, "dataset", None)
+        if dataset is None or isinstance(dataset, IterableDataset) or any(dataset is known for known in self._checked):
             return
         self._checked.append(dataset)
-        head = getattr(unwrap(runner.model), "head", None)
-        single = check_dataset(name, dataset, getattr(head, "num_classes", None))
+        single = check_dataset(name, dataset, number_of_classes(unwrap(runner.model)))
         if single is not None:
             runner.logger.warning(f"ENC: all {len(dataset)} samples of {name} are of class {single}")
 
@@ -133,7 +142,9 @@ class ENCGuardHook(Hook):
             self._stop(runner, "a gradient")
 
     def _check_weights(self, runner: Runner) -> None:
-        if not _are_finite(t for t in runner.model.state_dict().values() if t.is_floating_point()):
+        model = unwrap(runner.model)
+        became_nan = any(t.isnan().any() for name, t in _constants(model) if name not in self._nan_at_start)
+        if became_nan or not _are_finite(tensor for _, tensor in _trained(model)):
             self._stop(runner, "a weight or a running statistic")
 
     def _stop(self, runner: Runner, what: str) -> None:
@@ -153,7 +164,7 @@ def check_dataset(name: str, dataset: Dataset, num_classes: int | None) -> int |
     Args:
         name: What the error calls it, such as ``'train_dataloader'``.
         dataset: Dataset of mmengine or mmpretrain; of others, the length alone is looked at.
-        num_classes: Of the model; None: not known.
+        num_classes: Of the model (:func:`number_of_classes`); None: not known.
 
     Returns:
         The class, if all samples are of the same one; else None.
@@ -163,11 +174,6 @@ def check_dataset(name: str, dataset: Dataset, num_classes: int | None) -> int |
     """
     if not len(dataset):
         raise ValueError(f"{name}: {NO_SAMPLES}")
-    if num_classes == 1:
-        raise ValueError(
-            "num_classes: expected at least 2, got 1: the softmax of one output is always 1, so that there is nothing "
-            "to train"
-        )
     if not hasattr(dataset, "get_data_info"):
         return None
     seen: dict[int, int] = {}
@@ -187,41 +193,22 @@ def check_dataset(name: str, dataset: Dataset, num_classes: int | None) -> int |
     return next(iter(seen)) if len(seen) == 1 else None
 
 
-def check_batches(loader: DataLoader, model: nn.Module) -> None:
-    """Refuse a training loader without a batch, or with a batch of one where the head normalises over the batch.
-
-    Args:
-        loader: Of the training data.
-        model: The model, not wrapped.
+def number_of_classes(model: nn.Module) -> int | None:
+    """Classes of the model's head; None if it has none, or one output that is no class (a binary or a real number).
 
     Raises:
-        ValueError: If there is such a batch.
+        ValueError: If there is one class and the loss gives it no gradient.
     """
-    sampler = loader.batch_sampler
-    size, drop_last = getattr(sampler, "batch_size", None), getattr(sampler, "drop_last", False)
-    if size is None or isinstance(loader.sampler, InfiniteSampler) or not len(loader.dataset):
-        return
-    count = len(loader.sampler)  # of this process
-    if drop_last and count < size:
+    head = getattr(model, "head", None)
+    number = getattr(head, "num_classes", None)
+    if number != 1:
+        return number
+    if learns_nothing(head):
         raise ValueError(
-            f"batch_size: expected at most the {count} samples that a process has, got {size}; with drop_last=True "
-            "there is no batch to train on"
+            "num_classes: expected at least 2, got 1: the softmax of one output is always 1, so that there is nothing "
+            "to train"
         )
-    smallest = size if drop_last or count % size == 0 else count % size
-    norms = [
-        name
-        for name, layer in enc_layers(model)
-        if isinstance(layer, ENCLinear)
-        and name.startswith("head")
-        and layer.norm is not None
-        and not isinstance(layer.norm, nn.SyncBatchNorm)
-    ]
-    if smallest == 1 and norms:
-        raise ValueError(
-            f"train_dataloader: {count} samples in batches of {size} leave a batch of one, over which {norms[0]!r} "
-            "cannot normalise (an ENC classifier has a batch norm of its own, post_norm); set drop_last=True in "
-            f"train_dataloader, {'a larger' if size == 1 else 'another'} batch_size, or enc=dict(post_norm=False)"
-        )
+    return None
 
 
 def check_work_dir(work_dir: str | Path) -> None:
@@ -277,6 +264,23 @@ def _check_room(runner: Runner) -> None:
         )
 
 
+def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What training changes: parameters with gradients, and running statistics."""
+    yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    for prefix, module in model.named_modules():
+        for key in ("running_mean", "running_var"):
+            if isinstance(module._buffers.get(key), Tensor):
+                yield f"{prefix}.{key}".removeprefix("."), module._buffers[key]
+
+
+def _constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The other tensors of checkpoints; infinite ones are meant so (masks, bounds of observers at the start)."""
+    trained = {name for name, _ in _trained(model)}
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in trained:
+            yield name, value
+
+
 @torch.no_grad()
 def _are_finite(tensors) -> bool:
     tensors = [t for t in tensors if t is not None and t.numel()]
@@ -290,7 +294,7 @@ def _find_cause(runner: Runner, batch: Any) -> str:
     inputs = batch.get("inputs") if isinstance(batch, Mapping) else None
     if not all(x.isfinite().all() for x in tree_leaves(inputs) if isinstance(x, Tensor)):
         return f"the batch holds NaN or Inf itself{_pictures(batch)}"
-    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
     if broken:
         return f"{len(broken)} weights hold NaN or Inf: {', '.join(map(repr, broken[:3]))}"
     for name, layer in enc_layers(model):
@@ -313,7 +317,8 @@ def _first_overflow(runner: Runner, model: nn.Module, batch: Any) -> str | None:
     found: list[str] = []
 
     def look(name: str, module: nn.Module, out: Any) -> None:
-        if not found and not all(t.isfinite().all() for t in tree_leaves(out) if isinstance(t, Tensor)):
+        # Minus infinity is what masks put out.
+        if not found and not all((t < math.inf).all() for t in tree_leaves(out) if isinstance(t, Tensor)):
             found.append(f"{name!r} ({type(module).__name__})")
 
     handles = [

@@ -1,35 +1,29 @@
-"""What decays, what does not, and the epsilon shift of the decay: on torch alone, for any training loop."""
+"""What decays and what does not: parameter groups for any training loop, on torch alone."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .functional._checks import check_number, check_type
-from .functional.decay import check_shift_eps, shift_direction
+from .functional.decay import check_shift_eps
 from .functional.weights import check_variant
 from .layers import ENC_LAYERS, ENCLayer
+from .shift import add_shift
+
+__all__ = ["DEFAULT_SHIFT_EPS", "DecayRules", "add_shift", "describe_groups", "param_groups_enc"]
 
 DEFAULT_SHIFT_EPS = 1e-3
 
 _WEIGHTED = tuple(ENC_LAYERS)
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
-
-# torch optimizers that shrink the weight itself instead of adding decay to the gradient. Adam, NAdam and RAdam say
-# which they do in their groups ('decoupled_weight_decay').
-_DECOUPLED = {"AdamW", "Adafactor", "Muon"}
-_COUPLED = {"SGD", "Adam", "NAdam", "RAdam", "Adagrad", "Adadelta", "Adamax", "ASGD", "RMSprop", "LARS"}
-# Neither: they scale the decayed update by a ratio of norms, and so the shift has to be within the update.
-_SCALED = {"Lamb"}
-
 
 _FACTOR = "a finite number >= 0"
 
@@ -43,7 +37,7 @@ class DecayRules:
     """The paper's decay as a rule for each parameter: weights decay, biases do not, ENC weights by the shifted L2.
 
     Biases, learnable alphas and norm biases get no decay, norm weights keep theirs, and ENC weights carry their variant
-    and the shift epsilon, which :func:`add_shift` reads.
+    and the shift epsilon, by which the optimizer's step is shifted (:mod:`enc_plugin.shift`).
 
     Args:
         lr: Learning rate of a parameter without a factor; None leaves it to the optimizer.
@@ -181,9 +175,10 @@ class DecayRules:
         eps = custom.get("shift_eps", option("shift_eps", DEFAULT_SHIFT_EPS))
         if leaf == "weight" and not is_enc and isinstance(owner, _WEIGHTED):
             variant = option("plain_shift")
-        if variant is not None and eps > 0 and settings.get("weight_decay"):
-            settings["enc_variant"] = variant
-            settings["shift_eps"] = eps
+        if variant is not None and settings.get("weight_decay"):
+            settings["enc_variant"] = variant  # without a shift too, so that a run can go on with another epsilon
+            if eps > 0:
+                settings["shift_eps"] = eps
         return settings
 
 
@@ -192,8 +187,9 @@ def param_groups_enc(
 ) -> list[dict]:
     """Parameter groups with the paper's decay for any torch optimizer: weights decay, biases do not.
 
-    ENC weights are in groups of their own, which carry their variant and the shift epsilon; :func:`add_shift` makes the
-    optimizer act on it. Unlike timm's ``param_groups_weight_decay``, norm weights decay, as in the paper.
+    ENC weights are in groups of their own, which carry their variant and the shift epsilon. Every optimizer acts on it,
+    and :func:`add_shift` checks that it can. Unlike timm's ``param_groups_weight_decay``, norm weights decay, as in the
+    paper.
 
     Args:
         model: Any ``nn.Module``; without ENC layers, no group carries a shift.
@@ -223,117 +219,6 @@ def param_groups_enc(
     if lr is None and any(key.endswith("lr_mult") for settings in factors for key in settings):
         raise ValueError("lr: a factor of the learning rate is given (lr_mult, bias_lr_mult), so pass lr=... too")
     return rules.groups(model)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"{text} Pass decoupled=True if it shrinks the weights themselves (like AdamW).", stacklevel=3)
-
-
-def add_shift(
-    optimizer: torch.optim.Optimizer, decoupled: bool | None = None, *, warn: Callable[[str], None] = _warn
-) -> None:
-    """Make ``optimizer`` apply the epsilon shift to every group with ``enc_variant`` and ``shift_eps``, at each step.
-
-    Args:
-        optimizer: Any torch optimizer whose groups hold ``lr`` and ``weight_decay``.
-        decoupled: Whether its weight decay is decoupled from the gradient; None: known for torch's own optimizers,
-            LARS and Lamb, taken as coupled, with a warning, for others.
-        warn: Called with the text of that warning.
-
-    Example:
-        >>> import enc_plugin
-        >>> model = nn.Sequential(nn.Linear(4, 3))
-        >>> _ = enc_plugin.to_enc(model)
-        >>> optimizer = torch.optim.SGD(param_groups_enc(model, weight_decay=1e-4), lr=0.1, momentum=0.9)
-        >>> add_shift(optimizer)
-    """
-    check_type("optimizer", optimizer, torch.optim.Optimizer, "a torch optimizer")
-    check_type("decoupled", decoupled, (bool, type(None)), "True, False or None")
-    if not any("shift_eps" in group for group in optimizer.param_groups):
-        return
-    names = {cls.__name__ for cls in type(optimizer).__mro__}
-    known = decoupled is not None
-    if names & _SCALED:
-        _shift_around_step(optimizer)
-        return
-    if not known:
-        decoupled = bool(names & _DECOUPLED)
-        if not names & (_DECOUPLED | _COUPLED):
-            warn(
-                f"ENC: whether {type(optimizer).__name__} decays weights through the gradient is not known; taken as "
-                "so."
-            )
-    for group in optimizer.param_groups:
-        if "shift_eps" in group:
-            # Adam, NAdam and RAdam carry the answer in their groups.
-            group["enc_decoupled"] = decoupled if known else group.get("decoupled_weight_decay", decoupled)
-    optimizer.register_step_pre_hook(_shift_decay)
-
-
-@torch.no_grad()
-def _shift_decay(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Step pre-hook: turns the decay ``lambda W`` that the optimizer will apply into ``lambda (W - eps U)``.
-
-    Runs within ``optimizer.step``, hence after gradients were unscaled and clipped, once however many backward passes
-    were accumulated, and not at all for a step that a gradient scaler skips.
-    """
-    # Fused optimizers unscale, and skip the step of an infinite gradient, within their kernel: after this hook.
-    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    for group in optimizer.param_groups:
-        if "shift_eps" not in group:
-            continue
-        amount = group["weight_decay"] * group["shift_eps"]
-        if amount == 0:
-            continue
-        trained = [p for p in group["params"] if p.grad is not None]
-        # One weight after the other: all directions at once would be memory of the model's size, taken at every step.
-        if group["enc_decoupled"]:
-            # The step will multiply by (1 - lr lambda): divide by it beforehand, so that the shift is exact.
-            lr = group["lr"]
-            factor = lr * amount / (1 - lr * group["weight_decay"])
-            if found_inf is not None:
-                factor = factor * (1 - found_inf.clamp(max=1))
-            for p in trained:
-                _add_direction(p, p, group["enc_variant"], factor)
-        else:
-            if grad_scale is not None:
-                amount = amount * grad_scale
-            sign = 1.0 if group.get("maximize") else -1.0
-            for p in trained:
-                _add_direction(p.grad, p, group["enc_variant"], sign * amount)
-
-
-def _add_direction(target: Tensor, weight: Tensor, variant: str, factor: float | Tensor) -> None:
-    """``target += factor * U`` in place."""
-    direction = shift_direction(weight, variant)
-    if isinstance(factor, Tensor):  # as an alpha it would be read, which waits for the device
-        target.addcmul_(direction, factor.to(direction.dtype))
-    else:
-        target.add_(direction, alpha=factor)
-
-
-def _shift_around_step(optimizer: torch.optim.Optimizer) -> None:
-    """Let each step see ``W - eps U`` in the place of W, and so decay that, whatever factors it puts before it."""
-    pending: list[tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]] = []
-
-    @torch.no_grad()
-    def subtract(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        pending.clear()
-        for group in optimizer.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            if "shift_eps" in group and group["weight_decay"] and trained:
-                directions = [shift_direction(p, group["enc_variant"]) for p in trained]
-                pending.append((trained, torch._foreach_mul(directions, group["shift_eps"])))
-                torch._foreach_sub_(*pending[-1])
-
-    @torch.no_grad()
-    def add(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for trained, offsets in pending:
-            torch._foreach_add_(trained, offsets)
-        pending.clear()
-
-    optimizer.register_step_pre_hook(subtract)
-    optimizer.register_step_post_hook(add)
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:

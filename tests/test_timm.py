@@ -122,24 +122,16 @@ def test_a_step_of_a_plain_loop_applies_the_shifted_decay():
     torch.testing.assert_close(weight.detach(), before - 0.1 * 0.5 * shifted_l2_grad(before, "ws", 1e-2))
 
 
-def test_an_unknown_optimizer_is_taken_as_coupled_with_a_warning():
-    class Other(torch.optim.Optimizer):
-        def step(self, closure=None): ...
-
-    model = nn.Sequential(nn.Linear(6, 4))
-    enc_plugin.to_enc(model)
-    optimizer = Other(param_groups_enc(model), dict(lr=0.1))
-    with pytest.warns(UserWarning, match="whether Other decays.*Pass decoupled=True"):
-        add_shift(optimizer)
-    assert not optimizer.param_groups[0]["enc_decoupled"]
-
-
 def test_groups_reach_timms_own_optimizer_factory():
     from timm.optim import create_optimizer_v2
 
-    optimizer = create_optimizer_v2(param_groups_enc(tiny(), 1e-4), opt="sgd", lr=0.1, momentum=0.9)
-    add_shift(optimizer)
-    assert any("enc_decoupled" in group for group in optimizer.param_groups)
+    model = tiny()
+    optimizer = create_optimizer_v2(param_groups_enc(model, 0.5, shift_eps=1e-2), opt="momentum", lr=0.1)
+    weight = model.fc.weight
+    before = weight.detach().clone()
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before - 0.1 * 0.5 * shifted_l2_grad(before, "ws", 1e-2))
 
 
 def test_mistaken_options_are_refused():

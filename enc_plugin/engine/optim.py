@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
 
-from .. import optim
+from .. import shift
 from ..functional._checks import check_type
 from ..optim import DEFAULT_SHIFT_EPS, DecayRules, describe_groups
 from .limits import refuse_sharding
@@ -96,19 +97,41 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         # Of a Config's optimizer, groups are of Config's own kind of dict, which torch.compile cannot trace.
         wrapper.optimizer.param_groups = [dict(group) for group in wrapper.optimizer.param_groups]
         add_shift(wrapper.optimizer, self.paramwise_cfg.get("decoupled_decay"))
+        wrapper.optimizer.register_load_state_dict_pre_hook(_compare_with_checkpoint, prepend=True)
         print_log(describe_groups(wrapper.optimizer), logger="current")
         return wrapper
 
 
 def add_shift(optimizer: torch.optim.Optimizer, decoupled: bool | None = None) -> None:
-    """:func:`enc_plugin.optim.add_shift`, with its warning in mmengine's log.
+    """:func:`enc_plugin.shift.add_shift`, with its warnings in mmengine's log.
 
     Args:
         optimizer: Any torch optimizer whose groups hold ``lr`` and ``weight_decay``.
-        decoupled: Whether its weight decay is decoupled from the gradient; None: known for torch's own optimizers,
-            taken as coupled, with a warning, for others.
+        decoupled: Whether its weight decay is decoupled from the gradient; None: found by a trial, or taken as False
+            with a warning.
     """
-    how = "Set paramwise_cfg=dict(decoupled_decay=True) if it shrinks the weights themselves (like AdamW)."
-    optim.add_shift(
-        optimizer, decoupled, warn=lambda text: print_log(f"{text} {how}", logger="current", level=logging.WARNING)
-    )
+    shift.add_shift(optimizer, decoupled, warn=partial(print_log, logger="current", level=logging.WARNING))
+
+
+def _compare_with_checkpoint(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load hook: refuses groups that do not correspond to the config's, and says what is taken from the checkpoint."""
+    own, saved = optimizer.param_groups, state["param_groups"]
+    sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (own, saved))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"paramwise_cfg: the checkpoint's optimizer has groups of {', '.join(map(str, saved_sizes))} parameters, "
+            f"the config's of {', '.join(map(str, sizes))}; resume with the paramwise_cfg, model and version that "
+            "wrote it, or start anew from its weights: load_from without resume"
+        )
+    differing = {
+        (a["weight_decay"], b["weight_decay"])
+        for a, b in zip(saved, own, strict=True)
+        if "weight_decay" in a and "weight_decay" in b and a["weight_decay"] != b["weight_decay"]
+    }
+    for then, now in sorted(differing):
+        print_log(
+            f"ENC: weight_decay: the checkpoint has {then}, the config {now}; it goes on with {then}, because mmengine "
+            "restores the optimizer's settings",
+            logger="current",
+            level=logging.WARNING,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -10,6 +11,8 @@ from functional.test_decay import literal as shifted
 from functional.test_weights import ALL
 from helpers import CONFIGS
 from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import OPTIMIZERS
 from mmpretrain.registry import MODELS
 from torch import nn
 
@@ -32,6 +35,17 @@ def net(variant: str = "ws", dtype=torch.float64) -> nn.Sequential:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3)).to(dtype)
     to_enc(model, variant)
     return model
+
+
+@pytest.fixture
+def warnings():
+    """Texts of the warnings in mmengine's log."""
+    found, logger = [], MMLogger.get_current_instance()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
 
 
 def test_parameter_groups_of_resnet50():
@@ -184,28 +198,31 @@ def test_adam_with_coupled_decay_takes_the_shift_through_the_gradient():
     torch.testing.assert_close(model[0].weight, twin[0].weight)
 
 
-def test_an_unknown_optimizer_is_taken_as_coupled_unless_told_otherwise():
-    from torch.optim import AdamW
+@pytest.mark.parametrize("decoupled", [None, True, False])
+def test_paramwise_cfg_says_how_an_optimizer_decays_that_no_trial_can_tell(decoupled):
+    @OPTIMIZERS.register_module(force=True)
+    class Untried(torch.optim.SGD):
+        """Neither its constructor's signature nor a copy lets the trial run it."""
 
-    from enc_plugin.engine.optim import add_shift
+        def __init__(self, params, lr, weight_decay, key="secret"):
+            super().__init__(params, lr=lr, weight_decay=weight_decay)
+            self.key = {"secret": 1}[key]
 
-    class Mystery(torch.optim.Optimizer):
-        def __init__(self, params, lr=0.1, weight_decay=0.0):
-            super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+        def step(self, closure=None):
+            if self.param_groups[0]["params"][0].shape == (4, 4, 1, 1):
+                raise RuntimeError("no trials")
+            return super().step(closure)
 
-    model = net()
-    for cls, decoupled, expected in (
-        (Mystery, None, False),
-        (Mystery, True, True),
-        (AdamW, None, True),
-        (AdamW, False, False),
-        (torch.optim.SGD, None, False),
-        (torch.optim.Adam, None, False),
-    ):
-        group = dict(params=[model[0].weight], weight_decay=0.1, enc_variant="ws", shift_eps=0.1)
-        optimizer = cls([group], lr=0.1)
-        add_shift(optimizer, decoupled)
-        assert optimizer.param_groups[0]["enc_decoupled"] is expected
+    model = net("wn")
+    wrapper = build(
+        model, dict(type="Untried", lr=0.1, weight_decay=0.1), dict(shift_eps=0.5, decoupled_decay=decoupled)
+    )
+    before = model[0].weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    wrapper.step()
+    assert group_of(wrapper, model[0].weight).get("enc_decoupled") is decoupled
+    torch.testing.assert_close(model[0].weight.detach(), before - 0.01 * shifted(before, "wn", 0.5))  # both ways
 
 
 def test_the_shift_enters_after_clipping_and_once_for_accumulated_gradients():
@@ -238,14 +255,31 @@ def test_frozen_weights_and_weights_without_gradient_are_left_alone():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-def test_resuming_the_optimizer_keeps_the_shift():
+@pytest.mark.parametrize(("then", "now"), [(0.5, 0.25), (0.5, 0.0), (0.0, 0.25), (0.5, 0.5)])
+def test_a_resumed_run_takes_the_shift_of_its_config_and_says_so(then, now, warnings):
     model = net("wn")
-    wrapper = build(model, paramwise_cfg=dict(shift_eps=0.5))
-    state = wrapper.state_dict()
-    again = build(model, paramwise_cfg=dict(shift_eps=0.5))
+    state = build(model, paramwise_cfg=dict(shift_eps=then)).state_dict()
+    again = build(model, paramwise_cfg=dict(shift_eps=now))
     again.load_state_dict(state)
     group = group_of(again, model[0].weight)
-    assert (group["enc_variant"], group["shift_eps"], group["enc_decoupled"]) == ("wn", 0.5, False)
+    assert (group["enc_variant"], group.get("shift_eps", 0.0)) == ("wn", now)
+    assert len(warnings) == (then != now)
+    assert all(str(eps or "no shift") in text for eps in (then, now) for text in warnings)
+
+
+def test_a_resumed_run_says_that_it_goes_on_with_the_decay_of_the_checkpoint(warnings):
+    model = net("wn")
+    state = build(model, SGD | dict(weight_decay=0.5)).state_dict()
+    again = build(model, SGD | dict(weight_decay=0.25))
+    again.load_state_dict(state)
+    assert group_of(again, model[0].weight)["weight_decay"] == 0.5
+    assert ["weight_decay: the checkpoint has 0.5, the config 0.25" in text for text in warnings] == [True]
+
+
+def test_a_checkpoint_of_other_groups_is_refused_with_the_way_out():
+    state = build(net("wn"), paramwise_cfg=dict(custom_keys={"3.weight": dict(shift_eps=0.5)})).state_dict()
+    with pytest.raises(ValueError, match=r"paramwise_cfg: .*groups of 1, 4, 2, 1 parameters.*of 2, 4, 2; .*load_from"):
+        build(net("wn")).load_state_dict(state)
 
 
 def test_shift_settles_where_the_gradient_of_a_scale_free_weight_cannot_hold_it():

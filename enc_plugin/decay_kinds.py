@@ -1,0 +1,171 @@
+"""How optimizers decay weights: the ways to shift a decay, and the one that fits an optimizer, found by a trial."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional.decay import shift_direction, shifted_l2_grad
+
+# The decay term lambda W becomes lambda (W - eps U). Which of these does that depends on how the optimizer decays.
+GRADIENT = "gradient"  # it adds lambda W to the gradient (SGD, Adam): so -lambda eps U joins the gradient
+WEIGHT = "weight"  # it multiplies W by 1 - lr lambda (AdamW): W grows beforehand by what the product then leaves
+AROUND = "around"  # it scales the decayed update (Lamb): the step sees W - eps U in the place of W
+WHOLE = "whole"  # it has no decay (LBFGS, Rprop): the regularizer's whole gradient joins the gradient
+
+# RAdam's first five steps are those of SGD, with which all ways agree.
+_TRIAL_STEPS = 8
+
+Offsets = list[tuple[list[Tensor], list[Tensor]]]
+
+
+def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> Offsets:
+    """Shift the decay that the next step applies to a group of parameters, in place.
+
+    Args:
+        kind: One of the four ways above.
+        group: Parameter group with ``enc_variant``, ``shift_eps``, ``weight_decay`` and ``lr``. Parameters without a
+            gradient are left alone.
+        grad_scale: Factor that is still in the gradients (fused optimizers unscale within their kernel), or None.
+        found_inf: 1.0 where a fused optimizer will skip the step within its kernel, or None.
+
+    Returns:
+        What :func:`restore` adds to the weights after the step.
+    """
+    decay, variant, eps = group["weight_decay"], group["enc_variant"], group["shift_eps"]
+    amount = decay * eps
+    trained = [p for p in group["params"] if p.grad is not None]
+    if not trained or kind != WHOLE and not isinstance(amount, Tensor) and amount == 0:
+        return []
+    if kind == WEIGHT and not isinstance(group["lr"] * decay, Tensor) and group["lr"] * decay == 1:
+        kind = AROUND  # the step forgets W altogether, whatever it grew to
+    if kind == AROUND:
+        offsets = torch._foreach_mul([_term(kind, p, variant, eps) for p in trained], eps)
+        torch._foreach_sub_(trained, offsets)
+        return [(trained, offsets)]
+    # One weight after the other: all directions at once would be memory of the model's size, taken at every step.
+    if kind == WEIGHT:
+        # The step will multiply by (1 - lr lambda): divide by it beforehand, so that the shift is exact.
+        factor = group["lr"] * amount / (1 - group["lr"] * decay)
+        if found_inf is not None:
+            factor = factor * (1 - found_inf.clamp(max=1))
+        for p in trained:
+            _add(p, _term(kind, p, variant, eps), factor)
+        return []
+    sign = -1.0 if group.get("maximize") else 1.0
+    factor = sign * (decay if kind == WHOLE else -amount)
+    if grad_scale is not None:
+        factor = factor * grad_scale
+    for p in trained:
+        if torch.is_grad_enabled():  # the gradient's own history must stay as it is
+            p.grad = p.grad + factor * _term(kind, p, variant, eps)
+        else:
+            _add(p.grad, _term(kind, p, variant, eps), factor)
+    return []
+
+
+def _term(kind: str, weight: Tensor, variant: str, eps: float) -> Tensor:
+    if torch.is_grad_enabled():  # differentiable=True: what the graph remembers must not change with the weight
+        weight = weight.clone()
+    return shifted_l2_grad(weight, variant, eps) if kind == WHOLE else shift_direction(weight, variant)
+
+
+def _add(target: Tensor, term: Tensor, factor: float | Tensor) -> None:
+    """``target += factor * term`` in place."""
+    if isinstance(factor, Tensor):  # as an alpha it would be read, which waits for the device
+        target.addcmul_(term, factor.to(term.dtype))
+    else:
+        target.add_(term, alpha=factor)
+
+
+def restore(offsets: Offsets) -> None:
+    """Add back what :func:`shift_group` took from the weights, and empty ``offsets``."""
+    for weights, taken in offsets:
+        torch._foreach_add_(weights, taken)
+    offsets.clear()
+
+
+def decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str | None:
+    """Find how ``optimizer`` decays the weights of ``group``: steps of a small twin, with its class and settings.
+
+    The shifted decay vanishes where W = eps U. The right way to shift is the one with which the twin, without a
+    gradient, rests there.
+
+    Args:
+        optimizer: Any torch optimizer; neither it, its parameters nor the random numbers are touched.
+        group: One of its groups.
+
+    Returns:
+        One of the four ways above, or None if no twin could be made and stepped.
+    """
+    first = group["params"][0]
+    device = first.device if first.device.type in ("cpu", "cuda") else torch.device("cpu")
+    # Rows of norm 1 whose direction is free of rounding: a quotient of two rounding errors would look like a step.
+    signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], device=device)
+    rest = 0.5 * signs.to(torch.float64).reshape(4, 4, *[1] * max(first.ndim - 2, 0))
+    # So small that the decay changes the sign of some gradients: the only thing that optimizers by sign would show.
+    pull = 0.1 * torch.linspace(-1, 1, rest.numel(), device=device, dtype=rest.dtype).reshape(rest.shape)
+
+    def end(kind: str | None, gradient: Tensor, decay: float) -> Tensor:
+        return _trial(optimizer, group, kind, rest, gradient, decay)
+
+    try:
+        # Some optimizers draw random numbers, or compile their step, which would take longer than all trials.
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.compiler.set_stance("force_eager"),
+            torch.enable_grad(),
+        ):
+            effect = (end(None, pull, 0.1) - end(None, pull, 0.0)).abs().max()
+            if effect == 0:
+                return WHOLE
+            for kind in (GRADIENT, WEIGHT, AROUND):
+                if (end(kind, torch.zeros_like(pull), 0.1) - rest).abs().max() <= 1e-3 * effect:
+                    return kind
+    except Exception:  # any: the class is unknown, and so is what it needs
+        return None
+    return None
+
+
+def _trial(
+    optimizer: torch.optim.Optimizer, group: dict, kind: str | None, weight: Tensor, gradient: Tensor, decay: float
+) -> Tensor:
+    """Where a few steps of a twin of ``optimizer`` take ``weight``; ``kind`` None leaves its decay as it is."""
+    weight = nn.Parameter(weight.clone())
+    settings = {key: value for key, value in group.items() if key not in ("params", "enc_variant", "shift_eps")}
+    settings |= {"weight_decay": decay, "differentiable": False}
+    if settings.get("lr") is not None:
+        # Another one than the optimizer's default: some multiply the decay by lr / default lr.
+        settings["lr"] = torch.full_like(settings["lr"], 0.05) if isinstance(settings["lr"], Tensor) else 0.05
+    twin = _twin(optimizer, {"params": [weight], **settings})
+    step = type(optimizer).step
+    step = step.__wrapped__ if getattr(step, "hooked", False) else step  # no one's hooks
+    closure = [lambda: weight.new_zeros(())] if "closure" in inspect.signature(step).parameters else []
+    for _ in range(_TRIAL_STEPS):
+        weight.grad = gradient.clone()
+        offsets: Offsets = []
+        if kind is not None:
+            with torch.no_grad():
+                shift = {"enc_variant": "wn", "shift_eps": 1.0}
+                offsets = shift_group(kind, {**twin.param_groups[0], **shift}, None, None)
+        step(twin, *closure)
+        with torch.no_grad():
+            restore(offsets)
+    return weight.detach()
+
+
+def _twin(optimizer: torch.optim.Optimizer, group: dict) -> torch.optim.Optimizer:
+    """Make another optimizer of the class, by its constructor or, if that takes other arguments, as unpickling does."""
+    cls = type(optimizer)
+    defaults = {**optimizer.defaults, "differentiable": False}
+    try:
+        known = inspect.signature(cls).parameters
+        return cls([group], **{key: value for key, value in defaults.items() if key in known})
+    except Exception:  # any: the constructor is someone else's
+        twin = cls.__new__(cls)
+        twin.__setstate__({"defaults": defaults, "state": defaultdict(dict), "param_groups": [{**defaults, **group}]})
+        return twin

@@ -1,0 +1,297 @@
+"""The epsilon shift of any optimizer: a group that carries the shift is shifted once a step, wherever the step happens.
+
+The groups say it: ``enc_variant`` and ``shift_eps``, which copies and state dicts keep. Importing this module registers
+a step hook for all optimizers of the process, which acts on such groups alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from .decay_kinds import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, decay_kind, restore, shift_group
+from .functional._checks import check_type
+from .functional.decay import check_shift_eps
+from .functional.weights import check_variant
+
+# What a group knows of its shift; 'enc_decoupled' is there only if the user said it.
+SHIFT_SETTINGS = ("enc_variant", "shift_eps", "enc_decoupled")
+
+_NEEDED = ("lr", "weight_decay", "enc_variant")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Callable[[str], None] = _warn) -> None:
+    """Check that ``optimizer`` can apply the epsilon shift of its groups, and remember how.
+
+    Every optimizer shifts each group with ``enc_variant`` and ``shift_eps``, once a step, with this call or without.
+    The call says earlier what cannot work, lets the groups keep their shift when a state dict with another one is
+    loaded, and takes ``decoupled``. Repeated calls change nothing.
+
+    Within ``step``, the shift comes after all other step hooks, so after unscaling and clipping, once however many
+    backward passes were accumulated, and not at all in a step that a gradient scaler skips. With a closure it comes
+    after the closure; if the optimizer calls the closure several times, each gradient gets it.
+
+    Args:
+        optimizer: Any torch optimizer whose groups hold ``lr`` and ``weight_decay``. Of a wrapper around another
+            optimizer (look-ahead, SAM, ZeRO), that one shifts.
+        decoupled: Whether its weight decay shrinks the weights themselves, as in AdamW, instead of joining the
+            gradient; groups that are added later get it too. None: found by a trial, or taken as False with a warning.
+        warn: Called with the text of a warning.
+
+    Raises:
+        TypeError: If ``optimizer`` is no torch optimizer, or ``decoupled`` is neither a bool nor None.
+        ValueError: If a group with ``shift_eps`` lacks a setting, or the optimizer runs no step hooks.
+
+    Example:
+        >>> import enc_plugin
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> _ = enc_plugin.to_enc(model)
+        >>> groups = enc_plugin.param_groups_enc(model, weight_decay=1e-4)
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        >>> add_shift(optimizer)
+    """
+    check_type("optimizer", optimizer, Optimizer, "a torch optimizer")
+    check_type("decoupled", decoupled, (bool, type(None)), "True, False or None")
+    for group in optimizer.param_groups:
+        _check(group)
+    for inner in _inner_optimizers(optimizer):
+        if isinstance(inner, Optimizer):
+            add_shift(inner, decoupled, warn=warn)
+    own = _own_groups(optimizer)
+    if not own and any("shift_eps" in group for group in optimizer.param_groups):
+        return
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # torch's constructor did not run
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} runs no step hooks, so its groups cannot be shifted; call "
+            "torch.optim.Optimizer.__init__ in its constructor"
+        )
+    if decoupled is not None:
+        optimizer.defaults["enc_decoupled"] = decoupled  # copied into groups that are added later
+        for _, group in own:
+            group["enc_decoupled"] = decoupled
+    shift = _shift_of(optimizer)
+    shift.warn = warn
+    for index, group in own:
+        shift.kind(optimizer, index, group)  # tries it, and warns
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Raise unless a group that carries the shift has all that it needs."""
+    if "shift_eps" not in group:
+        return
+    missing = [key for key in _NEEDED if key not in group]
+    if missing:
+        raise ValueError(
+            f"param_groups: a group with shift_eps lacks {', '.join(missing)}; take groups from param_groups_enc"
+        )
+    check_variant(group["enc_variant"])
+    check_shift_eps(group["shift_eps"], "shift_eps")
+
+
+def _inner_optimizers(optimizer: Optimizer) -> Iterator[Any]:
+    """Optimizers that ``optimizer`` holds, alone or in a list or dict, and to which it leaves their parameters."""
+    for name, value in vars(optimizer).items():
+        if name in ("state", "param_groups", "defaults"):
+            continue
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        yield from (v for v in values if isinstance(getattr(v, "param_groups", None), list) and v is not optimizer)
+
+
+def _own_groups(optimizer: Optimizer) -> list[tuple[int, dict[str, Any]]]:
+    """Groups that carry the shift and that ``optimizer`` steps itself, with their indices."""
+    left = {id(p) for inner in _inner_optimizers(optimizer) for group in inner.param_groups for p in group["params"]}
+    return [
+        (index, group)
+        for index, group in enumerate(optimizer.param_groups)
+        if "shift_eps" in group and group["params"] and not (left and any(id(p) in left for p in group["params"]))
+    ]
+
+
+def _is_differentiable(optimizer: Optimizer) -> bool:
+    return bool(optimizer.defaults.get("differentiable"))
+
+
+class _Step:
+    """A running call of ``step``: which frame runs it, and whether its groups were shifted or left to an inner call."""
+
+    def __init__(self, frame: Any):
+        self.frame = None if frame is None else (id(frame), frame.f_code)
+        self.shifted = self.left = False
+
+    def runs(self, frame: Any) -> bool:
+        """Whether the call encloses ``frame``; not so if an exception ended it."""
+        if frame is None or self.frame is None:
+            return True
+        while (frame := frame.f_back) is not None:
+            if (id(frame), frame.f_code) == self.frame:
+                return True
+        return False
+
+
+class _Shift:
+    """The shift of one optimizer: its hooks, how its groups decay, and the step that runs."""
+
+    def __init__(self, optimizer: Optimizer):
+        self.warn: Callable[[str], None] = _warn
+        self.kinds: dict[int, str] = {}
+        self.offsets: Offsets = []
+        self.step: _Step | None = None
+        self.hook = optimizer.register_step_pre_hook(self.before_step).id
+        # The first to act after the step, so that others (an average of the weights) see the true weights.
+        after = optimizer.register_step_post_hook(self.after_step).id
+        optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)
+        hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
+        if hooks is not None and _see_loading not in hooks.values():  # a copy has it already
+            optimizer.register_load_state_dict_pre_hook(_see_loading)
+        optimizer.__getstate__ = partial(_state_of_copies, weakref.ref(optimizer))
+
+    def kind(self, optimizer: Optimizer, index: int, group: dict[str, Any]) -> str:
+        """How to shift a group: as the user said, unless that holds for neither way, else as a trial says."""
+        if index not in self.kinds:
+            _check(group)
+            self.kinds[index] = self._find_kind(optimizer, group)
+        kind, decoupled = self.kinds[index], group.get("enc_decoupled")
+        return kind if decoupled is None or kind == AROUND else WEIGHT if decoupled else GRADIENT
+
+    def _find_kind(self, optimizer: Optimizer, group: dict[str, Any]) -> str:
+        kind, name = decay_kind(optimizer, group), type(optimizer).__name__
+        if group.get("enc_decoupled") is None:
+            if kind is None:
+                self.warn(
+                    f"ENC: unknown optimizer {name}: assuming that it applies weight decay through the gradient. "
+                    "Pass decoupled=True (in a config: paramwise_cfg=dict(decoupled_decay=True)) if it shrinks the "
+                    "weights themselves, like AdamW."
+                )
+            elif kind == WHOLE:
+                self.warn(
+                    f"ENC: {name} has no weight decay of its own: weights with shift_eps get the gradient of the "
+                    "shifted decay, all others none; the loss that it sees has no decay in it."
+                )
+        return kind or GRADIENT
+
+    def come_last(self, optimizer: Optimizer) -> None:
+        """Let the shift act after the other hooks before a step, which may clip or rescale the gradients."""
+        hooks = optimizer._optimizer_step_pre_hooks
+        if self.hook in hooks:
+            hooks.move_to_end(self.hook)
+        else:
+            self.hook = optimizer.register_step_pre_hook(self.before_step).id
+
+    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Shift the groups, or have the closure of the step do so after its backward pass."""
+        groups = [(self.kind(optimizer, index, group), group) for index, group in _own_groups(optimizer)]
+        if not groups:
+            return None
+        frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+        if self.step is not None and self.step.runs(frame):
+            if self.step.shifted:  # an overridden step() that calls super().step()
+                return None
+            self.step.left = True
+        step = self.step = _Step(frame)
+        self.restore(optimizer)  # what a step took that an exception ended
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self.shift(optimizer, groups, step)
+            return None
+
+        def shifted_closure() -> Any:
+            self.restore(optimizer)
+            loss = closure()
+            if not step.left:
+                self.shift(optimizer, groups, step)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": shifted_closure}
+        return (args[0], shifted_closure, *args[2:]), kwargs
+
+    def shift(self, optimizer: Optimizer, groups: list[tuple[str, dict[str, Any]]], step: _Step) -> None:
+        """Shift ``groups``; weights that the shift moves move once a step, however often the gradient is computed."""
+        # Fused optimizers unscale, and skip the step of an infinite gradient, within their kernel: after this.
+        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        with torch.set_grad_enabled(_is_differentiable(optimizer)):
+            for kind, group in groups:
+                if kind != WEIGHT or not step.shifted:
+                    self.offsets += shift_group(kind, group, scale, found_inf)
+        step.shifted = True
+
+    def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """Put back what the step was not to see."""
+        self.restore(optimizer)
+        self.step = None
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Put back what the way 'around' took from the weights."""
+        if self.offsets:
+            with torch.set_grad_enabled(_is_differentiable(optimizer)):
+                restore(self.offsets)
+
+    def before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Keep the shift of the groups when a state with another one is loaded, and say so."""
+        self.kinds.clear()
+        own, loaded = optimizer.param_groups, state["param_groups"]
+        if len(own) != len(loaded) or not any("enc_variant" in group for group in own):
+            return None
+        for was, found in zip(own, loaded, strict=True):
+            for name, no in (("shift_eps", "no shift"), ("enc_variant", "no variant")):
+                if was.get(name) != found.get(name):
+                    self.warn(
+                        f"ENC: {name} of {len(was['params'])} tensors: the loaded state has {found.get(name, no)}, "
+                        f"this optimizer was made with {was.get(name, no)} and goes on with that"
+                    )
+        groups = [
+            {key: value for key, value in found.items() if key not in SHIFT_SETTINGS}
+            | {key: was[key] for key in SHIFT_SETTINGS if key in was}
+            for was, found in zip(own, loaded, strict=True)
+        ]
+        return {**state, "param_groups": groups}
+
+
+def _shift_of(optimizer: Optimizer) -> _Shift:
+    """The optimizer's own; copies and unpickled optimizers, which come without one, get theirs here."""
+    shift = vars(optimizer).get("_enc_shift")
+    if shift is None:
+        shift = optimizer._enc_shift = _Shift(optimizer)
+    return shift
+
+
+def _state_of_copies(original: weakref.ref[Optimizer]) -> dict[str, Any]:
+    """State of an optimizer for ``copy`` and ``pickle``, with hooks: torch leaves them out.
+
+    Without them, a copy would take the shift of a state dict that it loads before its first step, and an optimizer that
+    is unpickled in another process would not be shifted there unless something else imports this module.
+    """
+    optimizer = original()
+    return {
+        **type(optimizer).__getstate__(optimizer),
+        # No handle has a negative number.
+        "_optimizer_step_pre_hooks": OrderedDict({-1: _see_step}),
+        "_optimizer_load_state_dict_pre_hooks": OrderedDict({-1: _see_loading}),
+    }
+
+
+def _see_loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+    """Load hook of optimizers with groups that carry the shift, and of their copies."""
+    return _shift_of(optimizer).before_loading(optimizer, state)
+
+
+def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """Step hook of all optimizers: those whose groups carry the shift get a hook of their own, behind all others."""
+    if any("shift_eps" in group for group in optimizer.param_groups) and _own_groups(optimizer):
+        _shift_of(optimizer).come_last(optimizer)
+
+
+register_optimizer_step_pre_hook(_see_step)

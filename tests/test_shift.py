@@ -1,0 +1,629 @@
+"""The shift belongs to the groups: every optimizer that has them applies it once a step, and copies do so too."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+import weakref
+from collections import OrderedDict
+
+import pytest
+import torch
+from functional.test_decay import literal as shifted
+from mmpretrain.registry import OPTIMIZERS
+from timm.optim import create_optimizer_v2
+from torch import nn, optim
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from enc_plugin import ENCLinear, add_shift, param_groups_enc
+
+LR, DECAY, EPS = 0.05, 0.3, 0.5
+
+
+def layer(variant: str = "wn") -> ENCLinear:
+    torch.manual_seed(0)
+    return ENCLinear(6, 4, bias=False, variant=variant, dtype=torch.float64)
+
+
+def groups_of(model: nn.Module, eps: float = EPS, **options) -> list[dict]:
+    return param_groups_enc(model, weight_decay=DECAY, shift_eps=eps, **options)
+
+
+def assert_shifts(optimizer, weight: torch.Tensor, eps: float = EPS, lr: float = LR, decay: float = DECAY) -> None:
+    """Step without a gradient: W - lr lambda (W - eps U), for SGD without momentum and for AdamW."""
+    before = weight.detach().clone()
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before - lr * decay * shifted(before, "wn", eps), rtol=0, atol=1e-14)
+
+
+def penalty(weight: torch.Tensor, eps: float = EPS) -> torch.Tensor:
+    """The regularizer itself for 'wn', which autograd differentiates."""
+    return DECAY / 2 * (weight.norm(dim=1) - eps).square().sum()
+
+
+# Coupled: the stock optimizer without decay on the loss with the regularizer in it takes the same steps.
+COUPLED = {
+    "SGD": (optim.SGD, dict(momentum=0.9)),
+    "SGD, nesterov": (optim.SGD, dict(momentum=0.9, nesterov=True)),
+    "SGD, dampening": (optim.SGD, dict(momentum=0.9, dampening=0.5)),
+    "SGD, fused": (optim.SGD, dict(momentum=0.9, fused=True)),
+    "SGD, foreach": (optim.SGD, dict(momentum=0.9, foreach=True)),
+    "Adam": (optim.Adam, dict(foreach=False)),
+    "Adam, amsgrad": (optim.Adam, dict(amsgrad=True, fused=True)),
+    "NAdam": (optim.NAdam, {}),
+    "RAdam": (optim.RAdam, {}),
+    "Adagrad": (optim.Adagrad, {}),
+    "Adadelta": (optim.Adadelta, {}),
+    "Adamax": (optim.Adamax, {}),
+    "ASGD": (optim.ASGD, {}),
+    "RMSprop": (optim.RMSprop, dict(momentum=0.9, centered=True)),
+    "Rprop": (optim.Rprop, {}),
+    "LBFGS": (optim.LBFGS, dict(max_iter=4)),
+    "LBFGS, one evaluation": (optim.LBFGS, dict(max_iter=1)),
+}
+
+
+def train(cls, options: dict, eps: float | None, closure: bool, by_hand: bool = False, steps: int = 8) -> torch.Tensor:
+    """Weights after a few steps; ``by_hand`` puts the regularizer into the loss instead of the groups."""
+    fc = layer()
+    x = torch.randn(8, 6, dtype=torch.float64)
+    groups = fc.parameters() if by_hand else groups_of(fc, eps)
+    optimizer = cls(groups, lr=LR, **options)
+
+    def evaluate():
+        optimizer.zero_grad()
+        loss = fc(x).pow(4).mean()
+        value = loss.detach().clone()
+        (loss + penalty(fc.weight, eps) if by_hand else loss).backward()
+        return value
+
+    for _ in range(steps):
+        if closure:
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.step()
+    return fc.weight.detach()
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.filterwarnings("ignore:ENC. .* has no weight decay of its own")
+def test_coupled_decay_is_the_regularizer_in_the_loss(name, closure):
+    cls, options = COUPLED[name]
+    if name.startswith("LBFGS") and not closure:
+        pytest.skip("needs a closure")
+    came = train(cls, options, EPS, closure)
+    torch.testing.assert_close(came, train(cls, options, EPS, closure, by_hand=True), rtol=0, atol=1e-10)
+    assert (came - train(cls, options, 0.0, closure)).abs().max() > 1e-3
+
+
+# Decoupled: W - lr lambda (W - eps U), then the update of the same optimizer without decay.
+DECOUPLED = {
+    "AdamW": lambda groups: optim.AdamW(groups, lr=LR, foreach=True),
+    "AdamW, fused": lambda groups: optim.AdamW(groups, lr=LR, fused=True),
+    "AdamW, tensor lr": lambda groups: optim.AdamW(groups, lr=torch.tensor(LR, dtype=torch.float64)),
+    "NAdam": lambda groups: optim.NAdam(groups, lr=LR, decoupled_weight_decay=True),
+    "RAdam": lambda groups: optim.RAdam(groups, lr=LR, decoupled_weight_decay=True),
+    "timm lion": lambda groups: create_optimizer_v2(groups, opt="lion", lr=LR),
+    "timm sgdw": lambda groups: create_optimizer_v2(groups, opt="sgdw", lr=LR),
+    "timm nadamw": lambda groups: create_optimizer_v2(groups, opt="nadamw", lr=LR),
+}
+if hasattr(optim, "Muon"):
+    DECOUPLED["Muon"] = lambda groups: optim.Muon(groups, lr=LR)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_decoupled_decay_takes_a_share_of_the_weight_from_it(name, closure):
+    torch.manual_seed(1)
+    fc, grads = layer(), [torch.randn(4, 6, dtype=torch.float64) for _ in range(8)]
+    free = nn.Parameter(torch.zeros_like(fc.weight))
+    optimizer = DECOUPLED[name](groups_of(fc))
+    bare = DECOUPLED[name]([dict(params=[free], weight_decay=0.0)])
+    expected = fc.weight.detach().clone()
+    for grad in grads:
+        fc.weight.grad = free.grad = None
+        before = free.detach().clone()
+        free.grad = grad.clone()
+        bare.step()
+        expected = expected - LR * DECAY * shifted(expected, "wn", EPS) + (free.detach() - before)
+
+        def evaluate(grad=grad):
+            fc.weight.grad = grad.clone()
+            return torch.zeros(())
+
+        if closure:
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.step()
+    atol = 1e-3 if name == "Muon" else 1e-10  # Muon orthogonalises in bfloat16
+    torch.testing.assert_close(fc.weight.detach(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda groups: optim.Adafactor(groups, lr=LR),
+        lambda groups: OPTIMIZERS.get("LARS")(groups, lr=20.0, momentum=0.5),
+        lambda groups: OPTIMIZERS.get("Lamb")(groups, lr=LR),
+        *(lambda groups, name=name: create_optimizer_v2(groups, opt=name, lr=LR) for name in ("adan", "adamc")),
+        lambda groups: create_optimizer_v2(groups, opt="lars", lr=40.0),
+        lambda groups: create_optimizer_v2(groups, opt="adamp", lr=100 * LR),  # a hundredth of the decay
+    ],
+)
+def test_without_a_gradient_rows_of_every_optimizer_settle_at_eps(make, closure):
+    fc = layer()
+    optimizer = make(groups_of(fc, 0.1))
+    for _ in range(600):
+        fc.weight.grad = torch.zeros_like(fc.weight)
+        optimizer.step(*[lambda: torch.zeros(())] if closure else [])
+    length = fc.weight.detach().norm(dim=1)
+    torch.testing.assert_close(length, torch.full_like(length, 0.1), rtol=0, atol=1e-3)
+
+
+def test_the_shift_follows_the_settings_of_the_group():
+    fc = layer()
+    optimizer = optim.SGD(groups_of(fc), lr=LR)
+    schedule = optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    assert_shifts(optimizer, fc.weight)
+    schedule.step()
+    assert_shifts(optimizer, fc.weight, lr=LR / 2)
+    optimizer.param_groups[0].update(weight_decay=0.2, shift_eps=0.25)
+    assert_shifts(optimizer, fc.weight, lr=LR / 2, decay=0.2, eps=0.25)
+    del optimizer.param_groups[0]["shift_eps"]
+    assert_shifts(optimizer, fc.weight, lr=LR / 2, decay=0.2, eps=0.0)
+
+
+@pytest.mark.parametrize(("lr", "decay"), [(0.0, 0.3), (1.0, 1.0), (2.0, 0.75)])
+def test_decoupled_decay_is_exact_at_any_rate(lr, decay):
+    fc = layer()
+    optimizer = optim.AdamW(param_groups_enc(fc, weight_decay=decay, shift_eps=EPS), lr=lr)
+    assert_shifts(optimizer, fc.weight, lr=lr, decay=decay)
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, optim.AdamW])
+def test_maximizing_the_objective_still_decays_to_eps(cls):
+    fc = layer()
+    assert_shifts(cls(groups_of(fc), lr=LR, maximize=True), fc.weight)
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_add_shift_may_be_called_any_number_of_times(times):
+    fc = layer()
+    optimizer = optim.SGD(groups_of(fc), lr=LR)
+    for _ in range(times):
+        add_shift(optimizer)
+    assert_shifts(optimizer, fc.weight)
+    for _ in range(times):
+        add_shift(optimizer)
+    assert_shifts(optimizer, fc.weight)
+
+
+@pytest.mark.parametrize("decoupled", [None, True])
+@pytest.mark.parametrize("first", [nn.Linear(3, 2), ENCLinear(3, 2, variant="wn")])
+def test_groups_that_come_later_are_shifted(first, decoupled):
+    fc = layer()
+    optimizer = optim.SGD(groups_of(first), lr=LR)
+    add_shift(optimizer, decoupled)
+    optimizer.step()
+    for group in groups_of(fc):
+        optimizer.add_param_group(group)
+    assert optimizer.param_groups[-1].get("enc_decoupled") is decoupled
+    assert_shifts(optimizer, fc.weight)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy of a copy": lambda optimizer: copy.deepcopy(copy.deepcopy(optimizer)),
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+    "shallow copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, optim.AdamW])
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_copies_shift_as_the_original_does(cls, way, prepared):
+    fc = layer()
+    optimizer = cls(groups_of(fc), lr=LR)
+    if prepared:
+        add_shift(optimizer)
+        assert_shifts(optimizer, fc.weight)
+        optimizer.state.clear()  # without AdamW's past
+    twin = COPIES[way](optimizer)
+    assert_shifts(twin, twin.param_groups[0]["params"][0])
+    if way != "shallow copy":
+        assert_shifts(optimizer, fc.weight)
+
+
+def test_an_explicit_word_on_the_decay_stays_with_copies_and_state_dicts():
+    fc = layer()
+    optimizer = optim.SGD(groups_of(fc), lr=LR, momentum=0.9)
+    add_shift(optimizer, decoupled=True)
+    assert copy.deepcopy(optimizer).param_groups[0]["enc_decoupled"]
+    again = optim.SGD(fc.parameters(), lr=LR, momentum=0.9)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["enc_decoupled"]
+
+
+def test_a_pickled_optimizer_names_the_module_that_shifts_it_where_it_is_unpickled():
+    optimizer = optim.SGD(groups_of(layer()), lr=LR)
+    assert b"enc_plugin" not in pickle.dumps(optimizer)
+    add_shift(optimizer)
+    assert b"enc_plugin.shift" in pickle.dumps(optimizer)
+    assert "enc_plugin" not in str(optimizer.state_dict())
+
+
+def test_a_prepared_optimizer_is_freed_with_its_last_reference():
+    optimizer = optim.SGD(groups_of(layer()), lr=LR)
+    add_shift(optimizer)
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    assert gone() is None
+
+
+def states() -> tuple[dict, dict]:
+    fc = layer()
+    return optim.SGD(fc.parameters(), lr=LR, weight_decay=DECAY).state_dict(), optim.SGD(
+        groups_of(fc), lr=LR
+    ).state_dict()
+
+
+@pytest.mark.parametrize("prepare", [add_shift, copy.deepcopy, lambda optimizer: optimizer.step()])
+def test_loading_a_state_keeps_the_shift_of_the_optimizer_and_warns(prepare):
+    plain, other = states()
+    fc = layer()
+    optimizer = optim.SGD(groups_of(fc, 0.25), lr=LR)
+    if prepare is copy.deepcopy:
+        add_shift(optimizer)
+    optimizer = prepare(optimizer) or optimizer
+    with pytest.warns(
+        UserWarning, match="shift_eps of 1 tensors: the loaded state has 0.5, this optimizer.* with 0.25"
+    ):
+        optimizer.load_state_dict(other)
+    with pytest.warns(UserWarning, match="shift_eps.*has no shift, this optimizer was made with 0.25"):
+        optimizer.load_state_dict(plain)
+    assert_shifts(optimizer, optimizer.param_groups[0]["params"][0], eps=0.25)
+    assert (plain, other) == states()  # the loaded states are the caller's
+
+
+def test_an_optimizer_made_without_shift_takes_the_one_it_loads():
+    _, state = states()
+    fc = layer()
+    optimizer = optim.SGD(fc.parameters(), lr=LR)
+    optimizer.load_state_dict(state)
+    assert_shifts(optimizer, fc.weight)
+
+
+def test_an_epsilon_of_zero_is_a_setting_too():
+    _, state = states()
+    fc = layer()
+    optimizer = optim.SGD(groups_of(fc, 0.0), lr=LR)
+    add_shift(optimizer)
+    with pytest.warns(UserWarning, match="has 0.5, this optimizer was made with no shift"):
+        optimizer.load_state_dict(state)
+    assert_shifts(optimizer, fc.weight, eps=0.0)
+
+
+def test_equal_settings_load_without_a_word():
+    _, state = states()
+    fc = layer()
+    optimizer = optim.SGD(groups_of(fc), lr=LR)
+    add_shift(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(state)
+    assert_shifts(optimizer, fc.weight)
+
+
+# Wrappers: as their authors write them.
+
+
+class SAM(optim.Optimizer):
+    """Sharpness-aware minimization around another optimizer, which shares its groups."""
+
+    def __init__(self, params, base, rho=0.05, **options):
+        super().__init__(params, dict(rho=rho, **options))
+        self.base = base(self.param_groups, **options)
+        self.param_groups = self.base.param_groups
+        self.rho = rho
+
+    @torch.no_grad()
+    def step(self, closure):
+        (p,) = self.param_groups[0]["params"]
+        push = self.rho * p.grad / p.grad.norm()
+        p.add_(push)
+        with torch.enable_grad():
+            closure()
+        p.sub_(push)
+        self.base.step()
+
+
+def test_sam_decays_once_at_the_true_weight():
+    fc = layer()
+    x = torch.randn(8, 6, dtype=torch.float64)
+    optimizer = SAM(groups_of(fc), optim.SGD, lr=LR)
+    add_shift(optimizer)
+
+    def evaluate():
+        fc.zero_grad()
+        fc(x).pow(4).mean().backward()
+
+    for _ in range(3):
+        evaluate()
+        before, grad = fc.weight.detach().clone(), fc.weight.grad.clone()
+        optimizer.step(evaluate)
+        at = (before + 0.05 * grad / grad.norm()).requires_grad_()
+        (at / at.norm(dim=1, keepdim=True) / 2 @ x.T).pow(4).mean().backward()
+        expected = before - LR * (at.grad + DECAY * shifted(before, "wn", EPS))
+        torch.testing.assert_close(fc.weight.detach(), expected, rtol=0, atol=1e-12)
+
+
+class Clipping(optim.SGD):
+    """A step of one's own that ends in the stock one."""
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 100.0)
+        super().step()
+        return loss
+
+
+class Passing(optim.SGD):
+    """A step of one's own that leaves the closure to the stock one."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Twice(optim.SGD):
+    """Two stock steps in one."""
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            super().step(closure)
+            return super().step(closure)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("cls", [Clipping, Passing])
+def test_an_overridden_step_shifts_once(cls, closure):
+    came = train(cls, {}, EPS, closure)
+    torch.testing.assert_close(came, train(optim.SGD, {}, EPS, closure), rtol=0, atol=1e-14)
+
+
+def test_two_steps_in_one_are_two_steps():
+    came = train(Twice, {}, EPS, closure=True, steps=4)
+    torch.testing.assert_close(came, train(optim.SGD, {}, EPS, closure=True, steps=8), rtol=0, atol=1e-14)
+
+
+class Delegate(optim.Optimizer):
+    """Holds another optimizer as ``hold`` says."""
+
+    def __init__(self, inner, hold):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.keep(inner, hold)
+
+    def keep(self, inner, hold):
+        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+        self.held = hold(inner)
+        self.inner_step = inner.step
+
+    def step(self, closure=None):
+        return self.inner_step(closure)
+
+
+class Unhooked(optim.Optimizer):
+    """The same without torch's constructor, as timm's Lookahead."""
+
+    keep = Delegate.keep
+
+    def __init__(self, inner, hold):
+        self.keep(inner, hold)
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+    def step(self, closure=None):
+        return self.inner_step(closure)
+
+
+HOLDS = {"itself": lambda inner: inner, "in a list": lambda inner: [inner], "in a dict": lambda inner: {"all": inner}}
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("hold", HOLDS)
+@pytest.mark.parametrize("cls", [Delegate, Unhooked])
+def test_a_wrapper_leaves_the_shift_to_the_optimizer_that_it_holds(cls, hold, closure):
+    def make(groups, lr):
+        wrapper = cls(optim.SGD(groups, lr=lr, momentum=0.9), HOLDS[hold])
+        add_shift(wrapper)
+        return wrapper
+
+    came = train(make, {}, EPS, closure)
+    torch.testing.assert_close(came, train(optim.SGD, dict(momentum=0.9), EPS, closure), rtol=0, atol=0)
+
+
+def test_look_ahead_shifts_each_fast_step():
+    fc = layer()
+    slow = fc.weight.detach().clone()
+    optimizer = create_optimizer_v2(groups_of(fc), opt="lookahead_momentum", lr=LR, momentum=0.0)
+    add_shift(optimizer)
+    for _ in range(6):
+        assert_shifts_by = fc.weight.detach().clone()
+        fc.weight.grad = torch.zeros_like(fc.weight)
+        optimizer.step()
+    fast = assert_shifts_by - LR * DECAY * shifted(assert_shifts_by, "wn", EPS)
+    after = slow.clone()
+    for _ in range(6):
+        after = after - LR * DECAY * shifted(after, "wn", EPS)
+    torch.testing.assert_close(after, fast, rtol=0, atol=1e-13)
+    buffered = optimizer._base_optimizer.state[fc.weight]["lookahead_slow_buff"]
+    torch.testing.assert_close(fc.weight.detach(), buffered)
+    assert (fc.weight.detach() - slow).abs().max() > 1e-2
+
+
+def test_zero_redundancy_shifts_once(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fc = layer()
+        optimizer = ZeroRedundancyOptimizer(groups_of(fc), optim.SGD, lr=LR)
+        add_shift(optimizer)
+        assert_shifts(optimizer, fc.weight)
+        fc.weight.grad = None
+
+        def evaluate():
+            fc.weight.grad = torch.zeros_like(fc.weight)
+            return torch.zeros(())
+
+        before = fc.weight.detach().clone()
+        optimizer.step(evaluate)
+        expected = before - LR * DECAY * shifted(before, "wn", EPS)
+        torch.testing.assert_close(fc.weight.detach(), expected, rtol=0, atol=1e-14)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("where", ["the step", "the closure"])
+@pytest.mark.parametrize("base", [optim.SGD, optim.AdamW, OPTIMIZERS.get("Lamb")])
+def test_a_step_that_fails_costs_no_later_step_its_shift(base, where):
+    class Failing(base):
+        fails = False
+
+        def step(self, closure=None):
+            loss = closure()
+            if self.fails:
+                raise RuntimeError("out of memory")
+            super().step()
+            return loss
+
+    def evaluate():
+        fc.weight.grad = torch.zeros_like(fc.weight)
+        if where == "the closure" and optimizer.fails:
+            raise RuntimeError("out of memory")
+
+    fc, twin = layer(), layer()
+    optimizer, never_failed = Failing(groups_of(fc), lr=LR), base(groups_of(twin), lr=LR)
+    add_shift(optimizer)
+    optimizer.fails = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step(evaluate)
+    if base is optim.AdamW:  # what it failed to step stays shifted, by lr lambda eps
+        fc.load_state_dict(twin.state_dict())
+    optimizer.fails = False
+    for _ in range(2):
+        optimizer.step(evaluate)
+        twin.weight.grad = torch.zeros_like(twin.weight)
+        never_failed.step()
+        torch.testing.assert_close(fc.weight, twin.weight, rtol=0, atol=1e-14)
+
+
+def test_the_shift_comes_after_all_other_hooks_before_a_step():
+    fc = layer()
+    optimizer = optim.SGD(groups_of(fc), lr=1.0)
+    add_shift(optimizer)
+    optimizer.register_step_pre_hook(lambda o, *_: torch.nn.utils.clip_grad_norm_([fc.weight], 1e-9) and None)
+    for _ in range(2):
+        before = fc.weight.detach().clone()
+        fc.weight.grad = torch.ones_like(fc.weight)
+        optimizer.step()
+        expected = before - DECAY * shifted(before, "wn", EPS)
+        torch.testing.assert_close(fc.weight.detach(), expected, rtol=0, atol=1e-8)
+
+
+def test_hooks_after_a_step_see_the_true_weights():
+    fc = layer()
+    optimizer = OPTIMIZERS.get("Lamb")(groups_of(fc), lr=LR)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(fc.weight.detach().clone()))
+    fc.weight.grad = torch.zeros_like(fc.weight)
+    add_shift(optimizer)
+    optimizer.step()
+    assert torch.equal(seen[0], fc.weight.detach())
+
+
+@pytest.mark.parametrize("opt", ["lamb", "adamp"])
+def test_a_closure_computes_with_the_true_weights(opt):
+    fc = layer()
+    optimizer = create_optimizer_v2(groups_of(fc), opt=opt, lr=LR)
+    seen = []
+
+    def evaluate():
+        seen.append(fc.weight.detach().clone())
+        fc.weight.grad = torch.ones_like(fc.weight)
+        return torch.zeros(())
+
+    before = [fc.weight.detach().clone()]
+    for _ in range(2):
+        optimizer.step(evaluate)
+        before.append(fc.weight.detach().clone())
+    assert torch.equal(seen[0], before[0])
+    assert torch.equal(seen[1], before[1])
+
+
+def test_a_differentiable_step_keeps_its_graph():
+    weight = layer().weight.detach()
+
+    def after(start, grad, cls):
+        p = start.clone()
+        p.grad = grad
+        cls([dict(params=[p], weight_decay=DECAY, enc_variant="wn", shift_eps=EPS)], lr=LR, differentiable=True).step()
+        return p
+
+    grad = torch.randn_like(weight)
+    for cls in (optim.SGD, optim.AdamW):
+        arguments = (weight.clone().requires_grad_(), grad.clone().requires_grad_())
+        assert torch.autograd.gradcheck(lambda start, grad, cls=cls: after(start, grad, cls), arguments)
+
+
+def test_optimizers_of_other_networks_are_left_alone():
+    model = nn.Linear(3, 2)
+    optimizer = optim.SGD(model.parameters(), lr=LR, weight_decay=DECAY)
+    keys = set(vars(optimizer))
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    assert set(vars(optimizer)) == keys
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_what_cannot_be_shifted_is_refused():
+    class Bare(optim.Optimizer):
+        def __init__(self, groups):
+            self.param_groups, self.state, self.defaults = groups, {}, {}
+
+        def step(self, closure=None): ...
+
+    with pytest.raises(ValueError, match="optimizer: Bare runs no step hooks.*call torch.optim.Optimizer.__init__"):
+        add_shift(Bare([{**groups_of(layer())[0], "lr": LR}]))
+    group = dict(params=list(layer().parameters()), weight_decay=DECAY, shift_eps=EPS)
+    with pytest.raises(ValueError, match="a group with shift_eps lacks enc_variant; take groups from param_groups_enc"):
+        add_shift(optim.SGD([group], lr=LR))
+    with pytest.raises(ValueError, match="shift_eps: expected a finite number"):
+        add_shift(optim.SGD([group | dict(enc_variant="wn", shift_eps=-1.0)], lr=LR))
+    with pytest.raises(TypeError, match="optimizer: expected a torch optimizer"):
+        add_shift(group)
+
+
+def test_an_optimizer_without_decay_of_its_own_is_named():
+    with pytest.warns(UserWarning, match="Rprop has no weight decay of its own"):
+        add_shift(optim.Rprop(groups_of(layer()), lr=LR))
+
+
+def test_an_optimizer_that_no_trial_can_tell_is_taken_as_coupled_with_a_warning():
+    class Other(optim.Optimizer):
+        def step(self, closure=None):
+            raise NotImplementedError
+
+    optimizer = Other(groups_of(layer()), dict(lr=LR))
+    with pytest.warns(
+        UserWarning, match="unknown optimizer Other: assuming.*through the gradient.*Pass decoupled=True"
+    ):
+        add_shift(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_shift(Other(groups_of(layer()), dict(lr=LR)), decoupled=True)

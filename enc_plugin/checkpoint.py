@@ -21,6 +21,8 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
+from .loading import load_trained
+
 _KEPT_META = ("epoch", "iter", "seed", "experiment_name")
 _STATISTICS = ("min", "max", "mean", "current")
 
@@ -107,9 +109,6 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
     others = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(f"checkpoint: the state dict of {path} holds more than tensors: {others[0]!r}, ...")
-    broken = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"checkpoint: {path} holds NaN or Inf in {len(broken)} tensors: {broken[0]!r}, ...")
     return state_dict, {k: v for k, v in content.items() if k != "state_dict"} if state_dict is not content else {}
 
 
@@ -205,11 +204,10 @@ def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
     state_dict, rest = read_checkpoint(path)
     model = get_model(config, pretrained=False)
     try:
-        # Strictly: what a missing key leaves untrained would be measured as if it had been trained.
-        model.load_state_dict(state_dict, strict=True)
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"checkpoint: {path} does not fit {config.filename}: {text[:400]}") from error
+        load_trained(model, state_dict)
+    except ValueError as error:
+        text = str(error).removeprefix("checkpoint: ")
+        raise ValueError(f"checkpoint: {path} with {config.filename}: {text}") from error
     return model, {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
 
 

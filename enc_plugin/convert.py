@@ -149,8 +149,10 @@ def to_enc(
     needs_norm = {modules[name] for name in selected if wants_norm is None and post_norm} | (wants_norm or set())
     has_norm = needs_norm | {layer for _, layer in enc_layers(model) if layer.enc_norm is not None}
     plan = None
-    if selected and preserve is not False:
-        plan = Plan(model, {name: modules[name] for name in selected}, has_norm, None if preserve is True else preserve)
+    # Weights that were loaded from ENC layers have their function already.
+    plain = {name: modules[name] for name in selected if not getattr(modules[name], "loaded_settings", None)}
+    if plain and preserve is not False:
+        plan = Plan(model, plain, has_norm, None if preserve is True else preserve)
 
     layers = []
     for name in selected:

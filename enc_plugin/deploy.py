@@ -26,7 +26,9 @@ from torch.utils._pytree import tree_leaves
 from .checkpoint import read_checkpoint, replacing
 from .convert import enc_layers, fold
 from .functional._checks import check_integer, check_number
-from .layers import ENC_LAYERS, saved_settings
+from .layers import ENC_LAYERS
+from .loading import load_trained
+from .origin import saved_settings
 from .version import __version__
 
 _ENC_OPTIONS = ("variant", "alpha", "post_norm")
@@ -171,31 +173,14 @@ def _to_stock(node: Any) -> Any:
 
 def _load_enc(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Load strictly, and only what was trained under the model's own settings."""
-    layers = dict(enc_layers(model))
-    if not layers:
+    if next(enc_layers(model), None) is None:
         raise ValueError("config: its model has no ENC layers, so there is nothing to fold")
-    # Layers fill in what a plain checkpoint lacks; here it has to be complete. Keys by tensor: some models rename them.
-    keys = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
-    norms = [
-        keys[id(t)] for x in layers.values() if x.norm is not None for t in x.norm.state_dict(keep_vars=True).values()
-    ]
-    alphas = [keys[id(layer.log_alpha)] for layer in layers.values() if layer.log_alpha is not None]
-    saved = saved_settings(state_dict)
-    if saved == {} or (norms and not set(norms) & state_dict.keys()):
-        raise ValueError("checkpoint: it is of a plain network, not of an ENC one, so there is nothing to fold")
-    for name, settings in (saved or {}).items():
-        if name in layers and settings != layers[name].settings:
-            raise ValueError(
-                f"checkpoint: its layer {name!r} was trained with {_show(settings)}, the config's has "
-                f"{_show(layers[name].settings)}; use the config of the training run (a copy is in its work_dir)"
-            )
-    missing = [key for key in (*norms, *alphas) if key not in state_dict]
-    if missing:
-        raise ValueError(f"checkpoint: it does not fit the config: {len(missing)} missing keys, such as {missing[0]!r}")
-    try:
-        model.load_state_dict(state_dict, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint: it does not fit the config: {_summary(error)}") from error
+    if not saved_settings(state_dict):
+        raise ValueError(
+            "checkpoint: it is of a plain network, not of an ENC one, so there is nothing to fold (those of ENC layers "
+            "have an entry '_extra_state' for each of them; if they were taken out, use the checkpoint as it was saved)"
+        )
+    load_trained(model, state_dict)
 
 
 def _load_stock(stock: nn.Module, folded: dict[str, Tensor]) -> None:
@@ -270,7 +255,3 @@ def _summary(error: Exception) -> str:
     """An error's text on one line, cut to a readable length: torch lists every key of a mismatch."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else f"{text[:400]} ..."
-
-
-def _show(settings: dict) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in settings.items())

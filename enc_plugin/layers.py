@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import warnings
 from functools import cache
 
 import torch
@@ -14,16 +13,13 @@ from torch import Tensor, nn
 from .functional._checks import check_type
 from .functional.weights import check_alpha_option, check_variant, enc_weight
 from .normalizable import check_normalizable, check_row_length
+from .origin import KEY, UNKNOWN, read_settings, warn_of_origin, write_settings
 from .reparametrized import WEIGHT_KEYS, free_weights, remove_reparametrizations
 
 # Symbolic tracing (torch.fx) records a call of each of these functions, and does not look inside.
 torch.fx.wrap("enc_weight")
 torch.fx.wrap("_to_rows")
 torch.fx.wrap("_to_shape_of")
-
-
-class CheckpointWarning(UserWarning):
-    """A checkpoint was saved under other settings than those of the layers that load it."""
 
 
 class _YieldingAttribute:
@@ -56,7 +52,9 @@ class ENCLayer(nn.Module):
     it; a checkpoint without those keys leaves the batch norm as it is. ``alpha='learnable'`` owns one more parameter,
     ``log_alpha`` (a scalar, 0 at the start), so that alpha stays positive.
 
-    State dicts carry variant, alpha and post-norm in their metadata, not as keys: loading under other settings warns.
+    State dicts hold the settings of each layer beside its tensors (:meth:`get_extra_state`). Loading those of another
+    layer warns. Stock checkpoints load into ENC layers, strictly too; the other way round, the settings are a key that
+    stock layers do not expect, because they would compute with W.
 
     Args:
         variant: ``'ws'`` (eq. 22), ``'wn'`` (21), ``'fro'`` (20) or ``'centered_fro'`` (23).
@@ -68,8 +66,9 @@ class ENCLayer(nn.Module):
     plain_class: type[nn.Module]
     norm_class: type[nn.Module]
 
-    # Whether the weight was last loaded from a plain network; and whether that is made good, so that no warning is due.
-    holds_plain_weight = False
+    # Settings of the layer that the weights were last loaded from: {} for a plain one, None before anything is loaded.
+    loaded_settings: dict | None = None
+    # Whether the function of plain weights is kept after loading (preserve), so that no warning is due.
     keeps_function = False
 
     # Own attributes have names that no subclass of the stock layers uses. Internal code reads these, not the public
@@ -240,28 +239,37 @@ class ENCLayer(nn.Module):
         norm = [] if self.enc_norm is None else self.enc_norm.state_dict(keep_vars=True).values()
         return [*norm, *([] if self.enc_log_alpha is None else [self.enc_log_alpha])]
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Beside the module's version number: no key of its own, so that the checkpoint still loads anywhere.
-        if hasattr(destination, "_metadata"):
-            destination._metadata.setdefault(prefix[:-1], {})["enc"] = self.enc_settings
+    # The settings have to stand in the file, and layer by layer: without them an ENC checkpoint passes for a plain one,
+    # whose outputs are others. State dicts become plain dicts on the way (safetensors, averages, the prefix of a
+    # backbone), which loses torch's _metadata, and a config beside the file gets lost. A buffer would survive too, but
+    # averages, all-reduces, exported graphs and to_empty() would each have to treat it right. An extra state is made
+    # from the layer each time it is saved, so it cannot be wrong.
+
+    def get_extra_state(self) -> Tensor:
+        """The layer's settings for the checkpoint: the entry ``<layer>._extra_state`` of state dicts."""
+        return write_settings(self.enc_settings)
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        """Change nothing: a layer keeps its own settings, and loading compares them with those of the checkpoint."""
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
-        # A stock checkpoint knows no post-norm and no learnable alpha: keep ours instead of reporting missing keys.
-        has_weight = any(f"{prefix}{key}" in state_dict for key in WEIGHT_KEYS)
+        entry, weights = f"{prefix}{KEY}", [state_dict.get(f"{prefix}{key}") for key in WEIGHT_KEYS]
+        has_weight = any(weight is not None and weight.shape == self.weight.shape for weight in weights)
         if has_weight:
             own = self._norm_state(prefix)
-            saved = local_metadata.get("enc")
             has_norm = any(key in state_dict for key in own)
-            self._check_origin(saved, "version" in local_metadata and not has_norm)
-            self.holds_plain_weight = saved is None and not has_norm
-            if not has_norm:
+            saved = read_settings(state_dict[entry]) if entry in state_dict else UNKNOWN if has_norm else {}
+            warn_of_origin(saved, self.enc_settings, self.keeps_function)
+            self.loaded_settings = saved
+            # Where the checkpoint has no post-norm or no learnable alpha, ours stays and no key is reported missing.
+            if not has_norm and not saved.get("post_norm"):
                 state_dict.update(own)
-            if self.enc_log_alpha is not None:
+            if self.enc_log_alpha is not None and saved.get("alpha") != "learnable":
                 start = _off_meta(self.enc_log_alpha.detach())
-                if saved is not None and saved["alpha"] != "learnable":
+                if "alpha" in saved:
                     start = torch.full_like(start, math.log(saved["alpha"]))
                 state_dict.setdefault(f"{prefix}log_alpha", start)
+        state_dict.setdefault(entry, None)
         self._is_loading = True  # assign=True sets the weight as an attribute
         try:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
@@ -282,30 +290,6 @@ class ENCLayer(nn.Module):
         if any(tensor.is_meta for tensor in norm.state_dict().values()):
             norm = self.norm_class(self.weight.shape[0], device="cpu", dtype=self._stat_dtype())
         return {f"{prefix}{self._enc_norm_name}.{key}": value for key, value in norm.state_dict().items()}
-
-    def _check_origin(self, saved: dict | None, is_plain: bool) -> None:
-        """Warn if a checkpoint comes from other settings; one text for all layers, so that Python shows it once."""
-        own = self.enc_settings
-        if saved is None and is_plain and not self.keeps_function:
-            warnings.warn(
-                "the checkpoint is of a plain network: ENC layers normalise its weights, so the outputs differ until "
-                "the network is trained; to_enc(model, preserve=True) keeps them, enc=dict(preserve=True) in a config",
-                CheckpointWarning,
-                stacklevel=2,
-            )
-        if saved is not None and own["alpha"] == "learnable":
-            own["alpha"] = saved["alpha"]  # a learnable alpha takes up any value
-        if saved is not None and saved != own:
-            differ = [key for key in own if saved.get(key) != own[key]]
-            warnings.warn(
-                "the checkpoint is of an ENC network with "
-                + ", ".join(f"{key}={saved.get(key)!r}" for key in differ)
-                + ", this one has "
-                + ", ".join(f"{key}={own[key]!r}" for key in differ)
-                + ": the free weights load, but the outputs differ",
-                CheckpointWarning,
-                stacklevel=2,
-            )
 
     def __setattr__(self, name, value):
         if name == "weight" and isinstance(value, nn.Parameter) and self._is_rescaled(value):
@@ -335,7 +319,7 @@ class ENCLayer(nn.Module):
 
 # Attributes of ENC layers that users read, and all that an ENC layer keeps in its own ``__dict__``.
 _PUBLIC = tuple(name for name, value in vars(ENCLayer).items() if isinstance(value, _YieldingAttribute))
-_OWN_STATE = ("enc_variant", "_enc_alpha", "_enc_norm_name", "_enc_norm_frozen", "holds_plain_weight", "keeps_function")
+_OWN_STATE = ("enc_variant", "_enc_alpha", "_enc_norm_name", "_enc_norm_frozen", "loaded_settings", "keeps_function")
 
 
 def lacks_attribute(layer: nn.Module, name: str) -> bool:
@@ -484,22 +468,6 @@ class ENCLinear(_ENCLinear, nn.Linear):
 ENC_LAYERS: dict[type[nn.Module], type[ENCLayer]] = {
     cls.plain_class: cls for cls in (ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear)
 }
-
-
-def saved_settings(state_dict: dict[str, Tensor]) -> dict[str, dict[str, str | float | bool]] | None:
-    """What the ENC layers of a checkpoint were, by name; None if its state dict has lost its metadata.
-
-    Args:
-        state_dict: As of :meth:`torch.nn.Module.state_dict`; of a plain network, the result is empty.
-    """
-    metadata = getattr(state_dict, "_metadata", None)
-    if not metadata:
-        return None
-    return {
-        name.removeprefix("module."): module["enc"]
-        for name, module in metadata.items()
-        if isinstance(module, dict) and "enc" in module
-    }
 
 
 class _ENCSubclass(ENCLayer):

@@ -94,7 +94,7 @@ class Plan:
                     layer.bias.copy_(layer.bias.double() * scale)
                 for norm, positions, channels in self.readers.get(layer, ()):
                     _absorb(norm, positions.to(scale.device), scale[channels.to(scale.device)])
-            layer.holds_plain_weight = False
+            layer.loaded_settings = layer.enc_settings
         outputs = self._run()
         change = (outputs - self.outputs).norm() / self.outputs.norm()
         return Preservation(change.item(), removed)

@@ -88,6 +88,20 @@ def test_safetensors_in_and_out(trained, tmp_path):
     assert (tmp_path / "stock.safetensors").stat().st_mode == plain_mode.stat().st_mode
 
 
+@pytest.mark.filterwarnings("error::enc_plugin.CheckpointWarning")
+def test_safetensors_of_a_run_with_preserve_fold_into_the_network_that_was_saved(tmp_path):
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.enc = dict(variant="wn", preserve=True)
+    source = get_model(cfg, pretrained=False)
+    randomize_norms(source)
+    save_file(source.state_dict(), tmp_path / "enc.safetensors")
+    fold_checkpoint(cfg, tmp_path / "enc.safetensors", tmp_path / "stock.pth")
+    stock = get_model(str(STOCK), pretrained=str(tmp_path / "stock.pth"))
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(stock.eval()(x), source.eval()(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "post_norm"),
     [

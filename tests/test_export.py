@@ -82,7 +82,7 @@ def test_torch_export_keeps_outputs_keys_and_round_trips(variant, live):
     torch.export.save(torch.export.export(model, (X,)), file)
     file.seek(0)
     program = torch.export.load(file)
-    assert set(program.state_dict) == set(model.state_dict())
+    assert set(program.state_dict) == {key for key in model.state_dict() if not key.endswith("_extra_state")}
     torch.testing.assert_close(program.module()(X), model(X))
 
 

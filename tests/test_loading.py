@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from functional.test_weights import literal
 from helpers import digits_config, train
+from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
+from safetensors.torch import load, save
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from enc_plugin import CheckpointWarning, ENCConv2d, ENCLinear, fold, to_enc
-from enc_plugin.layers import saved_settings
+from enc_plugin.origin import saved_settings
 
 
 def net(**options) -> nn.Module:
@@ -23,6 +30,12 @@ def net(**options) -> nn.Module:
     if options:
         to_enc(model, **options)
     return model
+
+
+SETTINGS = {
+    "0": {"variant": "wn", "alpha": 2.0, "post_norm": False},
+    "3": {"variant": "wn", "alpha": 2.0, "post_norm": True},
+}
 
 
 def roundtrip(state_dict, path):
@@ -38,16 +51,12 @@ def _unexpected_warnings_are_errors():
 
 
 @pytest.mark.parametrize("save", [nn.Module.state_dict, lambda m: weights_to_cpu(get_state_dict(m))])
-def test_settings_travel_with_the_state_dict_and_add_no_key(save, tmp_path):
+def test_settings_travel_with_the_state_dict_under_one_key_a_layer(save, tmp_path):
     model = net(variant="wn", alpha=2.0)
     saved = roundtrip(save(model), tmp_path / "x.pth")
-    assert saved_settings(saved) == {
-        "0": {"variant": "wn", "alpha": 2.0, "post_norm": False},
-        "3": {"variant": "wn", "alpha": 2.0, "post_norm": True},
-    }
-    assert set(saved) - set(net().state_dict()) == {
-        f"3.norm.{key}" for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    }
+    assert saved_settings(saved) == SETTINGS
+    norm = {f"3.norm.{key}" for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert set(saved) - set(net().state_dict()) == norm | {"0._extra_state", "3._extra_state"}
     other = net(variant="wn", alpha=2.0)
     other.load_state_dict(saved)
     x = torch.randn(2, 3, 5, 5)
@@ -83,10 +92,100 @@ def test_a_plain_checkpoint_in_an_enc_network_warns_once_per_text():
     assert "of a plain network" in str(caught[0].message)
 
 
-def test_a_state_dict_without_metadata_loads_in_silence():
-    source, model = net(variant="ws"), net(variant="ws")
-    model.load_state_dict(dict(source.state_dict()), strict=True)
-    assert saved_settings(dict(source.state_dict())) is None
+def averaged(kind: str) -> Callable[[nn.Module], dict]:
+    """The state dict of an average, its buffers included, that three steps have updated."""
+
+    def average(model: nn.Module) -> dict:
+        make = {
+            "mmengine": lambda: ExponentialMovingAverage(model, momentum=0.3, update_buffers=True),
+            "torch": lambda: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+            "timm v2": lambda: ModelEmaV2(model, decay=0.3),
+            "timm v3": lambda: ModelEmaV3(model, decay=0.3, foreach=False),
+        }
+        copy_ = make[kind]()
+        for _ in range(3):
+            (copy_.update_parameters if hasattr(copy_, "update_parameters") else copy_.update)(model)
+        return dict(copy_.module.state_dict())
+
+    return average
+
+
+def through_safetensors(model: nn.Module) -> dict:
+    return load(save({key: value.clone() for key, value in model.state_dict().items()}))
+
+
+def soup(model: nn.Module) -> dict:
+    """The mean of three checkpoints, in the dtype of each entry."""
+    state = model.state_dict()
+    return {key: ((value + value + value) / 3).to(value.dtype) for key, value in state.items()}
+
+
+ROUND_TRIPS: dict[str, Callable[[nn.Module], dict]] = {
+    "plain dict": lambda model: dict(model.state_dict()),
+    "safetensors": through_safetensors,
+    "prefix of a wrapper": lambda model: nn.DataParallel(model).state_dict(),
+    "prefix taken off": lambda model: {k[2:]: v for k, v in nn.Sequential(model).state_dict().items()},
+    "bfloat16": lambda model: {key: value.bfloat16() for key, value in model.state_dict().items()},
+    "sum of checkpoints": soup,
+    "distributed checkpoint": lambda model: dict(get_model_state_dict(model)),
+    "whole model": lambda model: pickle.loads(pickle.dumps(model)).state_dict(),
+    "compiled": lambda model: {k.removeprefix("_orig_mod."): v for k, v in torch.compile(model).state_dict().items()},
+    **{f"average of {kind}": averaged(kind) for kind in ("mmengine", "torch", "timm v2", "timm v3")},
+}
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_settings_outlive_torchs_metadata(name):
+    model = net(variant="wn", alpha=2.0)
+    saved = dict(ROUND_TRIPS[name](model))
+    assert saved_settings(saved) == SETTINGS
+    saved = {key.removeprefix("module."): value for key, value in saved.items()}
+    net(variant="wn", alpha=2.0).load_state_dict(saved, strict=True)  # in silence
+    with pytest.warns(CheckpointWarning, match="with variant='wn', this one has variant='fro'"):
+        net(variant="fro", alpha=2.0).load_state_dict(saved, strict=True)
+
+
+def test_a_stock_network_refuses_the_keys_of_enc_layers_and_a_folded_one_has_none():
+    source = net(variant="wn", exclude="3")
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "0._extra_state"'):
+        net().load_state_dict(dict(source.state_dict()), strict=True)
+    net().load_state_dict(fold(source).state_dict(), strict=True)
+
+
+def test_settings_are_right_after_meta_and_to_empty():
+    with torch.device("meta"):
+        model = net(variant="wn", alpha=2.0)
+        assert saved_settings(model.state_dict()) == SETTINGS
+    model.to_empty(device="cpu").load_state_dict(net(variant="wn", alpha=2.0).state_dict(), strict=True)
+    assert saved_settings(model.state_dict()) == SETTINGS
+
+
+def test_functional_calls_take_a_whole_state_dict():
+    model, x = net(variant="wn"), torch.randn(2, 3, 5, 5)
+    assert torch.equal(torch.func.functional_call(model, dict(model.state_dict()), x), model(x))
+    assert not hasattr(model[0], "_extra_state")
+
+
+def test_a_plain_dict_of_a_plain_network_warns_too():
+    with pytest.warns(CheckpointWarning, match="of a plain network"):
+        net(variant="ws").load_state_dict(dict(net().state_dict()), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (None, "variant='unknown'"),
+        (torch.zeros(3, dtype=torch.int32), "variant='unknown'"),
+        (torch.tensor(list(b'{"variant": "wn", "future": 1}')), "with future=1, this one has future=None"),
+    ],
+    ids=["taken out", "overwritten", "of a newer version"],
+)
+def test_an_entry_that_cannot_be_read_never_makes_a_layer_plain(entry, message):
+    state, model = dict(net(variant="wn").state_dict()), net(variant="wn")
+    state.pop("3._extra_state") if entry is None else state.update({"3._extra_state": entry})
+    with pytest.warns(CheckpointWarning, match=message):
+        model.load_state_dict(state, strict=True)
+    assert model[3].loaded_settings
 
 
 def test_a_number_for_alpha_becomes_the_start_of_a_learnable_one():

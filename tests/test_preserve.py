@@ -266,6 +266,46 @@ def test_init_cfg_keeps_the_function_of_pretrained_weights(stock_checkpoint, par
     torch.testing.assert_close(model.extract_feat(x)[-1], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def enc_checkpoint(tmp_path):
+    """An ENC network with statistics of its own, and a file of its weights as a plain dict, without metadata."""
+    model = trained(build(type="ENCImageClassifier", enc=dict(variant="wn")))
+    torch.save({"state_dict": dict(model.state_dict())}, tmp_path / "enc.pth")
+    return model, str(tmp_path / "enc.pth")
+
+
+def test_preserve_leaves_enc_weights_alone_whichever_way_they_come(enc_checkpoint):
+    source, path = enc_checkpoint
+    options = dict(type="ENCImageClassifier", enc=dict(variant="wn", preserve=True))
+    pretrained = dict(init_cfg=dict(type="Pretrained", checkpoint=path, prefix="backbone."))
+    x = torch.randn(2, 3, 16, 16)
+    model = build(**options, backbone=BACKBONE | pretrained)
+    model.init_weights()
+    assert torch.equal(model.eval().extract_feat(x)[-1], source.extract_feat(x)[-1])
+    model = build(**options)
+    load_checkpoint(model, path)
+    assert torch.equal(model.eval()(x), source(x))
+    to_enc(model, "wn", preserve=x)
+    assert torch.equal(model(x), source(x))
+
+
+def test_of_a_checkpoint_with_plain_and_enc_layers_preserve_keeps_the_function(tmp_path):
+    source = trained(build(type="ENCImageClassifier", enc=dict(variant="wn", exclude="head")))
+    model = build(type="ENCImageClassifier", enc=dict(variant="wn", preserve=True))
+    model.load_state_dict(dict(source.state_dict()))
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model.eval()(x), source(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::enc_plugin.CheckpointWarning")
+def test_preserve_does_not_guess_which_layers_were_enc(enc_checkpoint):
+    source, _ = enc_checkpoint
+    state = {key: value for key, value in source.state_dict().items() if not key.endswith("_extra_state")}
+    model = build(type="ENCImageClassifier", enc=dict(variant="wn", preserve=True))
+    with pytest.raises(ValueError, match=r"layer 'head.fc' was ENC, but its entry '_extra_state'.* is missing"):
+        model.load_state_dict(state)
+
+
 def test_without_preserve_a_stock_checkpoint_loads_and_warns(stock_checkpoint):
     _, path = stock_checkpoint
     model = build(type="ENCImageClassifier")

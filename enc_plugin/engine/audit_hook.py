@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..convert import audit, enc_layers
-from ..layers import ENCLayer, saved_settings
+from ..loading import enc_layers_of_plain_ones, why_not_plain
 from ..normalizable import check_normalizable
 from .limits import warn_of_recomputation
 
@@ -32,15 +32,9 @@ class ENCAuditHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse a checkpoint of ENC layers for plain ones: they would compute with the free weights."""
-        saved = saved_settings(checkpoint.get("state_dict", checkpoint)) or {}
-        modules = dict(unwrap(runner.model).named_modules())
-        plain = [name for name in saved if name in modules and not isinstance(modules[name], ENCLayer)]
+        plain = enc_layers_of_plain_ones(runner.model, checkpoint.get("state_dict", checkpoint))
         if plain:
-            raise ValueError(
-                f"checkpoint: {len(plain)} of its layers are ENC where this model's are plain ({plain[0]!r}, ...), and "
-                "would give other outputs; fold it first, with the config it was trained with: "
-                "python tools/fold.py CONFIG CHECKPOINT OUT"
-            )
+            raise ValueError(f"checkpoint: {why_not_plain(plain)}")
 
     def before_train(self, runner: Runner) -> None:
         """Check and report the weights that training starts from."""

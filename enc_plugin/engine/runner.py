@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import find_damage, latest_checkpoint, replacing
 from ..convert import enc_layers
+from ..loading import Loading, check_trained_as
 from ..startup_average import average_from_start
 from .amp import without_cuda
 from .audit_hook import unwrap
@@ -204,7 +205,8 @@ class ENCRunner(Runner):
         """Load as mmengine does, which only logs what does not fit: a checkpoint of another network is an error.
 
         To train from, half of the tensors that have a place in the model have to fit it (a classifier of other classes
-        may be left out); to validate or test, every tensor of the model has to be there.
+        may be left out); to validate or test, every tensor of the model has to be loaded, by the model's own hooks too
+        (:class:`~enc_plugin.loading.Loading`), and be of layers that compute the same.
 
         Raises:
             ValueError: If the file is damaged, too little of it fits the model, or it holds NaN or Inf.
@@ -215,34 +217,33 @@ class ENCRunner(Runner):
                 f"load_from: {filename} is damaged ({damage}); name another checkpoint, or leave it out with --resume "
                 "to go on from the newest one that is whole"
             )
+        loading = Loading(self.model)
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
-        # mmengine looks through the prefix of a distributed wrapper.
         saved = {key.removeprefix("module."): value for key, value in checkpoint.get("state_dict", checkpoint).items()}
-        wanted = unwrap(self.model).state_dict()
-        common = saved.keys() & wanted.keys()
-        if not common:
+        loaded, left, broken = loading.loaded, loading.left, loading.broken
+        misfits = [key for key in left if key.removeprefix("module.") in saved]
+        if not loaded and not misfits:
             raise ValueError(
                 f"load_from: nothing of {filename} fits the model; its keys are {', '.join(map(repr, [*saved][:3]))}, "
-                f"..., the model's are {', '.join(map(repr, [*wanted][:3]))}, ...; is it a checkpoint of another "
-                "codebase?"
+                f"..., the model's are {', '.join(map(repr, left[:3]))}, ...; is it a checkpoint of another codebase?"
             )
-        fitting = {key for key in common if saved[key].shape == wanted[key].shape}
-        if 2 * len(fitting) < len(common):
-            key = next(key for key in wanted if key in common - fitting)
+        if len(misfits) > len(loaded):
+            key = misfits[0]
+            there, here = (tuple(x.shape) for x in (saved[key.removeprefix("module.")], self.model.state_dict()[key]))
             raise ValueError(
-                f"load_from: only {len(fitting)} of the {len(common)} tensors that {filename} shares with the model "
-                f"have its shapes ({key!r}: {tuple(saved[key].shape)} there, {tuple(wanted[key].shape)} in the model); "
+                f"load_from: only {len(loaded)} of the {len(loaded) + len(misfits)} tensors that {filename} shares "
+                f"with the model have its shapes ({key!r}: {there} there, {here} in the model); "
                 "is it a checkpoint of another architecture?"
             )
-        broken = [key for key in fitting if saved[key].is_floating_point() and not saved[key].isfinite().all()]
         if broken:
-            raise ValueError(f"load_from: {filename} holds NaN or Inf in {len(broken)} tensors: {min(broken)!r}, ...")
-        untrained = [key for key in wanted if key not in fitting and not key.endswith("num_batches_tracked")]
-        if untrained and filename == self._load_from and not isinstance(self._train_loop, BaseLoop):
-            raise ValueError(
-                f"load_from: {filename} lacks {len(untrained)} tensors of the model ({untrained[0]!r}, ...), which "
-                "would be measured untrained; use the config that it was trained with (a copy is in its work_dir)"
-            )
+            raise ValueError(f"load_from: {filename} holds NaN or Inf in {len(broken)} tensors: {broken[0]!r}, ...")
+        if filename == self._load_from and not isinstance(self._train_loop, BaseLoop):
+            if left:
+                raise ValueError(
+                    f"load_from: {filename} lacks {len(left)} tensors of the model ({left[0]!r}, ...), which would be "
+                    "measured untrained; use the config that it was trained with (a copy is in its work_dir)"
+                )
+            check_trained_as(self.model)
         return checkpoint
 
     def register_hook(self, hook: Hook | dict, priority: str | int | None = None) -> None:

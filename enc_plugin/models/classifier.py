@@ -9,6 +9,7 @@ from mmpretrain.models.classifiers import ImageClassifier
 from ..convert import enc_layers, to_enc
 from ..functional._checks import check_type
 from ..normalizable import check_normalizable
+from ..origin import UNKNOWN
 from .gbr_penalty import GBRImageClassifier
 
 
@@ -43,7 +44,7 @@ class ENCImageClassifier(GBRImageClassifier):
     def init_weights(self) -> None:
         """Initialise as the stock model does, then refuse weights that cannot be normalised."""
         for _, layer in enc_layers(self):
-            layer.holds_plain_weight = False
+            layer.loaded_settings = None
         super().init_weights()
         for name, layer in enc_layers(self):
             check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
@@ -62,6 +63,17 @@ class ENCImageClassifier(GBRImageClassifier):
 
 def _keep_plain_function(model: ENCImageClassifier, incompatible_keys=None) -> None:
     """Load hook: with ``preserve``, keep the function of the plain weights that have just been loaded."""
-    if model.enc.get("preserve") and any(layer.holds_plain_weight for _, layer in enc_layers(model)):
+    if not model.enc.get("preserve"):
+        return
+    loaded = {name: layer.loaded_settings for name, layer in enc_layers(model)}
+    plain = [name for name, settings in loaded.items() if settings == {}]
+    unknown = [name for name, settings in loaded.items() if settings == UNKNOWN]
+    if plain and unknown:
+        raise ValueError(
+            f"checkpoint: its layer {unknown[0]!r} was ENC, but its entry '_extra_state', which says so, is missing or "
+            f"damaged, so layers without one, such as {plain[0]!r}, may be plain or ENC; load the checkpoint as it was "
+            "saved, or an ENC one without preserve"
+        )
+    if plain:
         model.enc_report = to_enc(model, **model.enc)
         print_log(f"ENC: loaded plain weights; {model.enc_report.preserved}", logger="current")

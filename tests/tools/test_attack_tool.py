@@ -110,7 +110,7 @@ def test_checkpoint_of_another_network_is_refused(runs, tmp_path):
     content = torch.load(runs["plain"][1])
     del content["state_dict"]["head.fc.bias"]
     torch.save(content, tmp_path / "damaged.pth")
-    with pytest.raises(ValueError, match=r"does not fit .*resnet8_1xb64.py: .*head.fc.bias"):
+    with pytest.raises(ValueError, match=r"with .*resnet8_1xb64.py: it does not fit .*head.fc.bias"):
         attack_checkpoints([(runs["plain"][0], tmp_path / "damaged.pth")])
 
 

@@ -89,5 +89,5 @@ def test_a_checkpoint_that_does_not_fit_is_refused(finished, tmp_path):
     content = torch.load(finished / "epoch_1.pth")
     content["state_dict"] = {f"net.{key}": value for key, value in content["state_dict"].items()}
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"checkpoint: .*other.pth does not fit .*config.py: .*backbone"):
+    with pytest.raises(ValueError, match=r"checkpoint: .*other.pth with .*config.py: it does not fit .*backbone"):
         measure_checkpoints(finished / "config.py", [tmp_path / "other.pth"], num_samples=2, show_progress=False)

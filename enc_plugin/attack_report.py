@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from . import _plot
+from ._spread import spread
+from .build import build_dataset, load_config, pick_device, require_file
 from .checkpoint import file_sha256, load_model
 from .convert import format_table
 from .engine.measure import untouched
@@ -31,8 +32,8 @@ from .engine.robustness import (
     check_pixel_eps,
     collate_pixels,
     measure_robustness,
-    spread,
 )
+from .finding import Refused
 from .functional import fgsm
 from .version import __version__
 
@@ -149,11 +150,14 @@ def attack_checkpoints(
             is out of range.
     """
     eps = check_pixel_eps(eps)
-    configs = [config if isinstance(config, Config) else _read_config(config) for config, _ in checkpoints]
+    configs = [load_config(config) for config, _ in checkpoints]
+    for _, checkpoint in checkpoints:
+        require_file("checkpoint", checkpoint)
     names = _names(configs, [path for _, path in checkpoints], names)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaders = [_test_dataloader(config) for config in configs]
-    datasets = [_build_dataset(loader) for loader in loaders]
+    device = pick_device(device)
+    splits = [_test_split(config) for config in configs]
+    loaders = [config[f"{split}_dataloader"] for config, split in zip(configs, splits, strict=True)]
+    datasets = [build_dataset(config, split) for config, split in zip(configs, splits, strict=True)]
     if len({len(dataset) for dataset in datasets}) > 1:
         lengths = ", ".join(f"{name} {len(dataset)}" for name, dataset in zip(names, datasets, strict=True))
         raise ValueError(f"checkpoints: expected one test set for all, got sets of different length: {lengths}")
@@ -275,22 +279,11 @@ def _label(classes: Sequence[str] | None, index: int) -> str:
     return name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def _read_config(path: str | Path) -> Config:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"config: there is no file {path}")
-    return Config.fromfile(path)
-
-
-def _test_dataloader(config: Config) -> dict:
-    loader = config.get("test_dataloader") or config.get("val_dataloader")
-    if loader is None:
-        raise ValueError(f"config: {config.filename} has no test_dataloader or val_dataloader: nothing to attack")
-    return loader
-
-
-def _build_dataset(loader: dict) -> Dataset:
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        return DATASETS.build(loader["dataset"])
+def _test_split(config: Config) -> str:
+    split = next((split for split in ("test", "val") if config.get(f"{split}_dataloader")), None)
+    if split is None:
+        raise Refused(f"config: {config.filename} has no test_dataloader or val_dataloader: nothing to attack")
+    return split
 
 
 def _names(configs: Sequence[Config], paths: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, DefaultScope
-from mmpretrain import get_model
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ._spread import spread
+from .build import build_dataset, build_model, load_config
 from .checkpoint import read_checkpoint, replacing
 from .convert import enc_layers, fold
 from .functional._checks import check_integer, check_number
@@ -104,16 +105,13 @@ def fold_checkpoint(
         raise ValueError(f"out: {out.name!r}: files that end in .safetensors, and only they, go with --safetensors")
     if out.is_dir() or (out.exists() and checkpoint.exists() and out.samefile(checkpoint)):
         raise ValueError(f"out: {out} is {'a folder' if out.is_dir() else 'the checkpoint itself'}; name another file")
-    if not isinstance(config, Config):
-        if not Path(config).is_file():
-            raise FileNotFoundError(f"config: there is no file {config}")
-        config = Config.fromfile(config)
+    config = load_config(config)
 
     state_dict, rest = read_checkpoint(checkpoint, trust)
-    model = get_model(config, pretrained=False)
+    model = build_model(config)
     _load_enc(model, state_dict)
     stock_cfg = stock_config(config)
-    stock = get_model(stock_cfg, pretrained=False)
+    stock = build_model(stock_cfg)
     folded = fold(model).state_dict()
     _load_stock(stock, folded)
 
@@ -195,29 +193,27 @@ def _load_stock(stock: nn.Module, folded: dict[str, Tensor]) -> None:
 
 def _samples(config: Config, images: Sequence[str] | None, num_samples: int) -> list[dict]:
     """Real samples that went through the test pipeline, each ``dict(inputs=..., data_samples=...)``."""
-    loader = config.get("test_dataloader") or config.get("val_dataloader")
-    if loader is None:
+    split = next((split for split in ("test", "val") if config.get(f"{split}_dataloader")), None)
+    if split is None:
         raise ValueError("config: no test_dataloader or val_dataloader, which say how samples are prepared")
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        if images is not None:
-            from mmengine.dataset import Compose
-
-            pipeline = list(loader.dataset.pipeline)
-            if not any("LoadImage" in str(step.get("type")) for step in pipeline):
-                pipeline.insert(0, {"type": "LoadImageFromFile"})
-            missing = [str(image) for image in images if not Path(image).is_file()]
-            if missing:
-                raise FileNotFoundError(f"images: there is no file {missing[0]}")
+    settings = config[f"{split}_dataloader"].dataset
+    if images is not None:
+        pipeline = list(settings.pipeline)
+        if not any("LoadImage" in str(step.get("type")) for step in pipeline):
+            pipeline.insert(0, {"type": "LoadImageFromFile"})
+        missing = [str(image) for image in images if not Path(image).is_file()]
+        if missing:
+            raise FileNotFoundError(f"images: there is no file {missing[0]}")
+        with DefaultScope.overwrite_default_scope("mmpretrain"):
             return [Compose(pipeline)({"img_path": str(image)}) for image in images]
-        try:
-            dataset = DATASETS.build(loader.dataset)
-        except (OSError, ValueError, AssertionError) as error:
-            raise ValueError(
-                f"the check needs real samples, and the config's dataset ({loader.dataset.get('type')}) is not here "
-                f"({_summary(error)}); give some image files: --images FILE ..."
-            ) from error
-        step = max(1, len(dataset) // num_samples)
-        return [dataset[i] for i in range(0, min(len(dataset), step * num_samples), step)]
+    try:
+        dataset = build_dataset(config, split)
+    except ValueError as error:
+        raise ValueError(
+            f"the check needs real samples, and the config's dataset ({settings.get('type')}) is not here "
+            f"({_summary(error)}); give some image files: --images FILE ..."
+        ) from error
+    return [dataset[i] for i in spread(len(dataset), num_samples)]
 
 
 @torch.no_grad()

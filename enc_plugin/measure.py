@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmpretrain.registry import DATASETS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import _plot
 from ._table import format_table
+from .build import build_dataset, load_config, pick_device, require_file
 from .checkpoint import file_sha256, load_model
 from .engine.gbr import FixedSamples, check_options, choose_samples, find_pipeline, measure_gbr
 from .version import __version__
@@ -39,7 +39,7 @@ def measure_checkpoints(
     projections: int | None = None,
     space: str = "normalized",
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
     out: str | Path | None = None,
     plot: str | Path | None = None,
     show_progress: bool = True,
@@ -55,7 +55,7 @@ def measure_checkpoints(
         projections: Random orthonormal output directions for each sample; None: exact.
         space: ``'normalized'`` or ``'pixel'``, see :class:`enc_plugin.engine.GBRHook`.
         seed: Of the choice of samples and of the directions.
-        device: Where to compute.
+        device: Such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
         out: JSON file to write: the settings, what each checkpoint is (SHA-256, its epoch, iteration, seed and
             experiment name) and one record for each checkpoint and output.
         plot: PNG to draw the curve over the checkpoints to; None: ``out`` with the ending ``.png`` if there are several
@@ -72,12 +72,15 @@ def measure_checkpoints(
     """
     for output in outputs:
         check_options(output, projections, space, num_samples)
-    cfg = config if isinstance(config, Config) else Config.fromfile(config)
+    device = pick_device(device)
+    cfg = load_config(config)
+    for checkpoint in checkpoints:
+        require_file("checkpoint", checkpoint)
     pipeline = next((p for key in ("val", "test") if (p := find_pipeline(_dataset(cfg, key))) is not None), None)
     if pipeline is None:
         raise ValueError("config: neither val_dataloader nor test_dataloader has a pipeline to read the samples with")
+    dataset = build_dataset(cfg, "train")
     with DefaultScope.overwrite_default_scope("mmpretrain"):
-        dataset = DATASETS.build(_dataset(cfg, "train"))
         samples = FixedSamples(dataset, pipeline, choose_samples(len(dataset), num_samples, seed), batch_size)
 
     records, measured = [], []

@@ -16,11 +16,9 @@ import torch
 import yaml
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
-from mmengine.utils import import_modules_from_strings
-from mmpretrain.registry import MODELS
 from torch import nn
 
+from .build import build_model, load_config
 from .convert import enc_layers, fold
 
 PAPER = {"Title": "Generalization Bound Regularizer: A Unified Perspective for Understanding Weight Decay"}
@@ -32,16 +30,6 @@ class Complexity:
 
     params: int
     flops: int
-
-
-def build_model(config: Config) -> nn.Module:
-    """Model of a config in eval mode, as the Runner builds it (without loading or initialising weights)."""
-    if config.get("custom_imports"):
-        import_modules_from_strings(**config.custom_imports)
-    model = dict(config.model)
-    model.setdefault("data_preprocessor", config.get("data_preprocessor"))
-    with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmpretrain")):
-        return MODELS.build(model).eval()
 
 
 def complexity(model: nn.Module, side: int = 224) -> Complexity:
@@ -85,7 +73,7 @@ class Measured:
     def _measure(self, path: Path) -> tuple[Complexity, Complexity]:
         path = path.resolve()
         if path not in self._configs:
-            self._configs[path] = self._measure_network(Config.fromfile(path))
+            self._configs[path] = self._measure_network(load_config(path))
         return self._configs[path]
 
     def _measure_network(self, config: Config) -> tuple[Complexity, Complexity]:
@@ -94,7 +82,7 @@ class Measured:
         network["head"] = {key: value for key, value in network.get("head", {}).items() if key != "loss"}
         key = json.dumps(network, sort_keys=True, default=str)
         if key not in self._networks:
-            model = build_model(config)
+            model = build_model(config).eval()
             trained = complexity(model)
             folded = complexity(fold(model)) if next(enc_layers(model), None) is not None else trained
             self._networks[key] = trained, folded

@@ -17,8 +17,9 @@ from helpers import CONFIGS, ROOT, build_runner, digits_config, run_command, sca
 from mmengine.config import Config
 from torch import nn
 
+from enc_plugin.build import build_model
 from enc_plugin.convert import enc_layers, fold
-from enc_plugin.zoo import Measured, build_model, complexity, fill_tables, imagenet_configs
+from enc_plugin.zoo import Measured, complexity, fill_tables, imagenet_configs
 
 RECIPE = dict(epochs=100, milestones=[30, 60, 90], gamma=0.1, lr=0.1, momentum=0.9, batch_size=32)
 

@@ -1,8 +1,11 @@
-"""Process settings that have to stand before torch is imported; every tool imports this first."""
+"""What every tool imports first: process settings from before torch is imported, options, and how a tool ends."""
 
+import argparse
+import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -28,3 +31,42 @@ if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.msg)
+
+_PATIENCE = 5  # seconds
+
+
+@contextlib.contextmanager
+def one_line(tool: str):
+    """Block whose errors end the tool with one line on stderr and exit code 1; ENC_VERBOSE=1 shows the traceback.
+
+    Of several processes, the first speaks. torchrun stops the others as soon as it has ended, so that another one
+    speaks only if it fails alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("ENC_VERBOSE", "0") not in ("", "0"):
+            raise
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        if rank:
+            time.sleep(_PATIENCE)
+        sys.exit(f"{tool}: {f'rank {rank}: ' if rank else ''}{_text(error)}")
+
+
+def _text(error: Exception) -> str:
+    from enc_plugin.finding import describe
+
+    text = describe(error, 2000)
+    # Errors that are written for users name the argument; of others, the type says more.
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+        return text.removeprefix(f"{type(error).__name__}: ")
+    return text
+
+
+def add_common_options(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """Add --cfg-options and, with ``device``, --device, which mean the same in every tool."""
+    from mmengine.config import DictAction
+
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config, as in training")
+    if device:
+        parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")

@@ -1,12 +1,12 @@
 """Attack trained checkpoints (FGSM, PGD) in pixel space: accuracy against eps, as a table, JSON and pictures."""
 
 import argparse
-import sys
 
-import _bootstrap  # noqa: F401
-from mmengine.config import Config, DictAction
+import _bootstrap
 
-from enc_plugin.attack_report import attack_checkpoints
+with _bootstrap.one_line("attack"):
+    from enc_plugin.attack_report import attack_checkpoints
+    from enc_plugin.build import load_config
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -32,16 +32,13 @@ if __name__ == "__main__":
     parser.add_argument("--num-workers", type=int, default=0, help="processes that load (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=6, help="samples to draw (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of PGD's random starts (default: %(default)s)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--out", default="work_dirs/attack", help="folder to write to (default: %(default)s)")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to every config, as in training")
+    _bootstrap.add_common_options(parser)
     args = parser.parse_args()
     if len(args.checkpoints) % 2:
         parser.error(f"expected pairs of CONFIG and CHECKPOINT, got {len(args.checkpoints)} arguments")
-    try:
-        configs = [Config.fromfile(path) for path in args.checkpoints[::2]]
-        for config in configs:
-            config.merge_from_dict(args.cfg_options or {})
+    with _bootstrap.one_line("attack"):
+        configs = [load_config(path, args.cfg_options) for path in args.checkpoints[::2]]
         report = attack_checkpoints(
             list(zip(configs, args.checkpoints[1::2], strict=True)),
             args.eps,
@@ -56,7 +53,5 @@ if __name__ == "__main__":
             out=args.out,
             progress=True,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"attack: {error}")
     print(report)
     print("wrote", *report.files)

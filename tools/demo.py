@@ -2,11 +2,14 @@
 
 import argparse
 
-import _bootstrap  # noqa: F401
+import _bootstrap
 
-from enc_plugin.demo import run_demo
+with _bootstrap.one_line("demo"):
+    from enc_plugin.demo import run_demo
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="work_dirs/demo", help="folder of the runs and the report")
-    run_demo(parser.parse_args().out)
+    args = parser.parse_args()
+    with _bootstrap.one_line("demo"):
+        run_demo(args.out)

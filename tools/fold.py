@@ -1,12 +1,12 @@
 """Fold a trained ENC checkpoint into a stock one: same outputs (checked), plain layers, stock config."""
 
 import argparse
-import sys
 
-import _bootstrap  # noqa: F401
-from mmengine.config import Config, DictAction
+import _bootstrap
 
-from enc_plugin.deploy import fold_checkpoint
+with _bootstrap.one_line("fold"):
+    from enc_plugin.build import load_config
+    from enc_plugin.deploy import fold_checkpoint
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -24,13 +24,11 @@ if __name__ == "__main__":
     parser.add_argument(
         "--unsafe-load", action="store_true", help="load pickled objects too: runs any code that the checkpoint holds"
     )
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config, as in training")
+    _bootstrap.add_common_options(parser, device=False)
     args = parser.parse_args()
-    try:
-        config = Config.fromfile(args.config)
-        config.merge_from_dict(args.cfg_options or {})
+    with _bootstrap.one_line("fold"):
         report = fold_checkpoint(
-            config,
+            load_config(args.config, args.cfg_options),
             args.checkpoint,
             args.out,
             safetensors=args.safetensors,
@@ -39,6 +37,4 @@ if __name__ == "__main__":
             tolerance=args.tolerance,
             trust=args.unsafe_load,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"fold: {error}")
     print(report)

@@ -2,9 +2,11 @@
 
 import argparse
 
-import _bootstrap  # noqa: F401
+import _bootstrap
 
-from enc_plugin.measure import describe, measure_checkpoints
+with _bootstrap.one_line("measure_gbr"):
+    from enc_plugin.build import load_config
+    from enc_plugin.measure import describe, measure_checkpoints
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -18,8 +20,11 @@ if __name__ == "__main__":
     parser.add_argument("--projections", type=int, help="random output directions a sample (default: exact)")
     parser.add_argument("--space", default="normalized", choices=["normalized", "pixel"], help="what x is")
     parser.add_argument("--seed", type=int, default=0, help="of samples and directions (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--out", help="JSON file to write; with several checkpoints also a PNG beside it")
     parser.add_argument("--plot", help="PNG to write the curve to")
+    _bootstrap.add_common_options(parser)
     args = vars(parser.parse_args())
-    print(describe(measure_checkpoints(args.pop("config"), args.pop("checkpoints"), **args)))
+    with _bootstrap.one_line("measure_gbr"):
+        config = load_config(args.pop("config"), args.pop("cfg_options"))
+        records = measure_checkpoints(config, args.pop("checkpoints"), **args)
+    print(describe(records))

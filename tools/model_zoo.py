@@ -3,15 +3,17 @@
 import argparse
 from pathlib import Path
 
-import _bootstrap  # noqa: F401
+import _bootstrap
 
-from enc_plugin.zoo import update
+with _bootstrap.one_line("model_zoo"):
+    from enc_plugin.zoo import update
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is out of date")
     check = parser.parse_args().check
-    changed = update(Path(__file__).resolve().parents[1] / "configs", write=not check)
+    with _bootstrap.one_line("model_zoo"):
+        changed = update(Path(__file__).resolve().parents[1] / "configs", write=not check)
     for path in changed:
         print(f"{'out of date' if check else 'written'}: {path}")
     raise SystemExit(bool(changed) and check)

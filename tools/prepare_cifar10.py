@@ -2,13 +2,16 @@
 
 import argparse
 
-import _bootstrap  # noqa: F401
+import _bootstrap
 
-from enc_plugin.datasets.prepare import prepare_cifar10
+with _bootstrap.one_line("prepare_cifar10"):
+    from enc_plugin.datasets.prepare import prepare_cifar10
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("archive", help="cifar10.zip (ImageFolder layout) or the official cifar-10-python.tar.gz")
     parser.add_argument("--out", default="data/cifar10", help="folder to make (default: %(default)s)")
     args = parser.parse_args()
-    print(f"CIFAR-10 is in {prepare_cifar10(args.archive, args.out)}")
+    with _bootstrap.one_line("prepare_cifar10"):
+        out = prepare_cifar10(args.archive, args.out)
+    print(f"CIFAR-10 is in {out}")

@@ -1,12 +1,12 @@
 """Compare training runs on one HTML page that needs no other file, or write a study's pages from its results."""
 
 import argparse
-import sys
 
-import _bootstrap  # noqa: F401
+import _bootstrap
 
-from enc_plugin.report import write_report
-from enc_plugin.study import write_study
+with _bootstrap.one_line("report"):
+    from enc_plugin.report import write_report
+    from enc_plugin.study import write_study
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -22,12 +22,10 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if bool(args.study) == bool(args.work_dirs):
         parser.error("give work dirs to compare, or --study DIR")
-    try:
+    with _bootstrap.one_line("report"):
         if args.study:
             for path in write_study(args.study, args.readme):
                 print(f"wrote {path}")
         else:
             print(write_report(args.work_dirs, args.out, args.names, args.title, norms=not args.no_norms))
             print(f"report: {args.out}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"report: {error}")

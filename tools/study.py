@@ -6,8 +6,9 @@ from pathlib import Path
 
 import _bootstrap
 
-from enc_plugin import study
-from enc_plugin.study.plan import own_command
+with _bootstrap.one_line("study"):
+    from enc_plugin import study
+    from enc_plugin.study.plan import own_command
 
 ROOT = Path(_bootstrap.__file__).resolve().parents[1]
 
@@ -23,10 +24,8 @@ if __name__ == "__main__":
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and stop")
     parser.add_argument("--run", metavar="ID", help="carry out this one run, in this process")
     args = parser.parse_args()
-    try:
+    with _bootstrap.one_line("study"):
         runs = study.load_grid(args.grid).runs(args.only)
-    except (ValueError, OSError) as error:
-        sys.exit(f"study: {error}")
     if args.run is not None:
         chosen = [run for run in runs if run.id == args.run]
         if not chosen:

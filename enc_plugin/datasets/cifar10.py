@@ -8,6 +8,7 @@ import mmcv
 from mmengine.registry import DATASETS
 from mmpretrain.datasets import BaseDataset
 
+from .._spread import spread
 from ..functional._checks import check_integer
 from .digits import SPLITS
 
@@ -56,7 +57,7 @@ class CIFAR10Folder(BaseDataset):
             if self.per_class is not None:
                 if self.per_class > len(files):
                     raise ValueError(f"per_class: {folder} holds {len(files)} pictures, {self.per_class} are asked for")
-                files = [files[i * len(files) // self.per_class] for i in range(self.per_class)]
+                files = [files[i] for i in spread(len(files), self.per_class)]
             samples += [{"img": mmcv.imread(str(path)), "gt_label": label} for path in files]
         return samples
 

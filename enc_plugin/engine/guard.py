@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..build import NO_SAMPLES
 from ..convert import enc_layers
 from ..functional._checks import check_integer, check_type
 from ..normalizable import check_normalizable
@@ -25,7 +26,6 @@ from .audit_hook import unwrap
 from .batches import check_batches, check_penalty, learns_nothing, on_all_ranks
 from .measure import statistics_note
 
-NO_SAMPLES = "its dataset holds no sample; look at data_root, data_prefix, ann_file, split and indices"
 _IGNORED = -100  # the label that torch's cross entropy leaves out
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
@@ -50,6 +52,21 @@ def shorten_terminal_log() -> None:
 
     build_short_logger.is_short = True
     Runner.build_logger = build_short_logger
+
+
+@contextmanager
+def keep_traceback() -> Iterator[None]:
+    """Block of a run: the traceback of an error that leaves it is written to the run's log file, if there is one."""
+    try:
+        yield
+    except Exception as error:
+        logger = MMLogger.get_current_instance()
+        traceback = (type(error), error, error.__traceback__)
+        record = logger.makeRecord(logger.name, logging.ERROR, "", 0, "The run has failed:", (), traceback)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
+        raise
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:

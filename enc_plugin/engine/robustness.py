@@ -14,6 +14,7 @@ from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .._spread import spread
 from ..functional._checks import check_integer, check_number, check_seed
 from ..functional.attack import MAX_STEPS, input_gradient, pgd, sign_step
 from .measure import untouched
@@ -193,15 +194,6 @@ def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:
     if not values or len(set(values)) < len(values) or not all(0 < value <= PIXEL_MAX for value in values):
         raise ValueError(f"eps: expected {expected} (at most 255), got {eps!r}")
     return values
-
-
-def spread(length: int, num_samples: int | None) -> list[int]:
-    """Evenly spaced indices into a dataset: the first ones would be a single class where the dataset is sorted."""
-    if length == 0:
-        raise ValueError("dataset: expected at least one sample, got none")
-    check_integer("num_samples", num_samples, 1, none="all")
-    count = length if num_samples is None else min(num_samples, length)
-    return [i * length // count for i in range(count)]
 
 
 def collate_pixels(samples: Sequence[dict]) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,14 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..build import make_dataset, require_file
 from ..checkpoint import find_damage, latest_checkpoint, replacing
 from ..convert import enc_layers
 from ..loading import Loading, check_trained_as
 from ..startup_average import average_from_start
 from .amp import without_cuda
 from .audit_hook import unwrap
-from .guard import NO_SAMPLES, check_loop, check_work_dir
+from .guard import check_loop, check_work_dir
 from .limits import check_distributed, refuse_strategy
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
@@ -49,11 +50,14 @@ class ENCRunner(Runner):
 
     Raises:
         ValueError: If the work dir cannot be written to, or a number of epochs or an interval is below 1.
+        FileNotFoundError: If there is no file ``load_from``.
     """
 
     def __init__(self, model: nn.Module | dict, work_dir: str, *args, **kwargs):
         check_work_dir(work_dir)
         check_loop(kwargs.get("train_cfg"))
+        if kwargs.get("load_from") is not None:
+            require_file("load_from", kwargs["load_from"])
         super().__init__(model, work_dir, *args, **kwargs)
 
     def setup_env(self, env_cfg: dict) -> None:
@@ -158,14 +162,14 @@ class ENCRunner(Runner):
         """Build as mmengine does, with workers that draw other random numbers in each epoch.
 
         Raises:
-            ValueError: If the dataset has no samples.
+            ValueError: If the dataset cannot be built or has no samples.
         """
         try:
             built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
-        except ValueError as error:
-            if "need at least one array to concatenate" not in str(error):
-                raise
-            raise ValueError(f"dataloader: {NO_SAMPLES}") from error  # mmengine stumbles when it serialises them
+        except Exception:
+            if isinstance(dataloader, dict) and isinstance(dataloader.get("dataset"), dict):
+                make_dataset("dataloader", dataloader["dataset"])  # raises the clear error, if it is the dataset's
+            raise
         if isinstance(dataloader, dict) and built.num_workers and seed is not None:
             seed_workers_by_epoch(built, seed)
         return built

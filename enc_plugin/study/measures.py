@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from .._spread import spread
 from ..convert import audit
 from ..engine.audit_hook import unwrap
 from ..engine.gbr import find_pipeline
@@ -45,14 +46,13 @@ def measure(runner: Runner, pgd: dict | None = None) -> dict:
 
 
 def _dataset(runner: Runner, split: str) -> Dataset:
-    """The whole test set, or every k-th training image under the test pipeline, with k such that 5,000 or more stay."""
+    """The whole test set, or up to 5,000 training images spread evenly over the set under the test pipeline."""
     if split == "test":
         return runner.val_dataloader.dataset
     config = dict(runner.cfg.train_dataloader.dataset)
     config["pipeline"] = find_pipeline(runner.cfg.val_dataloader.dataset)
     dataset = DATASETS.build(config)
-    step = max(1, len(dataset) // _GAP_SAMPLES)
-    return Subset(dataset, range(0, len(dataset), step))
+    return Subset(dataset, spread(len(dataset), _GAP_SAMPLES))
 
 
 @torch.no_grad()

@@ -1,0 +1,208 @@
+"""From a config to its parts, for every tool: the config, its model, its datasets; a failure is one clear line."""
+
+from __future__ import annotations
+
+from . import _needs_mmengine  # noqa: F401
+
+# isort: split
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+from torch import nn
+from torch.utils.data import Dataset
+
+from ._environment import is_installed
+from ._paths import config_path
+from .finding import Refused, describe
+
+NO_SAMPLES = "its dataset holds no sample; look at data_root, data_prefix, ann_file, split and indices"
+
+
+def config_file(name: str | Path) -> str:
+    """Path of a config: a file, or ``'package::name'`` as in ``_base_``, such as ``'mmpretrain::resnet/...'``.
+
+    Raises:
+        FileNotFoundError: If there is no such file, package or config in the package.
+        ValueError: If it is a folder.
+    """
+    package, found, inner = str(name).partition("::")
+    if found:
+        return _config_of_package(package, inner if inner.endswith(".py") else f"{inner}.py")
+    path = Path(name)
+    if path.is_dir():
+        raise Refused(f"config: {path} is a folder", "name a config file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"config: there is no file {path}{_near(path.name, path.parent.glob('*.py'))}")
+    return str(path)
+
+
+def require_file(name: str, path: str | Path) -> None:
+    """Raise ``FileNotFoundError`` that names the argument unless ``path`` is a file; addresses (``://``) pass."""
+    if "://" not in str(path) and not Path(path).is_file():
+        raise FileNotFoundError(f"{name}: there is no file {path}")
+
+
+def load_config(source: str | Path | Config, options: Mapping[str, Any] | None = None) -> Config:
+    """Read a config, as every tool does.
+
+    Args:
+        source: As for :func:`config_file`, or a config that is read already, which is changed in place.
+        options: Changes to it by dotted keys, as for ``--cfg-options``.
+
+    Raises:
+        FileNotFoundError: As :func:`config_file`.
+        ValueError: If it cannot be read, or the options do not fit it; the message says why and what to do.
+    """
+    if not isinstance(source, Config):
+        path = config_file(source)
+        try:
+            source = Config.fromfile(path)
+        except Exception as error:
+            raise Refused(f"config: {path} cannot be read ({describe(error)})", _advice(error)) from error
+    try:
+        source.merge_from_dict(dict(options or {}))
+    except Exception as error:
+        raise Refused(
+            f"--cfg-options: {' '.join(options)} does not fit the config ({describe(error)})",
+            "name keys as in KEY.SUB=VALUE, those of lists by number",
+        ) from error
+    return source
+
+
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """Where to compute: ``name``, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:
+        raise Refused(
+            f"device: {name!r} cannot be used here ({describe(error)})", "leave it out, or use cpu"
+        ) from error
+
+
+def build_model(config: Config) -> nn.Module:
+    """Model of a config, neither initialised nor loaded.
+
+    Raises:
+        ValueError: If there is none, or it cannot be built.
+    """
+    if not config.get("model"):
+        raise Refused(f"config: {config.filename or 'it'} has no model", "build on a config that has one (_base_)")
+    from . import _needs_mmpretrain  # noqa: F401
+
+    # isort: split
+    from mmpretrain import get_model
+
+    try:
+        return get_model(config, pretrained=False)
+    except Exception as error:
+        raise Refused(
+            f"config: its model cannot be built ({describe(error)})", "check the arguments of `model` in the config"
+        ) from error
+
+
+def build_dataset(config: Config, split: str) -> Dataset:
+    """Dataset of ``<split>_dataloader``.
+
+    Args:
+        config: Config of mmpretrain.
+        split: ``'train'``, ``'val'`` or ``'test'``.
+
+    Raises:
+        ValueError: If there is no such dataloader, its data is not there, or the dataset is empty.
+    """
+    key = f"{split}_dataloader"
+    settings = (config.get(key) or {}).get("dataset")
+    if settings is None:
+        raise Refused(f"config: it has no {key} with a dataset", "set one, or build on a config that has it (_base_)")
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        return make_dataset(key, settings)
+
+
+def make_dataset(key: str, settings: Mapping) -> Dataset:
+    """Dataset of a config in the default scope that is set.
+
+    Args:
+        key: What errors call its dataloader, such as ``'train_dataloader'``.
+        settings: Config of the dataset.
+
+    Raises:
+        ValueError: If it cannot be built, say since its folder is not there, or is empty.
+    """
+    try:
+        dataset = DATASETS.build(settings)
+        length = len(dataset) if hasattr(dataset, "__len__") else None
+    except Exception as error:
+        raise _dataset_error(key, settings, error) from error
+    if length == 0:
+        raise Refused(f"{key}: {NO_SAMPLES}")
+    return dataset
+
+
+def _dataset_error(key: str, settings: Mapping, error: Exception) -> Refused:
+    if "need at least one array to concatenate" in str(error):  # mmengine stumbles when it serialises no samples
+        return Refused(f"{key}: {NO_SAMPLES}")
+    for place, root in _data_roots(settings, f"{key}.dataset"):
+        if "://" not in root and not os.path.exists(root):
+            own = f" ({error})" if root in str(error) and getattr(error, "errno", None) is None else ""
+            return Refused(
+                f"{place}.data_root = {root!r} is not there (looked from {os.getcwd()}){own}",
+                f"put the data there, or --cfg-options {place}.data_root=PATH",
+            )
+    return Refused(
+        f"{key}: its dataset cannot be built ({describe(error)})", f"check {key}.dataset: its paths and its pipeline"
+    )
+
+
+def _data_roots(settings: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, data_root) of a dataset and of those within it."""
+    if not isinstance(settings, Mapping):
+        return
+    if isinstance(settings.get("data_root"), str) and settings["data_root"]:
+        yield key, settings["data_root"]
+    yield from _data_roots(settings.get("dataset"), f"{key}.dataset")
+    for number, inner in enumerate(settings.get("datasets") or ()):
+        yield from _data_roots(inner, f"{key}.datasets.{number}")
+
+
+def _config_of_package(package: str, name: str) -> str:
+    if package == "enc_plugin":
+        return config_path(name)
+    if not is_installed(package):  # mmengine would install it
+        raise FileNotFoundError(f"config: there is no installed package {package!r}, as in {package}::{name}")
+    try:
+        path, _ = Config._get_cfg_path(f"{package}::{name}", "")
+    except Exception as error:
+        raise FileNotFoundError(f"config: {package} has no config {name!r} ({describe(error)})") from error
+    if not Path(path).is_file():
+        near = _near(Path(name).name, Path(path).parent.glob("*.py"))
+        raise FileNotFoundError(f"config: {package} has no config {name!r}{near}")
+    return path
+
+
+def _near(name: str, paths: Iterator[Path]) -> str:
+    near = difflib.get_close_matches(name, sorted(path.name for path in paths), n=3)
+    return f"; near it: {', '.join(near)}" if near else ""
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a config that cannot be read."""
+    text = str(error)
+    if "Duplicate key" in text:
+        return "two files in `_base_` may not set one key: keep it in one of them, or set it in the config itself"
+    if isinstance(error, ImportError) or "import" in text.lower():
+        return "install what custom_imports names, or run from the folder that holds it"
+    if isinstance(error, FileNotFoundError):
+        return "check the paths in `_base_` (relative to the config's own folder)"
+    return "check the config's syntax and its `_base_`"

@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 0
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 COMPAT := oldest onedl
 
-.PHONY: setup demo test test-crash test-matrix test-long test-compat test-ecosystem lint bench clean
+.PHONY: setup demo test test-crash test-matrix test-architectures test-long test-compat test-ecosystem lint bench clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ test-crash: $(STAMP)
 
 test-matrix: $(STAMP)
 	$(BIN)/python -m pytest -m "not long" tests/engine/test_composition.py
+
+# What ENC promises of any network, on a hundred architectures; tests/architectures/print_table.py prints it as a table.
+test-architectures: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m "architectures or not architectures" tests/architectures
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests/test_long_training.py

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+
 from torch import Tensor
 
 from .functional.weights import imprecise_rows, is_centered, min_elements, num_rows
@@ -57,6 +61,35 @@ def check_normalizable(name: str, weight: Tensor, variant: str, kept: Tensor | N
             f"layer {name!r}: {where} {what}, which {variant!r} cannot normalise; "
             f"initialise it with random values, or {exclude}"
         )
+
+
+def check_all_normalizable(weights: Mapping[str, Tensor], variant: str) -> None:
+    """:func:`check_normalizable` of several layers by name; one error for all that it refuses."""
+    refused = {}
+    for name, weight in weights.items():
+        try:
+            check_normalizable(name, weight, variant)
+        except ValueError as error:
+            refused[name] = error
+    if not refused:
+        return
+    first = next(iter(refused.values()))
+    if len(refused) == 1:
+        raise first
+    raise ValueError(
+        f"{len(refused)} layers cannot be ENC. The first: {first}. To leave all of them plain: "
+        f"exclude={_patterns(refused, weights)}"
+    ) from first
+
+
+def _patterns(chosen: Collection[str], names: Collection[str]) -> list[str]:
+    """Few patterns that match all of ``chosen`` and nothing else of ``names``: numbers become ``*`` where they may."""
+    patterns = []
+    for name in chosen:
+        pattern = re.sub(r"\d+", "*", name)
+        exact = all(other in chosen for other in names if fnmatchcase(other, pattern))
+        patterns.append(pattern if exact else name)
+    return list(dict.fromkeys(patterns))
 
 
 def _why_imprecise(rows: Tensor, variant: str) -> str:

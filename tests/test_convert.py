@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 
 import pytest
@@ -214,6 +215,20 @@ def test_rows_that_become_mere_signs_are_refused_with_the_way_out(make, variant,
     with pytest.raises(ValueError, match=f"layer '1': .*{message}.*exclude="):
         to_enc(model, variant)
     assert not list(enc_layers(model)), "a refused model is left alone"
+
+
+def test_all_layers_that_cannot_be_normalised_are_named_at_once_with_patterns_that_leave_them_out():
+    def block():
+        return nn.ModuleDict(dict(tap=nn.Conv2d(8, 8, 1, groups=8), conv=nn.Conv2d(8, 8, 3), norm=nn.BatchNorm2d(8)))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=8), *(block() for _ in range(12)))
+    with pytest.raises(ValueError, match="13 layers cannot be ENC.*layer '1': shape") as refused:
+        to_enc(model)
+    assert not list(enc_layers(model))
+    exclude = ast.literal_eval(str(refused.value).rpartition("exclude=")[2])
+    assert exclude == ["1", "*.tap"]
+    report = to_enc(model, exclude=exclude)
+    assert {layer.name for layer in report.layers} == {"0", *(f"{i}.conv" for i in range(2, 14))}
 
 
 @pytest.mark.parametrize(

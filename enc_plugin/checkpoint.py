@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import _needs_mmengine  # noqa: F401
 
 # isort: split
+import errno
 import hashlib
 import os
 import pickle
@@ -15,16 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mmengine.runner.checkpoint
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
+from .loadable import numpy_globals
 from .loading import load_trained
 
 _KEPT_META = ("epoch", "iter", "seed", "experiment_name")
 _STATISTICS = ("min", "max", "mean", "current")
+
+# What network shares, shared folders and Windows answer where they cannot sync (a folder, mostly); others are failures.
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF)
 
 
 def _history_statistic(owner: type, name: str):
@@ -38,24 +42,13 @@ def _history_statistic(owner: type, name: str):
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let ``weights_only`` loading read what mmengine's checkpoints hold besides tensors: log histories.
+    """Let ``weights_only`` loading read what mmengine's checkpoints hold besides tensors: log histories and arrays.
 
     Only these types are admitted, so ``--resume``, ``load_from``, ``test.py`` and ``get_model(pretrained=...)`` work
     while files with other code in them stay refused.
     """
-    arrays = np._core if hasattr(np, "_core") else np.core  # numpy 2 and 1
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            np.ndarray,
-            np.dtype,
-            arrays.multiarray._reconstruct,
-            arrays.multiarray.scalar,
-            np.dtypes.Float64DType,
-            np.dtypes.Int64DType,
-            (_history_statistic, "builtins.getattr"),
-        ]
-    )
+    admitted = [HistoryBuffer, (_history_statistic, "builtins.getattr"), *numpy_globals()]
+    torch.serialization.add_safe_globals(admitted)
     if hasattr(mmengine.runner.checkpoint, "_safe_torch_load"):
         # onedl-mmengine admits the like for each load, getattr unrestricted among it, takes them back afterwards, ours
         # too, and loads with weights_only off what is refused all the same.
@@ -119,8 +112,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Yields the path to write to in its place, in the same folder; what is left there after a crash is overwritten by the
     next attempt. An exception leaves ``path`` as it was.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    path = Path(os.path.realpath(path))  # through a link, which stays
+    name = f".{path.stem}.partial{path.suffix}"
+    partial = path.with_name(name if len(os.fsencode(name)) < 256 else f".partial{path.suffix}")
     try:
         yield partial
         _sync(partial)
@@ -217,12 +211,16 @@ def file_sha256(path: str | Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk holds a file's bytes, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until the disk holds a file's bytes, or a folder's names, where the file system can tell."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs files open for writing only
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 def _age(path: Path) -> tuple[int, list[int]]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from ..build import make_dataset, require_file
 from ..checkpoint import find_damage, latest_checkpoint, replacing
 from ..convert import enc_layers
+from ..loadable import make_loadable
 from ..loading import Loading, check_trained_as
 from ..startup_average import average_from_start
 from .amp import without_cuda
@@ -204,6 +205,20 @@ class ENCRunner(Runner):
                 f"checkpoint: {path} could not be written ({error.strerror}). Earlier checkpoints are as they were: "
                 "make room (max_keep_ckpts of CheckpointHook keeps fewer), then go on from the last one with --resume",
             ) from error
+
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        """Call as mmengine does; what is about to be saved is made loadable once all hooks have added to it.
+
+        Raises:
+            ValueError: If a checkpoint would hold what loading refuses: at the save, or before training if the dataset
+                has it.
+        """
+        if fn_name == "before_train":
+            make_loadable(getattr(self.train_dataloader.dataset, "metainfo", None), "the dataset's metainfo")
+        super().call_hook(fn_name, **kwargs)
+        if fn_name == "before_save_checkpoint":
+            checkpoint = kwargs["checkpoint"]
+            checkpoint.update({key: make_loadable(value, key) for key, value in checkpoint.items()})
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
         """Load as mmengine does, which only logs what does not fit: a checkpoint of another network is an error.

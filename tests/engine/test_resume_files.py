@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
+import stat
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial as partial_of
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,32 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         partial.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_a_folder_that_cannot_be_synced_is_no_failure_but_a_broken_disk_is(tmp_path, monkeypatch, code):
+    def fsync(handle, code=code):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replacing(tmp_path / "a.pth") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "a.pth").read_text() == "new"
+    monkeypatch.setattr(os, "fsync", partial_of(fsync, code=errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), replacing(tmp_path / "a.pth") as partial:
+        partial.write_text("newer")
+
+
+def test_links_and_long_names_are_written_through(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.pth").symlink_to(tmp_path / "disk" / "file.pth")
+    for path in (tmp_path / "link.pth", tmp_path / ("x" * 251 + ".pth")):
+        with replacing(path) as partial:
+            partial.write_text("new")
+        assert path.read_text() == "new"
+    assert (tmp_path / "link.pth").is_symlink()
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["file.pth"]
 
 
 @pytest.fixture(scope="module")

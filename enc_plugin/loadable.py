@@ -1,0 +1,96 @@
+"""Values that go into a checkpoint, made such that ``torch.load(weights_only=True)`` reads them back."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import io
+import pickle
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import Tensor
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+def numpy_globals() -> list:
+    """What pickles of numpy's arrays and scalars ask for, for ``torch.serialization.add_safe_globals``.
+
+    The same functions have other names in pickles of numpy 1 and of numpy 2, and both are admitted by both. Of the
+    dtypes, those are left out whose elements are objects or records.
+    """
+    # By what numpy itself pickles: numpy 1.26 has a module numpy._core, too, with nothing in it.
+    functions = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+    names = [
+        (function, f"numpy.{core}.multiarray.{name}")
+        for name, function in functions.items()
+        for core in ("core", "_core")
+    ]
+    dtypes = [dtype for name, dtype in vars(np.dtypes).items() if name.endswith("DType")]
+    return [np.ndarray, np.dtype, *names, *(d for d in dtypes if d not in (np.dtypes.ObjectDType, np.dtypes.VoidDType))]
+
+
+def make_loadable(value: Any, name: str) -> Any:
+    """``value`` with plain numbers, texts and containers in the place of what safe loading refuses.
+
+    Numbers of numpy and members of enumerations become their values, paths and dates texts, arrays of objects lists,
+    and other mappings and sequences dicts, lists and tuples. Tensors, arrays and all that loads already stay.
+
+    Args:
+        value: Any part of a checkpoint; it is not changed.
+        name: What to call it in errors, such as ``'meta'``.
+
+    Raises:
+        ValueError: If there is something else, with the path to it: loading it would run code of its own.
+    """
+    kind = type(value)
+    if kind in _PLAIN or isinstance(value, (Tensor, torch.Size, HistoryBuffer)):
+        return value
+    if isinstance(value, np.generic):
+        return _number(value, name)
+    if isinstance(value, np.ndarray):
+        return make_loadable(value.tolist(), name) if value.dtype.hasobject or value.dtype.names else np.asarray(value)
+    if isinstance(value, enum.Enum):
+        return make_loadable(value.value, name)
+    if isinstance(value, (PurePath, datetime.date, datetime.time, datetime.timedelta)):
+        return str(value)
+    if isinstance(value, _PLAIN):  # of a subclass
+        return next(plain(value) for plain in _PLAIN if isinstance(value, plain))
+    if isinstance(value, Mapping):
+        items = {make_loadable(k, f"a key of {name}"): make_loadable(v, f"{name}[{k!r}]") for k, v in value.items()}
+        if kind is OrderedDict:  # a state dict carries versions of modules as an attribute
+            items = OrderedDict(items)
+            items.__dict__.update(value.__dict__)
+        return Counter(items) if kind is Counter else items
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [make_loadable(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        plain = next(plain for plain in (list, tuple, set, frozenset) if isinstance(value, plain))
+        return set(items) if plain is frozenset else plain(items)
+    _check_loads(value, name)
+    return value
+
+
+def _number(value: np.generic, name: str) -> Any:
+    plain = value.item()
+    return float(plain) if isinstance(plain, np.generic) else make_loadable(plain, name)  # longdouble has no other
+
+
+def _check_loads(value: Any, name: str) -> None:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ValueError(
+            f"checkpoint: {name} is a {kind}, which loading refuses (torch.load(weights_only=True)), so the run could "
+            "not be resumed; let the metric, dataset or hook that it comes from give numbers, texts, tensors, or dicts "
+            "and lists of them"
+        ) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,11 +20,12 @@ from ._table import format_table
 from .folded import FoldedAudit, audit_folded
 from .functional._checks import check_type
 from .functional.weights import check_alpha_option, check_variant, is_centered
-from .layers import ENC_LAYERS, ENCLayer, enc_class
+from .layers import POST_NORM_KEYS, ENCLayer, enc_class, lacks_attribute
 from .normalizable import check_all_normalizable, check_normalizable
 from .preserve import Plan, Preservation
 from .reparametrized import copies_of_results
 from .startup_average import average_from_start, drop_averages
+from .subclass_trial import post_norm_problem, weight_problem
 
 # Squeeze-and-excitation blocks by their class names in mmpretrain, mmcv, timm and torchvision.
 _SE_BLOCK = re.compile(r"^(Effective)?SE(Layer|Module|Block|Unit)|SqueezeExcit")
@@ -138,14 +138,21 @@ def to_enc(
     modules = dict(model.named_modules())
     wants_norm = _layers_without_batch_norm(model) if post_norm == "auto" else None
 
+    needs_norm = {modules[name] for name in selected if wants_norm is None and post_norm} | (wants_norm or set())
+    cannot_have_norm = {name: post_norm_problem(modules[name]) for name in selected if modules[name] in needs_norm}
+    problems.update({name: reason for name, reason in cannot_have_norm.items() if reason is not None})
+    selected = [name for name in selected if name not in problems]
+
     # Check everything before the first change: a refused model is left as it was.
     for name in selected:
-        if isinstance(modules[name], ENCLayer):
-            _check_same_options(name, modules[name], variant, alpha)
+        module = modules[name]
+        if isinstance(module, ENCLayer):
+            _check_same_options(name, module, variant, alpha)
+        else:
+            _check_names(name, module, alpha, module in needs_norm)
     plain_weights = {name: modules[name].weight for name in selected if not isinstance(modules[name], ENCLayer)}
     check_all_normalizable(plain_weights, variant)
 
-    needs_norm = {modules[name] for name in selected if wants_norm is None and post_norm} | (wants_norm or set())
     has_norm = needs_norm | {layer for _, layer in enc_layers(model) if layer.enc_norm is not None}
     plan = None
     # Weights that were loaded from ENC layers have their function already.
@@ -245,10 +252,11 @@ class _FoldFirst:
 def _guard_fusers(model: nn.Module) -> None:
     """Let blocks that merge their layers' weights (RepVGG, MobileOne, LeViT, ...) ask for :func:`fold`."""
     for module in model.modules():
-        if isinstance(module, ENCLayer) or next(enc_layers(module), None) is None:
+        if next(enc_layers(module), None) is None:
             continue
+        owner = module.plain_class if isinstance(module, ENCLayer) else type(module)
         for method in ("fuse", "reparameterize", "switch_to_deploy"):
-            if callable(getattr(type(module), method, None)):
+            if callable(getattr(owner, method, None)):
                 module.__dict__[method] = _FoldFirst(type(module).__name__, method)
 
 
@@ -278,7 +286,7 @@ def _unconvertible(model: nn.Module) -> dict[str, str]:
                 reason = f"{type(module).__name__} reads its weight without calling it"
                 problems[f"{name}.{child}" if name else child] = reason
         if _is_layer(module) and not isinstance(module, ENCLayer):
-            reason = _weight_problem(module)
+            reason = weight_problem(module)
             if reason is not None:
                 problems.setdefault(name, reason)
     return problems
@@ -290,39 +298,6 @@ def _forward_source(cls: type[nn.Module]) -> str:
         return inspect.getsource(cls.forward)
     except (OSError, TypeError):  # made at run time, or not in Python
         return ""
-
-
-@torch.no_grad()
-def _weight_problem(layer: nn.Module) -> str | None:
-    """Why a layer cannot be ENC, or None: its output must be linear in the weight that it owns.
-
-    Subclasses are tried out on a copy: a layer that normalises its own weight does not double its output with it.
-    """
-    name = type(layer).__name__
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-        return f"the weight of this {name} is computed from other parameters (a parametrization)"
-    if isinstance(layer.weight, nn.UninitializedParameter):
-        return f"{name} has no weight before its first forward pass"
-    if type(layer) in ENC_LAYERS:
-        return None
-    trial = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
-    for tensor in (*trial.parameters(), *trial.buffers()):
-        tensor.zero_()
-    trial.__class__ = enc_class(type(layer))
-    weight = torch.arange(1.0, 1 + trial.weight.numel()).sin().view_as(trial.weight)
-    if isinstance(layer, nn.Linear):
-        shape = (2, layer.in_features)
-    else:
-        spatial = ((k - 1) * d + 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
-        shape = (2, layer.in_channels, *spatial)
-    x = torch.arange(1.0, 1 + math.prod(shape)).cos().view(shape)
-    try:
-        once, twice = (trial.forward_with(factor * weight, x) for factor in (1, 2))
-    except Exception as error:
-        return f"{name} does not run on its own: {error}"
-    if not torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-5 * once.abs().max().item()) or not once.any():
-        return f"{name} transforms its weight itself"
-    return None
 
 
 def _select(names: list[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[str]:
@@ -381,6 +356,18 @@ def _plain_weights(model: nn.Module, selected: list[str], problems: dict[str, st
         else:
             plain[name] = f"{type(module).__name__} has no ENC layer"
     return plain
+
+
+def _check_names(name: str, layer: nn.Module, alpha: float | str, needs_norm: bool) -> None:
+    """Refuse a subclass with attributes of its own where those of the ENC layer have to go."""
+    taken = ["log_alpha"] if alpha == "learnable" and not lacks_attribute(layer, "log_alpha") else []
+    if needs_norm and not any(lacks_attribute(layer, key) for key in POST_NORM_KEYS):
+        taken += POST_NORM_KEYS
+    if taken:
+        raise ValueError(
+            f"layer {name!r}: {type(layer).__name__} has attributes {', '.join(taken)} of its own, in whose place a "
+            f"parameter of the ENC layer has to go; use a constant alpha and post_norm=False, or exclude=[{name!r}]"
+        )
 
 
 def _check_same_options(name: str, layer: ENCLayer, variant: str, alpha: float | str) -> None:

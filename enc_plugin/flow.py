@@ -160,8 +160,11 @@ def _degree_of_product(op: Op, bias: int | None, degrees: dict[Value, float], th
 
 def channel_dim(layer: nn.Module, out: Value) -> int | None:
     """Dimension of the layer's output that holds its channels; None if it has another shape than the layer gives."""
-    channels = layer.weight.shape[0]
-    dim = -1 if isinstance(layer, nn.Linear) else len(out.shape) - layer.weight.ndim + 1
+    # Not by the weight: in train mode, each look at one that is made by spectral norm changes it.
+    if isinstance(layer, nn.Linear):
+        channels, dim = layer.out_features, -1
+    else:
+        channels, dim = layer.out_channels, len(out.shape) - len(layer.kernel_size) - 1
     if dim not in (-1, 0, 1) or not len(out.shape) or out.shape[dim] != channels:
         return None
     return dim

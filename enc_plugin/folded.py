@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ._table import format_table
 from .flow import norms_that_fold
-from .functional.bounds import bound_chain, conv_map_sq_norm
+from .functional.bounds import bound_chain
 from .layers import ENCLayer, batch_norm_affine
 from .trace import LAYERS, RecordError, record
+from .used_weight import UnclearWeightError, UsedWeight, used_weight
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,7 @@ class FoldedRow:
     type: str
     norms: tuple[str, ...]  # names of the batch norms, in the order in which they run
     sq_norm: float  # ||W_eff||_F^2, of the kernel for a convolution
-    map_sq_norm: (
-        float | None
-    )  # of the linear map on the given inputs; None: not asked for, or padding is not with zeros
+    map_sq_norm: float | None  # of the linear map on the given inputs; None: not asked for, or not known
 
 
 class FoldedAudit(list[FoldedRow]):
@@ -35,12 +34,15 @@ class FoldedAudit(list[FoldedRow]):
         unfolded: Batch norms that fold into no layer (behind a concatenation, a pooling, an activation), by name. Each
             is a linear layer of its own in eq. 17, which the chains below leave out.
         skipped: Layers that the forward pass did not reach, by name.
+        unclear: Layers that are no linear map of their input (an activation in the layer, a normalised input), with the
+            reason, by name. Their norms are NaN, and so are the chains.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.unfolded: list[str] = []
         self.skipped: list[str] = []
+        self.unclear: dict[str, str] = {}
 
     @property
     def kernel_chain(self) -> dict[str, float]:
@@ -80,6 +82,7 @@ class FoldedAudit(list[FoldedRow]):
             text.append(f"{len(self.unfolded)} batch norms fold into no layer: {_shorten(self.unfolded)}")
         if self.skipped:
             text.append(f"{len(self.skipped)} layers did not run: {_shorten(self.skipped)}")
+        text += [f"no norm: {name} ({why})" for name, why in self.unclear.items()]
         return "\n".join(text)
 
 
@@ -88,8 +91,9 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
     r"""Norms of the weights that a network has at test time, :math:`W_\mathrm{eff} = \mathrm{diag}(\gamma/\sigma) W`.
 
     A batch norm folds into a layer if it reads the layer's output and nothing else does: found by running the network
-    once in eval mode, so that neither names nor the order of registration matter. ENC layers count with their effective
-    weight, post-norms included. The model is only read.
+    once in eval mode, so that neither names nor the order of registration matter. A layer counts with the weight that
+    it computes with, which is observed too: the effective one of ENC layers, standardized, normalised or pruned ones of
+    other layers. Post-norms are included. The model is only read.
 
     Args:
         model: Any ``nn.Module`` with ``Conv1d/2d/3d`` and ``Linear`` layers, ENC or plain.
@@ -103,6 +107,9 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
         ValueError: If the network does not run on a batch that was made up for it.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    # A layer counts with all that it does: with its post-norm, and with layers and norms that it is made of (adapters).
+    inside = {module for layer in layers.values() for module in layer.modules() if module is not layer}
+    layers = {name: layer for name, layer in layers.items() if layer not in inside}
     if not layers:
         return FoldedAudit()
     try:
@@ -114,39 +121,31 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
 
     table = FoldedAudit()
     names = {module: name for name, module in model.named_modules()}
-    post_norms = {layer.norm for layer in layers.values() if isinstance(layer, ENCLayer)}
     folded: set[nn.Module] = set()
     for name, layer in layers.items():
         if layer not in trace.calls:
             table.skipped.append(name)
             continue
         norms = norms_that_fold(trace, layer)
-        if isinstance(layer, ENCLayer) and layer.norm is not None:
-            norms.insert(0, layer.norm)
-        weight = layer.effective_weight if isinstance(layer, ENCLayer) else layer.weight
-        weight = weight.double()
-        for norm in norms:
-            gain, _ = batch_norm_affine(norm)
-            weight = weight * gain.reshape(-1, *[1] * (weight.ndim - 1))
-        sq_norm = weight.square().sum().item()
-        map_sq_norm = None if inputs is None else _map_sq_norm(layer, weight, trace.calls[layer][0].input.shape)
-        row = FoldedRow(name, type(layer).__name__, tuple(names[norm] for norm in norms), sq_norm, map_sq_norm)
-        table.append(row)
+        if isinstance(layer, ENCLayer) and layer.enc_norm is not None:
+            norms.insert(0, layer.enc_norm)
         folded.update(norms)
-    ran = {trace.norm_of(op) for op in trace.ops} - post_norms
+        sq_gain = 1.0
+        for norm in norms:
+            sq_gain = sq_gain * batch_norm_affine(norm)[0].square()
+        try:
+            used = used_weight(layer, trace.calls[layer][0].input.shape, with_map=inputs is not None)
+        except UnclearWeightError as error:
+            table.unclear[name] = str(error)
+            used = UsedWeight(torch.tensor([math.nan]), torch.tensor([math.nan]))
+        map_sq_norm = None
+        if inputs is not None and used.map_rows is not None:
+            map_sq_norm = (used.map_rows * sq_gain).sum().item()
+        sq_norm = (used.rows * sq_gain).sum().item()
+        table.append(FoldedRow(name, type(layer).__name__, tuple(names[norm] for norm in norms), sq_norm, map_sq_norm))
+    ran = {trace.norm_of(op) for op in trace.ops} - inside
     table.unfolded = [name for name, module in model.named_modules() if module in ran - folded]
     return table
-
-
-def _map_sq_norm(layer: nn.Module, weight: Tensor, shape: torch.Size) -> float | None:
-    """Squared norm of the linear map that the layer is with ``weight``, on one sample of a batch of ``shape``."""
-    if isinstance(layer, nn.Linear):
-        return weight.square().sum().item() * math.prod(shape[1:-1])
-    if layer.padding_mode != "zeros":
-        return None  # other paddings read a pixel through several taps
-    size = shape[-(weight.ndim - 2) :]
-    options = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
-    return conv_map_sq_norm(weight, size, **options).item()
 
 
 def _shorten(names: list[str]) -> str:

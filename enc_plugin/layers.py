@@ -43,6 +43,10 @@ class _YieldingAttribute:
         return getattr(layer, self.own)
 
 
+# Name of the post-norm among the submodules: the first that a subclass has not taken.
+POST_NORM_KEYS = ("norm", "post_norm")
+
+
 class ENCLayer(nn.Module):
     r"""What the ENC layers share: a free weight ``W`` that is optimised, and the effective weight used in its place.
 
@@ -104,7 +108,7 @@ class ENCLayer(nn.Module):
 
         The keys are ``norm.*``, or ``post_norm.*`` where a subclass has an attribute ``norm`` of its own.
         """
-        self._enc_norm_name = "norm" if lacks_attribute(self, "norm") else "post_norm"
+        self._enc_norm_name = next(key for key in POST_NORM_KEYS if lacks_attribute(self, key))
         norm = self.norm_class(self.weight.shape[0], device=self.weight.device, dtype=self._stat_dtype())
         self._enc_norm_frozen = not self._is_trained()
         norm.requires_grad_(not self._enc_norm_frozen)
@@ -507,6 +511,12 @@ def enc_class(plain_class: type[nn.Module]) -> type[ENCLayer] | None:
     Subclasses (mmcv's wrappers, timm's ``Conv2dSame``, ...) keep their own forward, which sees the effective weight.
     """
     return ENC_LAYERS.get(plain_class) or _derive_enc_class(plain_class)
+
+
+def reserved_attributes(layer: nn.Module) -> list[str]:
+    """Attributes of a subclass of a stock layer whose names the ENC class needs and has no other name for."""
+    defined = (name for cls in (ENCLayer, _ENCSubclass) for name in vars(cls) if not hasattr(nn.Module, name))
+    return [name for name in defined if name not in (*_PUBLIC, "fuse") and not lacks_attribute(layer, name)]
 
 
 @cache

@@ -195,13 +195,6 @@ def test_positions_of_a_token_network_count_in_its_map():
     assert gbr(model, torch.randn(2, 7, 3, dtype=torch.float64))[0].item() == pytest.approx(row.map_sq_norm)
 
 
-def test_padding_that_is_not_with_zeros_has_no_map_norm():
-    table = audit(nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect"), folded=True, inputs=torch.randn(1, 3, 5, 5))
-    assert table[0].map_sq_norm is None
-    assert table.map_chain is None
-    assert table.map_slack is None
-
-
 def test_a_network_that_takes_no_made_up_input_asks_for_a_batch():
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 4))
     with pytest.raises(ValueError, match="does not run on a made-up input of shape .*pass a batch"):

@@ -120,13 +120,13 @@ def conv_map_sq_norm(
             f"input_size: expected {len(kernel)} sizes for a kernel of shape {tuple(weight.shape)}, "
             f"got {tuple(input_size)}"
         )
-    per_tap = weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum((0, 1))
     input_size = _per_dimension("input_size", input_size, len(kernel), 1)
     strides = _per_dimension("stride", stride, len(kernel), 1)
     dilations = _per_dimension("dilation", dilation, len(kernel), 1)
     if isinstance(padding, str) and padding not in ("same", "valid"):
         raise ValueError(f"padding: expected a number, one per dimension, 'same' or 'valid', got {padding!r}")
     paddings = [None] * len(kernel) if isinstance(padding, str) else _per_dimension("padding", padding, len(kernel), 0)
+    reads = []
     for i, (size, taps) in enumerate(zip(input_size, kernel, strict=True)):
         reach = dilations[i] * (taps - 1)
         before, both = paddings[i], 2 * (paddings[i] or 0)
@@ -140,9 +140,31 @@ def conv_map_sq_norm(
             )
         outputs = torch.arange((size + both - reach - 1) // strides[i] + 1) * strides[i] - before
         pixels = outputs[:, None] + torch.arange(taps) * dilations[i]
-        hits = ((pixels >= 0) & (pixels < size)).sum(0)
-        per_tap = per_tap * hits.to(per_tap).reshape([-1 if j == i else 1 for j in range(len(kernel))])
-    return per_tap.sum()
+        reads.append(pixels.where((pixels >= 0) & (pixels < size), -1))
+    return map_rows_sq_norm(weight, reads).sum()
+
+
+def map_rows_sq_norm(weight: Tensor, reads: Sequence[Tensor]) -> Tensor:
+    r"""Squared norm of the linear map that a convolution is, for each output channel, whatever its padding.
+
+    .. math:: \lVert A_j \rVert^2 = \sum_{k,l} n_{kl} \langle W_{j,:,k}, W_{j,:,l} \rangle
+
+    where the taps k and l of the kernel meet the same pixel at :math:`n_{kl}` output positions. With zero padding
+    (or none) no two taps do, and what is left is the formula of :func:`conv_map_sq_norm`.
+
+    Args:
+        weight: Kernel, ``(out, in / groups, *kernel)``.
+        reads: For each dimension ``(outputs, taps)``: index of the pixel that a tap meets, -1 where it meets a zero.
+
+    Returns:
+        ``(out,)``, of the dtype of ``weight`` (float32 at least).
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    met = weight
+    for dim, pixels in enumerate(reads, start=2):
+        same = (pixels[:, :, None] == pixels[:, None, :]) & (pixels >= 0)[:, :, None]
+        met = torch.tensordot(met.movedim(dim, -1), same.sum(0).to(met), 1).movedim(-1, dim)
+    return (weight * met).flatten(1).sum(1)
 
 
 def _per_dimension(name: str, value: int | Sequence[int], count: int, minimum: int) -> list[int]:

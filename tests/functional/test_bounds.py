@@ -15,7 +15,7 @@ from enc_plugin.functional import VARIANTS, bound_chain, conv_map_sq_norm, gbr, 
 def mlps(draw):
     """Bias-free ReLU or Sigmoid MLP in float64 of random widths, depth and scale, and inputs for it."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    widths = draw(st.lists(st.integers(2, 9), min_size=2, max_size=6))
+    widths = draw(st.lists(st.integers(3, 9), min_size=2, max_size=6))
     activation = draw(st.sampled_from([nn.ReLU, nn.Sigmoid]))
     layers = []
     for size_in, size_out in zip(widths, widths[1:], strict=False):

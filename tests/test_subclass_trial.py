@@ -1,0 +1,163 @@
+"""Subclasses with attributes and steps of their own: kept as they are, or the layer stays plain."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functional.test_weights import literal
+from torch import nn
+
+from enc_plugin import ENCConv2d, fold, to_enc
+from enc_plugin.convert import enc_layers
+
+
+class Detectron(nn.Conv2d):
+    """detectron2.layers.Conv2d, which many code bases have copied."""
+
+    def __init__(self, *args, norm=None, activation=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x):
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.activation is None else self.activation(x)
+
+
+class Doubled(nn.Linear):
+    """Uses the public names of ENC layers for things of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.variant, self.alpha, self.settings, self.calls = "doubled", 2.0, {"of": "its own"}, 0
+        self.log_alpha = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        self.calls += 1
+        return F.linear(x, self.weight, self.bias) * (self.alpha if self.variant == "doubled" else 1)
+
+    def fuse(self):
+        return "its own"
+
+
+def with_effective_weight(layer, variant="ws"):
+    layer = copy.deepcopy(layer)
+    layer.weight = nn.Parameter(literal(layer.weight.detach().double(), variant, 1.0).float())
+    return layer
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(6)])
+@pytest.mark.parametrize("activation", [None, F.relu])
+def test_a_norm_and_an_activation_inside_a_layer_keep_their_place(norm, activation):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Detectron(4, 6, 3, norm=copy.deepcopy(norm), activation=activation)
+    ).eval()
+    x, keys = torch.randn(2, 3, 8, 8), list(model.state_dict())
+    expected = with_effective_weight(model[1])(with_effective_weight(model[0])(x))
+    assert len(to_enc(model)) == 2
+    torch.testing.assert_close(model(x), expected)
+    assert list(model.state_dict()) == keys
+    assert (model[1].norm is None) == (norm is None)
+    folded = fold(model)
+    assert type(folded[1]) is Detectron
+    torch.testing.assert_close(folded(x), expected)
+
+
+def test_a_post_norm_goes_beside_the_norm_that_a_layer_has():
+    torch.manual_seed(0)
+    model = nn.Sequential(Detectron(3, 4, 3, norm=nn.BatchNorm2d(4))).eval()
+    own = model[0].norm
+    to_enc(model, post_norm=True)
+    assert model[0].norm is own
+    assert {key.split(".")[1] for key in model.state_dict()} == {"weight", "bias", "norm", "post_norm"}
+
+
+def test_a_post_norm_is_not_put_behind_an_activation_because_it_could_not_be_folded():
+    class Activated(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = nn.Sequential(Activated(4, 8), nn.Linear(8, 3))
+    report = to_enc(model)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert "Activated does more than add its bias to W x" in report.skipped["0"]
+    model = nn.Sequential(Activated(4, 8))
+    assert len(to_enc(model, post_norm=False)) == 1
+    assert to_enc(model, post_norm=True).skipped["0"].startswith("Activated does more")
+
+
+@pytest.mark.parametrize("ignores", [True, False])
+def test_a_post_norm_needs_a_layer_that_adds_the_bias_which_fold_gives_it(ignores):
+    class Conv(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight, None if ignores else self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv(3, 4, 3, bias=False), nn.Conv2d(4, 4, 1))
+    report = to_enc(model, post_norm=True)
+    assert len(report) == (1 if ignores else 2)
+    for norm in (layer.norm for _, layer in enc_layers(model)):
+        norm.running_mean.normal_()
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(fold(model).eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_public_names_of_enc_layers_that_a_subclass_uses_stay_the_subclass_s():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Doubled(4, 3)), torch.randn(2, 4)
+    own = model[0].log_alpha
+    expected = with_effective_weight(model[0])(x)
+    to_enc(model, post_norm=False)
+    for layer in (model[0], copy.deepcopy(model)[0], pickle.loads(pickle.dumps(model))[0]):
+        torch.testing.assert_close(layer(x), expected)
+        assert (layer.variant, layer.alpha, layer.settings["of"]) == ("doubled", 2.0, "its own")
+        assert (layer.enc_variant, layer.enc_alpha, layer.enc_log_alpha) == ("ws", 1.0, None)
+        assert layer.enc_settings == {"variant": "ws", "alpha": 1.0, "post_norm": False}
+    assert model[0].log_alpha is own
+    assert model[0].calls == 1, "what a forward pass sets is kept"
+    with pytest.raises(ValueError, match=r"Doubled\.fuse merges the weights"):
+        model[0].fuse()
+    folded = fold(model)[0]
+    torch.testing.assert_close(folded(x), expected)
+    assert (folded.variant, folded.alpha, folded.settings["of"], folded.fuse()) == (
+        "doubled",
+        2.0,
+        "its own",
+        "its own",
+    )
+    assert folded.__dict__.keys() == Doubled(4, 3).__dict__.keys()
+
+
+def test_a_clash_that_has_no_other_name_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(5, 4), Doubled(4, 3))
+    with pytest.raises(ValueError, match="layer '1': Doubled has attributes log_alpha of its own.*constant alpha"):
+        to_enc(model, alpha="learnable", post_norm=False)
+    assert not list(enc_layers(model))
+
+    class Effective(nn.Linear):
+        effective_weight = "its own"
+
+    model = nn.Sequential(nn.Linear(5, 4), Effective(4, 3))
+    assert to_enc(model).skipped == {"1": "Effective has attributes whose names ENC layers need (effective_weight)"}
+
+
+def test_an_attribute_that_a_stock_layer_was_given_stays():
+    conv = nn.Conv2d(3, 4, 3)
+    conv.norm, conv.variant = nn.GroupNorm(2, 4), "mine"
+    own = conv.norm
+    to_enc(conv, "wn", post_norm=True)
+    assert (conv.norm, conv.variant, conv.enc_variant) == (own, "mine", "wn")
+    assert isinstance(conv.enc_norm, nn.BatchNorm2d)
+    assert not isinstance(fold(conv).norm, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("name", ["variant", "alpha", "settings", "log_alpha"])
+def test_settings_cannot_be_set_behind_the_layer_s_back(name):
+    with pytest.raises(AttributeError, match=f"{name}: the settings of an ENC layer are fixed"):
+        setattr(ENCConv2d(3, 4, 3), name, "wn")

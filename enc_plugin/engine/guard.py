@@ -25,6 +25,7 @@ from ..normalizable import check_normalizable
 from .audit_hook import unwrap
 from .batches import check_batches, check_penalty, learns_nothing, on_all_ranks
 from .measure import statistics_note
+from .watched import check_watched
 
 _IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -35,8 +36,9 @@ class ENCGuardHook(Hook):
 
     Before training, and before validation and test: a dataset without samples, labels that are no class of the head, a
     last batch of one image where a batch norm gets one value per channel, a GBR penalty that cannot be differentiated,
-    a work dir without room for one checkpoint. A dataset of a single class is warned of. Every label is read once for
-    this, about ten seconds for a million. All processes refuse together.
+    a watcher (``save_best``, early stopping, ``ReduceOnPlateauLR``) of a scalar that will not be there, a work dir
+    without room for one checkpoint. A dataset of a single class is warned of. Every label is read once for this, about
+    ten seconds for a million. All processes refuse together.
 
     In training: gradients that are NaN or infinite stop the run before the optimizer uses them, with the name of the
     layer where it began and the last checkpoint; what training changes is looked at before each checkpoint, so that
@@ -64,6 +66,7 @@ class ENCGuardHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Look at the data and the work dir, and watch the optimizers."""
+        check_watched(runner)
         model = unwrap(runner.model)
         loader = getattr(runner.train_loop, "dataloader", None)  # custom loops may have none
         if isinstance(loader, DataLoader):
@@ -170,7 +173,7 @@ def check_dataset(name: str, dataset: Dataset, num_classes: int | None) -> int |
         The class, if all samples are of the same one; else None.
 
     Raises:
-        ValueError: If there is no sample, or a label is out of range.
+        ValueError: If there is no sample, or a label is no number or out of range.
     """
     if not len(dataset):
         raise ValueError(f"{name}: {NO_SAMPLES}")
@@ -184,6 +187,8 @@ def check_dataset(name: str, dataset: Dataset, num_classes: int | None) -> int |
         for label in tree_leaves(labels.tolist() if hasattr(labels, "tolist") else labels):
             seen.setdefault(label, index)
     for label, index in seen.items():
+        if not isinstance(label, (int, float)):
+            raise ValueError(f"{name}: expected labels that are numbers, got {label!r} (sample {index})")
         if num_classes is not None and label != _IGNORED and not 0 <= label < num_classes:
             raise ValueError(
                 f"{name}: expected labels from 0 to {num_classes - 1}, since the head has num_classes={num_classes}, "

@@ -60,6 +60,9 @@ def test_tensors_that_are_infinite_on_purpose_stop_no_run(tmp_path):
     runner = train(cfg)
     assert runner.epoch == 1
     assert runner.model.backbone.min_val.isfinite()
+    again = digits_config(tmp_path / "again", model__backbone__type="_WithConstants")
+    again.load_from = str(tmp_path / "run" / "epoch_1.pth")
+    assert "accuracy/top1" in build_runner(again).test()
 
 
 @pytest.mark.parametrize(("value", "stops"), [(math.inf, False), (math.nan, True)])
@@ -156,6 +159,45 @@ class _Recomputing(ResNetCIFAR6n):
 @MODELS.register_module()
 class _RecomputingWithHooks(_Recomputing):
     reentrant = False
+
+
+WATCHERS = {
+    "save_best": lambda key: dict(default_hooks__checkpoint__save_best=key, default_hooks__checkpoint__rule="greater"),
+    "EarlyStoppingHook": lambda key: dict(custom_hooks=[dict(type="EarlyStoppingHook", monitor=key, rule="greater")]),
+    "ReduceOnPlateauLR": lambda key: dict(
+        param_scheduler=dict(type="ReduceOnPlateauLR", monitor=key, rule="greater", patience=0)
+    ),
+}
+
+
+class TestWatchers:
+    """mmengine looks for what they watch after the first validation, and then stops or raises."""
+
+    def config(self, tmp_path, watcher, key, interval=1):
+        cfg = digits_config(tmp_path, epochs=2)
+        options = WATCHERS[watcher](key)
+        cfg.custom_hooks = [dict(type="FGSMHook", eps=8, interval=interval), *options.pop("custom_hooks", [])]
+        cfg.param_scheduler = options.pop("param_scheduler", cfg.param_scheduler)
+        cfg.merge_from_dict({key.replace("__", "."): value for key, value in options.items()})
+        return cfg
+
+    @pytest.mark.parametrize("watcher", WATCHERS)
+    @pytest.mark.parametrize(
+        ("key", "interval", "message"),
+        [
+            ("fgsm/top1_eps8", 2, "with 2 not every validation is attacked"),
+            ("fgsm/top1_eps4", 1, "would not be found, since FGSMHook logs 'fgsm/top1_eps8'"),
+            ("gbr/logits", 1, "logged beside the metrics of the validation"),
+        ],
+    )
+    def test_a_scalar_that_will_be_missing_is_refused(self, tmp_path, watcher, key, interval, message):
+        error = refused(self.config(tmp_path, watcher, key, interval))
+        assert message in error
+        assert watcher in error
+
+    @pytest.mark.parametrize("watcher", WATCHERS)
+    def test_a_scalar_of_each_attack_can_be_watched(self, tmp_path, watcher):
+        assert train(self.config(tmp_path, watcher, "fgsm/top1_eps8")).epoch == 2
 
 
 class TestPenalty:

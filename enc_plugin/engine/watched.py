@@ -1,0 +1,64 @@
+"""Whether the scalars that savers, schedulers and early stopping watch will be there when they are looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
+from mmengine.runner import IterBasedTrainLoop, Runner
+
+# What the plugin logs beside the metrics of a validation, and no watcher finds.
+_NEVER_METRICS = ("gbr/", "enc/", "enc_monitor/")
+
+
+def watched_metrics(runner: Runner) -> Iterator[tuple[str, str]]:
+    """The names that are looked for after each validation, and by whom."""
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook):
+            yield from ((key, f"save_best={key!r} of CheckpointHook") for key in hook.save_best or [])
+        elif isinstance(hook, EarlyStoppingHook):
+            yield hook.monitor, f"monitor={hook.monitor!r} of EarlyStoppingHook"
+    schedulers = runner.param_schedulers or []
+    for group in schedulers.values() if isinstance(schedulers, dict) else [schedulers]:
+        for scheduler in group:
+            if getattr(scheduler, "need_val_args", False):
+                yield scheduler.monitor, f"monitor={scheduler.monitor!r} of {type(scheduler).__name__}"
+
+
+def check_watched(runner: Runner) -> None:
+    """Refuse a watcher of a scalar that will not be among the metrics of each validation.
+
+    Args:
+        runner: About to train; its schedulers are built.
+
+    Raises:
+        ValueError: If there is one; the error names who watches what, and the way out.
+    """
+    attacks = [hook for hook in runner.hooks if type(hook).__name__ == "FGSMHook"]
+    for key, who in watched_metrics(runner):
+        if key.startswith(_NEVER_METRICS):
+            raise ValueError(
+                f"{who} would not be found: it is logged beside the metrics of the validation, and not among them; "
+                "watch a metric of val_evaluator, such as 'accuracy/top1', or one of FGSMHook, such as "
+                "'fgsm/top1_eps8'"
+            )
+        if key.startswith("fgsm/"):
+            _check_attack(runner, key, who, attacks)
+
+
+def _check_attack(runner: Runner, key: str, who: str, attacks: list) -> None:
+    names = {f"fgsm/top1_eps{eps:g}": hook for hook in attacks for eps in hook.eps}
+    names |= {f"fgsm/{name}": hook for hook in attacks for name in ("top1_clean", "zero_grad", "seconds", "averaged")}
+    if key not in names:
+        have = f"logs {', '.join(map(repr, names))}" if names else "is not among custom_hooks"
+        raise ValueError(f"{who} would not be found, since FGSMHook {have}; name another metric")
+    loop = runner.train_loop
+    # Epochs between validations; where training goes by iterations, validations themselves are counted.
+    steps = [1] if isinstance(loop, IterBasedTrainLoop) else getattr(loop, "dynamic_intervals", [1])
+    interval = names[key].interval
+    if any(step % interval for step in steps):
+        raise ValueError(
+            f"interval: with {interval} not every validation is attacked, and {who} needs the metric after each; set "
+            "interval=1 (num_samples makes an attack cheaper), or validate only where it is attacked, or name another "
+            "metric"
+        )

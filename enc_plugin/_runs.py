@@ -33,6 +33,7 @@ class Run:
         metrics: Keys that validation logged.
         notes: What a reader should know: resumed, left out, not finite, not read.
         work_dir: Where it was read.
+        measurements: Of each scalar that a hook of this plugin measured, its ``weights``, ``samples`` and ``unit``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Run:
     metrics: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     work_dir: Path | None = None
+    measurements: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def last(self, key: str) -> float:
         """Last value logged under ``key``; NaN if there is none."""
@@ -116,6 +118,7 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
     if broken:
         run.notes.append(f"{broken} damaged lines of the log were left out")
     run.config = chain[-1].config
+    run.measurements = _read_measurements(work_dir)
     training = [record for segment in chain for record in segment.training]
     if not training:
         run.notes.append("nothing of its training is logged yet")
@@ -165,6 +168,13 @@ def _read_segment(path: Path, notes: list[str]) -> _Segment:
         if isinstance(record, dict):
             records.append(record)
     return _Segment(config, records, broken)
+
+
+def _read_measurements(work_dir: Path) -> dict[str, dict[str, str]]:
+    try:
+        return json.loads((work_dir / "measurements.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _current(segments: list[_Segment], notes: list[str]) -> list[_Segment]:

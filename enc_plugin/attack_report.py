@@ -26,13 +26,13 @@ from .checkpoint import file_sha256, load_model
 from .convert import format_table
 from .engine.measure import untouched
 from .engine.robustness import (
-    PIXEL_MAX,
     PixelClassifier,
     Robustness,
     check_pixel_eps,
     collate_pixels,
     measure_robustness,
 )
+from .engine.samples import PIXEL_MAX, WithoutReplacement
 from .finding import Refused
 from .functional import fgsm
 from .version import __version__
@@ -78,11 +78,24 @@ class AttackReport:
     def __str__(self) -> str:
         first = self.runs[0].result
         attacks = [("FGSM", "fgsm")] + ([(f"PGD-{first.pgd_steps}", "pgd")] if first.pgd else [])
-        head = ["checkpoint", "clean", *(f"{name} {eps:g}" for name, _ in attacks for eps in self.eps), "zero grad"]
+        head = [
+            "checkpoint",
+            "weights",
+            "clean",
+            *(f"{name} {eps:g}" for name, _ in attacks for eps in self.eps),
+            "zero grad",
+        ]
         rows = []
         for run in self.runs:
             values = [run.result.clean, *(getattr(run.result, kind)[eps] for _, kind in attacks for eps in self.eps)]
-            rows.append([run.name, *(f"{value:.2f}" for value in values), f"{run.result.zero_grad:.2%}"])
+            rows.append(
+                [
+                    run.name,
+                    run.meta.get("weights", "unknown"),
+                    *(f"{value:.2f}" for value in values),
+                    f"{run.result.zero_grad:.2%}",
+                ]
+            )
         # The widest standard error that a share of so many samples can have.
         error = 50 / math.sqrt(first.num_samples)
         return "\n".join(
@@ -224,12 +237,12 @@ def draw_pictures(
         count: How many samples.
         name: What the title calls the model.
     """
-    classify = PixelClassifier(model)
+    classify, source = PixelClassifier(model), WithoutReplacement(dataset)
     device = next(model.parameters()).device
     classes = dict(getattr(dataset, "metainfo", None) or {}).get("classes")
     with untouched(classify):
-        pixels, labels = collate_pixels([dataset[i] for i in spread(len(dataset), count)])
-        pixels, labels = pixels.to(device), labels.to(device)
+        pixels, labels = collate_pixels([source[i] for i in spread(len(dataset), count)])
+        pixels, labels = pixels.to(device).float(), labels.to(device)
         attacked = fgsm(classify, pixels, labels, float(eps), upper=PIXEL_MAX)
         shares = [classify(x).softmax(1).cpu() for x in (pixels, attacked)]
     # Mean grey is no change; the largest change that eps allows is black or white.

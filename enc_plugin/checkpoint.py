@@ -187,7 +187,8 @@ def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
         path: Checkpoint, as for :func:`read_checkpoint`.
 
     Returns:
-        The model, and those of ``epoch``, ``iter``, ``seed`` and ``experiment_name`` that the checkpoint names.
+        The model, and those of ``epoch``, ``iter``, ``seed`` and ``experiment_name`` that the checkpoint names, with
+        its ``weights`` (see :func:`describe_weights`).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -202,7 +203,27 @@ def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
     except ValueError as error:
         text = str(error).removeprefix("checkpoint: ")
         raise ValueError(f"checkpoint: {path} with {config.filename}: {text}") from error
-    return model, {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
+    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
+    return model, meta | {"weights": describe_weights(state_dict, rest)}
+
+
+def describe_weights(state_dict: Mapping[str, torch.Tensor], rest: Mapping) -> str:
+    """Which weights a checkpoint's state dict holds: ``EMAHook`` stores the average there, and the others beside it.
+
+    Args:
+        state_dict: That of the checkpoint.
+        rest: What else the file holds, see :func:`read_checkpoint`.
+
+    Returns:
+        ``'averaged'``, ``'in training'``, or ``'unknown'`` for a bare state dict.
+    """
+    others = rest.get("ema_state_dict")
+    if not isinstance(others, Mapping):
+        return "in training" if rest.get("meta") else "unknown"
+    # Until the average begins, both are the same.
+    pairs = ((value, others.get(f"module.{key}")) for key, value in state_dict.items())
+    same = all(other is None or torch.equal(value, other) for value, other in pairs)
+    return "in training" if same else "averaged"
 
 
 def file_sha256(path: str | Path) -> str:

@@ -19,13 +19,10 @@ from . import _plot
 from ._table import format_table
 from .build import build_dataset, load_config, pick_device, require_file
 from .checkpoint import file_sha256, load_model
-from .engine.gbr import FixedSamples, check_options, choose_samples, find_pipeline, measure_gbr
+from .engine.gbr import check_options, input_unit, measure_gbr
+from .engine.samples import FixedSamples, choose_samples, find_pipeline
 from .version import __version__
 
-UNITS = {
-    "normalized": "per squared standard deviation of the input",
-    "pixel": "per squared gray level, 1/255 of the pixel range",
-}
 NAMES = {"logits": "logits", "probs": "probabilities", "label_prob": "probability of the true class"}
 
 
@@ -63,12 +60,14 @@ def measure_checkpoints(
         show_progress: Draw a progress bar to stderr.
 
     Returns:
-        One ``dict(checkpoint, epoch, output, gbr, sem, seconds)`` for each checkpoint and output; ``epoch`` is what the
-        checkpoint says (None if nothing).
+        One ``dict(checkpoint, epoch, weights, output, gbr, sem, seconds)`` for each checkpoint and output; ``epoch`` is
+        what the checkpoint says (None if nothing), ``weights`` which ones its state dict holds: ``'averaged'`` (by
+        EMAHook), ``'in training'`` or ``'unknown'``.
 
     Raises:
         FileNotFoundError: If a checkpoint is missing.
-        ValueError: If an option is out of range, the config has no test pipeline, or a checkpoint does not fit it.
+        ValueError: If an option is out of range, the config has no test pipeline, a checkpoint does not fit it, or the
+            pixels are not in 0..255 (``space='pixel'``).
     """
     for output in outputs:
         check_options(output, projections, space, num_samples)
@@ -81,9 +80,12 @@ def measure_checkpoints(
         raise ValueError("config: neither val_dataloader nor test_dataloader has a pipeline to read the samples with")
     dataset = build_dataset(cfg, "train")
     with DefaultScope.overwrite_default_scope("mmpretrain"):
-        samples = FixedSamples(dataset, pipeline, choose_samples(len(dataset), num_samples, seed), batch_size)
+        samples = FixedSamples(dataset, pipeline, choose_samples(dataset, num_samples, seed), batch_size)
+        samples.read()
+        if space == "pixel":
+            samples.check_pixels()
 
-    records, measured = [], []
+    records, measured, unit = [], [], ""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, disable=not show_progress, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("samples", total=len(samples) * len(checkpoints) * len(outputs))
@@ -91,6 +93,7 @@ def measure_checkpoints(
             # The model is built anew, so that nothing of one checkpoint stays in the next.
             model, meta = load_model(cfg, checkpoint)
             model.to(device)
+            unit = input_unit(model, space)
             measured.append({"checkpoint": str(checkpoint), "sha256": file_sha256(checkpoint), "meta": meta})
             for output in outputs:
                 found = measure_gbr(
@@ -103,13 +106,15 @@ def measure_checkpoints(
                     progress=lambda count: bar.advance(task, count),
                 )
                 record = {"checkpoint": str(checkpoint), "epoch": meta.get("epoch"), "output": output}
+                record["weights"] = meta["weights"]
                 records.append(record | {"gbr": found.mean, "sem": found.sem, "seconds": found.seconds})
     settings = {
         "config": cfg.filename,
         "num_samples": len(samples),
+        "left_out": samples.left_out,
         "projections": projections,
         "space": space,
-        "unit": UNITS[space],
+        "unit": unit,
         "seed": seed,
         "enc_plugin": __version__,
         "torch": str(torch.__version__),
@@ -121,7 +126,7 @@ def measure_checkpoints(
         if plot is None and len(checkpoints) > 1:
             plot = Path(out).with_suffix(".png")
     if plot is not None:
-        plot_gbr({NAMES[output]: _curve(records, output) for output in outputs}, plot, space=space)
+        plot_gbr({NAMES[output]: _curve(records, output) for output in outputs}, plot, unit=unit)
     return records
 
 
@@ -131,6 +136,7 @@ def describe(records: Sequence[dict]) -> str:
         (
             Path(r["checkpoint"]).name,
             "-" if r["epoch"] is None else f"{r['epoch']}",
+            r["weights"],
             r["output"],
             f"{r['gbr']:.6g}",
             f"{r['sem']:.2g}",
@@ -138,22 +144,22 @@ def describe(records: Sequence[dict]) -> str:
         )
         for r in records
     ]
-    return format_table(("checkpoint", "epoch", "output", "GBR", "± (sem)", "seconds"), rows)
+    return format_table(("checkpoint", "epoch", "weights", "output", "GBR", "± (sem)", "seconds"), rows)
 
 
 def plot_gbr(
-    curves: dict[str, Sequence[tuple[float, float, float]]], path: str | Path, *, space: str, step: str = "epoch"
+    curves: dict[str, Sequence[tuple[float, float, float]]], path: str | Path, *, unit: str, step: str = "epoch"
 ) -> None:
     """Draw GBR against training time, with the standard error as a band, on a logarithmic axis.
 
     Args:
         curves: Points ``(step, gbr, sem)`` of each curve, by name.
         path: PNG to write; its folder is made.
-        space: ``'normalized'`` or ``'pixel'``: what the axis names as the unit.
+        unit: What the axis names as the unit.
         step: What the steps are.
     """
     series = [_plot.Series.with_error(name, *zip(*points, strict=True)) for name, points in curves.items()]
-    ylabel = f"GBR = mean $\\Vert\\partial f/\\partial x\\Vert_F^2$\n({UNITS[space]})"
+    ylabel = f"GBR = mean $\\Vert\\partial f/\\partial x\\Vert_F^2$\n({unit})"
     _plot.save(_plot.curves(series, step, ylabel, logy=True, whole_x=True), path)
 
 

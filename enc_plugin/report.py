@@ -22,10 +22,13 @@ from .folded import FoldedAudit
 __all__ = ["Run", "config_differences", "load_run", "summary", "write_report"]
 
 FGSM_PREFIX = "fgsm/top1_eps"
+MEASURED = ("gbr/", "fgsm/")
 # Settings that differ between any two runs and say nothing of what was trained.
 NOT_COMPARED = ("work_dir", "experiment_name", "launcher", "load_from", "resume")
 # Keys that have a figure or a column of their own, or none.
-DRAWN = re.compile(rf"(loss|lr|accuracy/top1|memory|(train|val)/(data_)?time|enc/.*|gbr/.*|{MONITOR}.*|.*/seconds)$")
+DRAWN = re.compile(
+    rf"(loss|lr|accuracy/top1|memory|(train|val)/(data_)?time|enc/.*|gbr/.*|fgsm/averaged|{MONITOR}.*|.*/seconds)$"
+)
 AXES = {"accuracy/top1": "top-1 accuracy (%)", "accuracy/top5": "top-5 accuracy (%)", "loss": "loss (nats)"}
 MONITORED = {
     "norm": ("Norm of the free weights W", "Frobenius norm of W"),
@@ -82,7 +85,7 @@ def write_report(
     layers = [_read_layers(run) for run in runs] if norms else []
     head, rows = summary(runs)
     sections = [
-        _page.section("Summary", _page.table(head, rows), *_notes(runs)),
+        _page.section("Summary", _page.table(head, rows), *_notes(runs), *_measurements(runs)),
         *_curves(runs),
         *_gbr(runs),
         *_fgsm(runs),
@@ -96,7 +99,11 @@ def write_report(
 
 
 def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the summary table: one row a run, one column for everything that any of them logged."""
+    """Head and rows of the summary table: one row a run, one column for everything that any of them logged.
+
+    A run's row is about one network: accuracy, GBR and FGSM are of the weights that its validation sees, which a column
+    names. A value from another epoch than the last validation says so.
+    """
     unit = _unit(runs)
     columns: list[tuple[str, str, str]] = [
         ("accuracy/top1", "top-1 (%)", ".2f"),
@@ -109,17 +116,39 @@ def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     for key in _keys(runs, FGSM_PREFIX):
         columns.append((key, f"top-1 (%), FGSM {key.removeprefix(FGSM_PREFIX)}/255", ".2f"))
     columns = [column for column in columns if any(column[0] in run.scalars for run in runs)]
+    weights = [_weights(run) for run in runs]
     rows = []
-    for run in runs:
+    for run, of_weights in zip(runs, weights, strict=True):
         cells = [run.name, run.progress + ("" if run.by_epoch or unit != "epochs" else " iterations")]
         for key, _, form in columns:
             cell = "" if key not in run.scalars else format(run.last(key), form)
             if f"{key}_sem" in run.scalars:
                 cell += f" ± {run.last(f'{key}_sem'):.2g}"
-            cells.append(cell)
+            cells.append(cell + _when(run, key))
+        if any(weights):
+            cells.append(of_weights)
         cells.append("" if math.isnan(run.seconds_per_iteration) else f"{run.seconds_per_iteration:.4f}")
         rows.append(cells)
-    return ["run", unit, *(title for _, title, _ in columns), "s / iteration"], rows
+    titles = [title for _, title, _ in columns] + ["weights"] * any(weights)
+    return ["run", unit, *titles, "s / iteration"], rows
+
+
+def _weights(run: Run) -> str:
+    """Which weights the run's accuracy, GBR and FGSM are of, as far as its hooks have logged it."""
+    logged = [key for key in ("gbr/averaged", "fgsm/averaged") if key in run.scalars]
+    if not logged:
+        return ""
+    newest = max(logged, key=lambda key: run.scalars[key][-1][0])
+    return "averaged" if run.last(newest) else "in training"
+
+
+def _when(run: Run, key: str) -> str:
+    """Where a measurement was made, if that is not where the run was validated last."""
+    validated = [run.scalars[metric][-1][0] for metric in run.metrics if metric in run.scalars]
+    if not key.startswith(MEASURED) or key not in run.scalars or not validated:
+        return ""
+    place = run.scalars[key][-1][0]
+    return "" if place == max(validated) else f" (at {place:.4g})"
 
 
 def config_differences(runs: Sequence[Run]) -> list[list[str]]:
@@ -167,7 +196,8 @@ def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
 
 
 def _gbr_keys(runs: Sequence[Run]) -> list[str]:
-    return [key for key in _keys(runs, "gbr/") if not key.endswith(("_sem", "/seconds"))]
+    beside = ("_sem", "/seconds", "_seconds", "/averaged")
+    return [key for key in _keys(runs, "gbr/") if not key.endswith(beside)]
 
 
 def _series(runs: Sequence[Run], key: str, band: tuple[str, str] | None = None) -> list[_plot.Series | None]:
@@ -227,21 +257,27 @@ def _gbr(runs: Sequence[Run]) -> list[_page.Html]:
         return []
     figures = [
         _draw(
-            runs, key, f"GBR: {key.removeprefix('gbr/')}", "mean squared Jacobian norm\n(output² per input²)", logy=True
+            runs,
+            key,
+            f"GBR: {key.removeprefix('gbr/')}",
+            f"mean squared Jacobian norm\n({_unit_of(runs, key)})",
+            logy=True,
         )
         for key in keys
     ]
     text = (
         "Mean squared Frobenius norm of the input-output Jacobian, over the same training samples through each run: "
-        "the smaller, the less the output moves with the input. Bands: one standard error to each side."
+        "the smaller, the less the output moves with the input. The network is the one that validation sees. Bands: "
+        "one standard error to each side."
     )
     blocks: list[str] = [text, _page.grid(*figures)]
-    hooks = [[h for h in run.config.get("custom_hooks") or [] if h.get("type") == "GBRHook"] for run in runs]
-    spaces = {hook.get("space", "normalized") for run_hooks in hooks for hook in run_hooks}
-    if len(spaces) > 1:
-        blocks.insert(
-            1, _page.note(f"The runs differ in what x is ({', '.join(sorted(spaces))}): do not compare them.")
-        )
+    for key in keys:
+        units = {run.measurements[key]["unit"] for run in runs if key in run.measurements}
+        if len(units) > 1:
+            blocks.insert(
+                1,
+                _page.note(f"The runs' {key} differ in their unit ({'; '.join(sorted(units))}): do not compare them."),
+            )
     return [_page.section("Generalization bound regularizer (GBR)", *blocks)]
 
 
@@ -280,8 +316,9 @@ def _read_layers(run: Run) -> Layers:
         return Layers(reason="no config with a model")
     try:
         config = Config.fromfile(sorted(run.work_dir.glob("**/vis_data/config.py"))[-1])
-        model, _ = load_model(config, path)
-        return Layers(path.name, audit(model, folded=True))
+        model, meta = load_model(config, path)
+        name = f"{path.name} (averaged weights)" if meta["weights"] == "averaged" else path.name
+        return Layers(name, audit(model, folded=True))
     except Exception as error:  # models and their configs are any code
         text = " ".join(str(error).split())
         return Layers(reason=f"{path.name}: {type(error).__name__}: {text[:300]}")
@@ -373,7 +410,12 @@ def _cost(runs: Sequence[Run]) -> list[_page.Html]:
     for run in runs:
         time = run.seconds_per_iteration
         waited, spent = sum(run.values("train/data_time")), sum(run.values("train/time"))
-        measured = [sum(run.values(key)) for key in run.scalars if key.endswith("/seconds")]
+        keys = [
+            key
+            for key in run.scalars
+            if key.endswith("/seconds") or key.startswith("gbr/") and key.endswith("_seconds")
+        ]
+        measured = [sum(run.values(key)) for key in keys]
         memory = run.values("memory")
         cells = [run.name, str(run.iterations), "" if math.isnan(time) else f"{time:.4f}"]
         cells.append(f"{100 * waited / spent:.0f}" if spent else "")
@@ -424,6 +466,41 @@ def _more(runs: Sequence[Run]) -> list[_page.Html]:
     if left_out:
         blocks.append(f"Not drawn: {', '.join(left_out)}.")
     return [_page.section("More", _page.details(f"{len(figures)} more curves", *blocks))]
+
+
+def _unit_of(runs: Sequence[Run], key: str) -> str:
+    """The unit of a scalar, if the runs that say it agree."""
+    units = {run.measurements[key]["unit"] for run in runs if key in run.measurements}
+    return units.pop() if len(units) == 1 else "output² per input²"
+
+
+def _measurements(runs: Sequence[Run]) -> list[_page.Html]:
+    """Of every column that was measured: weights, samples and unit, run by run where they differ."""
+    keys = [key for prefix in ("gbr/", FGSM_PREFIX) for key in _keys(runs, prefix) if not key.endswith("_sem")]
+    rows = []
+    for key in keys:
+        known = [run for run in runs if key in run.scalars and key in run.measurements]
+        told = {run.name: tuple(run.measurements[key].get(x, "") for x in ("samples", "unit")) for run in known}
+        for values in dict.fromkeys(told.values()):
+            names = [name for name in told if told[name] == values]
+            weights = dict.fromkeys(_weights(run) for run in known if run.name in names)
+            rows.append([key, ", ".join(names), f"validated ({', '.join(weights)})", *values])
+    blocks = [_page.details("What was measured", _page.table(["scalar", "runs", "weights", "samples", "unit"], rows))]
+    old = [
+        run.name
+        for run in runs
+        if "gbr/averaged" not in run.scalars
+        and any(key in run.scalars for key in _gbr_keys(runs))
+        and any("EMAHook" in str(hook.get("type")) for hook in run.config.get("custom_hooks") or [])
+    ]
+    if old:
+        blocks.append(
+            _page.note(
+                f"The GBR of {', '.join(old)} was logged by an earlier version: it is of the weights in training, "
+                "while accuracy and FGSM are of the averaged ones."
+            )
+        )
+    return blocks if rows else blocks[1:]
 
 
 def _notes(runs: Sequence[Run]) -> list[_page.Html]:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import enc_plugin
 import enc_plugin.timm  # noqa: F401
 from enc_plugin import audit, fold, to_enc
-from enc_plugin.engine.gbr import FixedSamples, choose_samples
 from enc_plugin.engine.robustness import measure_robustness, spread
+from enc_plugin.engine.samples import FixedSamples, choose_samples
 from enc_plugin.functional import (
     bound_chain,
     conv_map_sq_norm,
@@ -511,7 +511,7 @@ PARTS = {
     ),
     "choose_samples": Row(
         choose_samples,
-        lambda: dict(length=5, num_samples=3, seed=0),
+        lambda: dict(dataset=5, num_samples=3, seed=0),
         dict(num_samples=either(nothing, integer(1)), seed=integer(0, 2**32 - 1)),
         lambda chosen, **call: chosen == sorted(set(chosen)) and len(chosen) == min(5, call["num_samples"] or 5),
     ),

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
 from ..functional._checks import check_integer
+from ..functional.attack import LEAST_EPS, other_unit
 from .audit_hook import unwrap
 from .measure import untouched
-from .robustness import check_pixel_eps, collate_pixels, measure_robustness
+from .robustness import check_dataset, check_pixel_eps, measure_robustness
+from .validated import ValidatedNetworkHook, describe_weights, record
 
 
 @HOOKS.register_module()
-class FGSMHook(Hook):
+class FGSMHook(ValidatedNetworkHook):
     """Logs the white-box accuracy on the validation set after validation, and leaves no trace in the run.
 
     Pixels are attacked as the pipeline delivers them, 0..255, before the ``data_preprocessor`` normalises them: eps
     means the same whatever mean, std and channel order the model has. The attack is FGSM, untargeted, with the true
-    labels (:func:`enc_plugin.functional.fgsm`), in float32; the weights are those that were validated (with ``EMAHook``
-    the averaged ones), the batch norm statistics those of the checkpoint (rank 0's).
+    labels (:func:`enc_plugin.functional.fgsm`), in float32. The weights are those that were validated: with ``EMAHook``
+    or an averaging hook of one's own the averaged ones, whatever the priorities. The batch norm statistics are those of
+    the checkpoint (rank 0's). Samples that cannot be read, and that the dataset would replace by others, are left out.
 
     Logged for each measurement, to the visualizer's scalars and into the validation metrics (so that ``save_best`` can
     name them, as long as every validation is followed by an attack):
@@ -31,6 +34,7 @@ class FGSMHook(Hook):
     ``fgsm/top1_eps<E>``  accuracy at eps E / 255 of the pixel range, percent
     ``fgsm/zero_grad``    share of samples, 0..1, whose gradient is zero at every pixel: above 0.01 the
                           accuracy under attack is overrated (masked gradients)
+    ``fgsm/averaged``     1 if the weights are others than those that are being trained, else 0
     ``fgsm/seconds``      time that the measurement took
     ====================  ==============================================================================
 
@@ -38,9 +42,9 @@ class FGSMHook(Hook):
     for the same weights. It costs a gradient and one forward pass per eps for each sample.
 
     Args:
-        eps: Budgets in 1/255 of the pixel range, a number or a sequence.
-        interval: Measure every ``interval`` epochs, and after the last one. Where training goes by iterations: at every
-            ``interval``-th validation.
+        eps: Budgets in 1/255 of the pixel range (8, not 8 / 255, which is warned of), a number or a sequence.
+        interval: Measure every ``interval`` epochs, and when training ends, also early. Where training goes by
+            iterations: at every ``interval``-th validation.
         num_samples: How many samples of the validation set, spread evenly over it; None: all.
         batch_size: Samples per batch; None: that of the validation dataloader.
 
@@ -50,7 +54,8 @@ class FGSMHook(Hook):
             ``interval`` leaves out validations.
     """
 
-    priority = "ABOVE_NORMAL"  # before EMAHook takes the averaged weights away, and before CheckpointHook reads metrics
+    priority = "ABOVE_NORMAL"  # before CheckpointHook reads metrics
+    _way_out = "give all eps to one of them"
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class FGSMHook(Hook):
         num_samples: int | None = None,
         batch_size: int | None = None,
     ):
+        super().__init__()
         self.eps = check_pixel_eps(eps)
         check_integer("interval", interval, 1)
         check_integer("num_samples", num_samples, 1, none="all")
@@ -66,20 +72,43 @@ class FGSMHook(Hook):
         self.interval = interval
         self.num_samples = num_samples
         self.batch_size = batch_size
+        self._scalars: dict[str, float] = {}
+
+    @property
+    def scalar_names(self) -> list[str]:
+        """Names of the scalars."""
+        accuracies = ["top1_clean", *(f"top1_eps{eps:g}" for eps in self.eps)]
+        return [f"fgsm/{name}" for name in [*accuracies, "zero_grad", "averaged", "seconds"]]
 
     def before_train(self, runner: Runner) -> None:
         """Refuse what would fail at a validation before an epoch is spent."""
         if runner.val_loop is None:
             raise ValueError("FGSMHook attacks the validation set: set val_dataloader, val_cfg and val_evaluator")
+        super().before_train(runner)
         self._check_save_best(runner)
+        for eps in self.eps:
+            if eps < LEAST_EPS:
+                runner.logger.warning(f"FGSMHook: eps: {other_unit(eps)}")
+        dataset = runner.val_dataloader.dataset
         with untouched(unwrap(runner.model)):
-            collate_pixels([runner.val_dataloader.dataset[0]])
+            check_dataset(dataset, self.num_samples)
+        share = "" if self.num_samples is None else f"{min(self.num_samples, len(dataset))} of "
+        entry = {"weights": "validated", "samples": f"{share}{len(dataset)} validation samples"}
+        record(runner, {name: entry | {"unit": "%"} for name in self.scalar_names if "top1" in name})
 
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Attack, log, and add the accuracies to ``metrics``."""
-        due, step = self._schedule(runner)
-        if not due:
-            return
+    def due(self, runner: Runner) -> int | None:
+        """Every ``interval``-th epoch, or validation, and the last one."""
+        loop = runner._train_loop
+        if not isinstance(loop, BaseLoop):  # runner.val(): the property train_loop would build one
+            return 0
+        if isinstance(loop, IterBasedTrainLoop):
+            counted, last = loop.iter // loop.val_interval, loop.iter >= loop.max_iters
+        else:
+            counted, last = loop.epoch, loop.epoch >= loop.max_epochs
+        return self._now(runner) if counted % self.interval == 0 or last else None
+
+    def measure(self, runner: Runner, step: int, averaged: bool) -> None:
+        """Attack and log."""
         loader = runner.val_dataloader
         found = measure_robustness(
             unwrap(runner.model),
@@ -89,20 +118,24 @@ class FGSMHook(Hook):
             batch_size=self.batch_size or loader.batch_size or 64,
             num_workers=loader.num_workers,
         )
-        scalars = {"fgsm/top1_clean": found.clean}
-        scalars |= {f"fgsm/top1_eps{eps:g}": accuracy for eps, accuracy in found.fgsm.items()}
-        scalars |= {"fgsm/zero_grad": found.zero_grad, "fgsm/seconds": found.seconds}
-        if metrics is not None:
-            metrics.update(scalars)
+        values = [found.clean, *found.fgsm.values(), found.zero_grad, float(averaged), found.seconds]
+        self._scalars = dict(zip(self.scalar_names, values, strict=True))
         # Not through the message hub: the log of every later validation would repeat its latest values.
-        runner.visualizer.add_scalars(scalars, step=step, file_path=f"{runner.timestamp}.json")
+        runner.visualizer.add_scalars(self._scalars, step=step, file_path=f"{runner.timestamp}.json")
         under_attack = ", ".join(f"{accuracy:.2f} % at eps {eps:g}" for eps, accuracy in found.fgsm.items())
         runner.logger.info(
-            f"FGSM: top-1 {found.clean:.2f} % clean, {under_attack} (1/255 of the pixel range; {found.num_samples} "
-            f"samples, {found.zero_grad:.1%} without gradient, {found.seconds:.1f} s)"
+            f"FGSM: top-1 {found.clean:.2f} % clean, {under_attack} (1/255 of the pixel range; "
+            f"{describe_weights(averaged)}, {found.num_samples} validation samples, {found.zero_grad:.1%} without "
+            f"gradient, {found.seconds:.1f} s)"
         )
         for warning in found.warnings:
             runner.logger.warning(f"FGSM: {warning}")
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Add what was measured at this validation to ``metrics``."""
+        if metrics is not None:
+            metrics.update(self._scalars)
+        self._scalars = {}
 
     def _check_save_best(self, runner: Runner) -> None:
         """Refuse a ``save_best`` that would look for our metrics after a validation that is not attacked."""
@@ -119,13 +152,3 @@ class FGSMHook(Hook):
                 "CheckpointHook needs the metric after each; set interval=1 (num_samples makes an attack cheaper), or "
                 "validate only where it is attacked, or name another metric"
             )
-
-    def _schedule(self, runner: Runner) -> tuple[bool, int]:
-        """Whether this validation is to be followed by an attack, and the step to log it under."""
-        loop = runner._train_loop
-        if not isinstance(loop, BaseLoop):  # runner.val(): the property train_loop would build one
-            return True, 0
-        if isinstance(loop, IterBasedTrainLoop):
-            validations, last = loop.iter // loop.val_interval, loop.iter >= loop.max_iters
-            return validations % self.interval == 0 or last, loop.iter
-        return loop.epoch % self.interval == 0 or loop.epoch >= loop.max_epochs, loop.epoch

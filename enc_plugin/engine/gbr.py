@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from mmengine.dataset import Compose
-from mmengine.dist import all_reduce, get_dist_info
+from mmengine.dist import all_reduce
 from mmengine.model import BaseModel
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..functional._checks import check_integer, check_seed
 from ..functional.jacobian import check_output, check_projections, gbr
 from .measure import untouched
-from .robustness import PixelClassifier
+from .samples import FixedSamples
 
 SPACES = {
     "normalized": "what the network receives, after the data_preprocessor",
@@ -52,74 +50,6 @@ class GBREstimate:
         return int((~self.values.isfinite()).sum())
 
 
-class FixedSamples:
-    """The same samples of a dataset under a pipeline that is not the dataset's own, in batches, read once.
-
-    Each rank reads and keeps the batches that it will measure; batches are the same for any number of ranks.
-
-    Args:
-        dataset: Dataset of mmengine or mmpretrain, wrapped ones (repeated, concatenated, balanced, folds) too.
-        pipeline: Transforms that end in ``PackInputs``, usually the test pipeline: configs or callables.
-        indices: Which samples, in this order.
-        batch_size: Samples per batch.
-
-    Raises:
-        TypeError: If the dataset cannot hand out a sample before its own pipeline.
-    """
-
-    def __init__(self, dataset: Dataset, pipeline: Sequence, indices: Sequence[int], batch_size: int):
-        if not hasattr(dataset, "get_data_info"):
-            raise TypeError(
-                f"dataset: {type(dataset).__name__} has no get_data_info(index), which mmengine's datasets have, so "
-                "that its samples cannot be read without augmentation; derive it from mmpretrain's BaseDataset"
-            )
-        check_integer("batch_size", batch_size, 1)
-        self.dataset = dataset
-        self.pipeline = Compose(list(pipeline))
-        self.batches = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
-        self._read: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def __len__(self) -> int:
-        return sum(map(len, self.batches))
-
-    @property
-    def own(self) -> range:
-        """Numbers of the batches that this rank measures."""
-        rank, world_size = get_dist_info()
-        return range(rank, len(self.batches), world_size)
-
-    def read(self) -> FixedSamples:
-        """Read this rank's batches now and not at the first measurement."""
-        for number in self.own:
-            self.batch(number)
-        return self
-
-    def batch(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """Pixels ``(N, C, H, W)`` as the pipeline delivers them, and labels ``(N,)`` (None if there are none)."""
-        if number not in self._read:
-            packed = [self.pipeline(self.dataset.get_data_info(index)) for index in self.batches[number]]
-            shapes = {tuple(sample["inputs"].shape) for sample in packed}
-            if len(shapes) > 1:
-                raise ValueError(
-                    f"pipeline: expected images of one size, got {', '.join(map(str, sorted(shapes)))}; resize or crop "
-                    "them in the test pipeline, or use batch_size=1"
-                )
-            labels = [sample["data_samples"].get("gt_label") for sample in packed]
-            known = all(label is not None and label.numel() == 1 for label in labels)
-            self._read[number] = torch.stack([s["inputs"] for s in packed]), torch.cat(labels) if known else None
-        return self._read[number]
-
-
-def choose_samples(length: int, num_samples: int | None, seed: int) -> list[int]:
-    """Indices of ``num_samples`` different samples (None, or more than there are: all), by ``seed``, ascending."""
-    if length < 1:
-        raise ValueError("dataset: expected at least one sample, got none")
-    check_integer("num_samples", num_samples, 1, none="all")
-    check_seed("seed", seed)
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(int(seed)))
-    return sorted(order[:num_samples].tolist())
-
-
 def measure_gbr(
     model: BaseModel,
     samples: FixedSamples,
@@ -147,6 +77,9 @@ def measure_gbr(
 
     Returns:
         The estimate, equal on all ranks.
+
+    Raises:
+        ValueError: If ``space`` is unknown, or the head predicts no probabilities where ``output`` asks for them.
     """
     check_space(space)
     check_seed("seed", seed)
@@ -156,20 +89,23 @@ def measure_gbr(
     positions = torch.arange(len(samples)).split([len(batch) for batch in samples.batches])
     values = torch.zeros(len(samples), dtype=torch.float64)
     with untouched(model), torch.autocast(device.type, enabled=False):
-        classify = PixelClassifier(model)
+        forward = None
         for number in samples.own:
             pixels, labels = samples.batch(number)
-            x, forward = pixels.to(device).float(), classify
+            if not len(pixels):
+                continue
+            x = pixels.to(device).float()
             if space == "normalized":
-                x = model.data_preprocessor({"inputs": x}, training=False)["inputs"]
-                forward = _tensor_mode(model)
+                x = _preprocess(model, x)
+            if forward is None:
+                forward, differentiated = _function(model, output, space, x)
             if output == "label_prob" and labels is None:
                 raise ValueError("dataset: 'label_prob' needs one gt_label for each sample")
             where = positions[number]
             found = gbr(
                 forward,
                 x,
-                output=output,
+                output=differentiated,
                 labels=None if labels is None else labels.to(device),
                 projections=projections,
                 seeds=seeds[where],
@@ -182,8 +118,54 @@ def measure_gbr(
     return GBREstimate(values, time.perf_counter() - start)
 
 
-def _tensor_mode(model: BaseModel) -> Callable[[Tensor], Tensor]:
-    return lambda x: model(x, mode="tensor")
+def input_unit(model: BaseModel, space: str) -> str:
+    """The unit of a GBR's x in words, which depends on whether the model normalises."""
+    if space == "pixel":
+        return "per squared gray level, 1/255 of the pixel range"
+    if getattr(model.data_preprocessor, "_enable_normalize", True):
+        return "per squared standard deviation of the input"
+    return "per squared unit of the network's input, which the data_preprocessor does not normalise"
+
+
+def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+    """What is differentiated for ``output``, as ``forward`` and ``output`` of :func:`enc_plugin.functional.gbr`.
+
+    Probabilities are those that the head predicts for ``x``, and not a softmax by assumption.
+    """
+
+    def run(mode: str) -> Callable[[Tensor], Tensor | list]:
+        return lambda x: model(_preprocess(model, x) if space == "pixel" else x, mode=mode)
+
+    def scores(x: Tensor) -> Tensor:
+        return torch.stack([sample.pred_score for sample in run("predict")(x)])
+
+    logits = run("tensor")
+    if output == "logits":
+        return logits, "logits"
+    head = type(getattr(model, "head", model)).__name__
+    try:
+        predicted = scores(x)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"output: {output!r} needs a head that predicts scores for each picture, which {head} does not "
+            f"({type(error).__name__}: {error}); measure 'logits'"
+        ) from error
+    given = logits(x)
+    is_softmax = given.shape == predicted.shape and torch.allclose(
+        given.softmax(1), predicted, rtol=1e-4, atol=1e-6, equal_nan=True
+    )
+    if is_softmax:
+        return logits, output
+    if output == "label_prob":
+        raise ValueError(
+            f"output: 'label_prob' is the softmax of the true class, but {head} predicts other scores than the softmax "
+            "of its logits; measure 'probs' (the scores that it predicts) or 'logits'"
+        )
+    return scores, "logits"
+
+
+def _preprocess(model: BaseModel, pixels: Tensor) -> Tensor:
+    return model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
 
 
 def check_options(output: str, projections: int | None, space: str, num_samples: int | None) -> None:
@@ -198,15 +180,3 @@ def check_space(space: str) -> None:
     """Raise ``ValueError`` unless ``space`` names what x is."""
     if not isinstance(space, str) or space not in SPACES:
         raise ValueError(f"space: expected one of {', '.join(map(repr, SPACES))}, got {space!r}")
-
-
-def find_pipeline(dataset) -> list | None:
-    """The pipeline of a dataset or its config, looked for within wrappers; None if there is none."""
-    while dataset is not None:
-        get = dataset.get if isinstance(dataset, dict) else lambda key, of=dataset: getattr(of, key, None)
-        pipeline = get("pipeline")
-        if pipeline is not None:
-            return getattr(pipeline, "transforms", pipeline)
-        inner = get("datasets")
-        dataset = inner[0] if inner else get("dataset")
-    return None

@@ -7,33 +7,42 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
 from ..functional._checks import check_integer, check_seed, check_type
 from .audit_hook import unwrap
-from .gbr import FixedSamples, check_options, choose_samples, find_pipeline, measure_gbr
+from .gbr import check_options, input_unit, measure_gbr
 from .measure import statistics_note, untouched
+from .samples import FixedSamples, choose_samples, find_pipeline
+from .validated import ValidatedNetworkHook, describe_weights, record
 
 
 @HOOKS.register_module()
-class GBRHook(Hook):
+class GBRHook(ValidatedNetworkHook):
     r"""Logs the Generalization Bound Regularizer (eq. 18) before training and while it goes on, and leaves no trace.
 
-    Measured on the same training samples through the whole run, without training augmentation (test pipeline), in eval
-    mode, on the weights that are being trained (``EMAHook``'s average is not looked at) and rank 0's batch norm
-    statistics. The samples are chosen by ``seed`` and their indices stored in the work dir (``gbr_samples_*.json``),
-    which a resumed run reads. They are kept in memory as the pipeline delivers them (150 kB a picture of 224 x 224).
+    Measured on the same training samples through the whole run, without training augmentation, in eval mode, on the
+    weights that validation sees: with ``EMAHook`` or an averaging hook of one's own the averaged ones, which are also
+    those of the checkpoint's ``state_dict``; before training, on those that it starts from. Batch norm statistics are
+    rank 0's. Each picture is loaded by the training
+    dataset's own steps, up to where it is there; the validation pipeline, without its loading, takes the place of
+    the rest. The samples are different ones, however often the dataset repeats them, are chosen by ``seed``, and their
+    indices are stored in the work dir (``gbr_samples_*.json``), which a resumed run reads. They are kept in memory as
+    the pipeline delivers them (150 kB a picture of 224 x 224). Samples that cannot be read, and that the dataset would
+    replace by others, are left out.
 
     Logged for each measurement, to the visualizer's scalars, with the epoch (or iteration) as step:
 
     ======================  ============================================================================
-    ``gbr/<output>``        mean of :math:`\lVert \partial f / \partial x \rVert_F^2`: logits or
+    ``gbr/<name>``          mean of :math:`\lVert \partial f / \partial x \rVert_F^2`: logits or
                             probabilities squared, per unit of x squared (see ``space``)
-    ``gbr/<output>_sem``    its standard error, over samples and probes
-    ``gbr/seconds``         time that the measurement took
+    ``gbr/<name>_sem``      its standard error, over samples and probes
+    ``gbr/averaged``        1 if the weights are others than those that are being trained, else 0
+    ``gbr/seconds``         time that the measurement took (of a second hook: ``gbr/<name>_seconds``)
     ======================  ============================================================================
+
+    ``measurements.json`` in the work dir says of each scalar which weights, samples and unit it has.
 
     Training with and without the hook gives the same weights, bit by bit; any number of processes logs the same values
     for the same weights. Every measurement uses the same probes, so that curves do not jitter. A value that is NaN or
@@ -48,18 +57,24 @@ class GBRHook(Hook):
             classes) backward passes each.
         batch_size: Samples differentiated at a time, which bounds the memory; ranks share out whole batches.
         projections: Random orthonormal output directions for each sample (unbiased); None: exact.
-        output: ``'logits'``, ``'probs'`` or ``'label_prob'`` (the paper's A_s(x)).
+        output: ``'logits'``, ``'probs'`` (what the head predicts: softmax or sigmoids) or ``'label_prob'`` (the paper's
+            A_s(x)).
         space: What x is: ``'normalized'``, what the network receives, or ``'pixel'``, 0..255 before normalisation.
-        interval: Measure every ``interval`` epochs (where training goes by iterations: iterations), and at the end.
+        interval: Measure every ``interval`` epochs (where training goes by iterations: iterations), and when training
+            ends, also early.
         seed: Of the choice of samples and of the probes.
         by_epoch: Whether ``interval`` counts epochs or iterations; None: as the training loop does.
-        pipeline: Transforms for the samples; None: those of the validation, else of the test dataloader.
+        pipeline: Transforms for the samples, loading included; None: those of the validation, else of the test
+            dataloader, behind the training dataset's own loading.
+        name: What the scalars are called: ``gbr/<name>``; None: ``output``. Two hooks of one output need two names.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or (before training starts) another hook logs under the same names,
+            the pixels are not in 0..255 (``space='pixel'``), or the head predicts no probabilities (``'probs'``).
     """
 
-    priority = "LOW"  # after SyncBuffersHook and parameter averaging, before CheckpointHook
+    priority = "LOW"  # after SyncBuffersHook
+    _way_out = "give one of them a name, such as GBRHook(name='logits_pixel')"
 
     def __init__(
         self,
@@ -72,7 +87,9 @@ class GBRHook(Hook):
         seed: int = 0,
         by_epoch: bool | None = None,
         pipeline: Sequence[dict] | None = None,
+        name: str | None = None,
     ):
+        super().__init__()
         check_options(output, projections, space, num_samples)
         check_integer("batch_size", batch_size, 1)
         check_integer("interval", interval, 1)
@@ -87,32 +104,50 @@ class GBRHook(Hook):
         self.interval = interval
         self.seed = seed
         self.by_epoch = by_epoch
+        check_type("name", name, (str, type(None)), "a word or None")
         self.pipeline = pipeline
+        self.name = name or output
+        self._seconds = "gbr/seconds"
         self._samples: FixedSamples | None = None
+
+    @property
+    def scalar_names(self) -> list[str]:
+        """Names of the scalars that are this hook's alone."""
+        return [f"gbr/{self.name}", f"gbr/{self.name}_sem"]
 
     def before_train(self, runner: Runner) -> None:
         """Choose and read the samples; measure the weights that training starts from (not those of a resumed run)."""
+        super().before_train(runner)
+        by_iteration = isinstance(runner.train_loop, IterBasedTrainLoop)
+        if self.by_epoch and by_iteration:
+            raise ValueError("by_epoch: expected False or None, since this run trains by iterations, got True")
         if self.by_epoch is None:
-            self.by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
-        dataset = runner.train_dataloader.dataset
-        indices = self._choose(runner, len(dataset))
-        self._samples = FixedSamples(dataset, self._test_pipeline(runner), indices, self.batch_size)
+            self.by_epoch = not by_iteration
+        if next(hook for hook in runner.hooks if isinstance(hook, GBRHook)) is not self:
+            self._seconds = f"gbr/{self.name}_seconds"
         with untouched(unwrap(runner.model)):
-            self._samples.read()
+            self._read_samples(runner)
         if runner.iter == 0:
-            self._measure(runner, 0)
+            self.measure(runner, 0, averaged=False)  # EMAHook's average begins with the first step
+        elif self._is_due(runner) and (not self.by_epoch or runner.iter % len(runner.train_dataloader) == 0):
+            # The run may have stopped between the checkpoint and the measurement.
+            self._pending = self._now(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Measure if ``interval`` counts epochs and this one is due."""
-        if self.by_epoch and (self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner)):
-            self._measure(runner, runner.epoch + 1)
+        """Note that a measurement is due if ``interval`` counts epochs."""
+        if self.by_epoch and self._is_due(runner, ahead=1):
+            self._pending = runner.epoch + 1
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
-        """Measure if ``interval`` counts iterations and this one is due."""
-        if not self.by_epoch and (self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)):
-            self._measure(runner, runner.iter + 1)
+        """Note that a measurement is due if ``interval`` counts iterations."""
+        if not self.by_epoch and self._is_due(runner, ahead=1):
+            self._pending = runner.iter + 1
 
-    def _measure(self, runner: Runner, step: int) -> None:
+    def due(self, runner: Runner) -> None:
+        """Nothing else than what ``interval`` has made due."""
+
+    def measure(self, runner: Runner, step: int, averaged: bool) -> None:
+        """Measure and log."""
         found = measure_gbr(
             unwrap(runner.model),
             self._samples,
@@ -121,8 +156,9 @@ class GBRHook(Hook):
             space=self.space,
             seed=self.seed,
         )
-        name = f"gbr/{self.output}"
-        scalars = {name: found.mean, f"{name}_sem": found.sem, "gbr/seconds": found.seconds}
+        values = [found.mean, found.sem]
+        scalars = dict(zip(self.scalar_names, values, strict=True))
+        scalars |= {"gbr/averaged": float(averaged), self._seconds: found.seconds}
         # Not through the message hub: the log of every later validation would repeat its latest values.
         runner.visualizer.add_scalars(scalars, step=step, file_path=f"{runner.timestamp}.json")
         how = "exact" if self.projections is None else f"{self.projections} projection(s)"
@@ -130,7 +166,8 @@ class GBRHook(Hook):
         note = statistics_note(unwrap(runner.model))
         runner.logger.info(
             f"GBR: {found.mean:.5g} ± {found.sem:.2g} at {when} ({self.output} to {self.space} inputs, "
-            f"{len(self._samples)} training samples, {how}, {found.seconds:.1f} s)" + (f"; {note}" if note else "")
+            f"{describe_weights(averaged)}, {len(self._samples)} different training samples, {how}, "
+            f"{found.seconds:.1f} s)" + (f"; {note}" if note else "")
         )
         if found.num_bad:
             runner.logger.warning(
@@ -138,8 +175,38 @@ class GBRHook(Hook):
                 "the network has diverged, or its outputs overflow; training goes on"
             )
 
-    def _choose(self, runner: Runner, length: int) -> list[int]:
+    def _is_due(self, runner: Runner, ahead: int = 0) -> bool:
+        done, last = (runner.epoch, runner.max_epochs) if self.by_epoch else (runner.iter, runner.max_iters)
+        return (done + ahead) % self.interval == 0 or done + ahead == last
+
+    def _now(self, runner: Runner) -> int:
+        return runner.epoch if self.by_epoch else runner.iter
+
+    def _read_samples(self, runner: Runner) -> None:
+        """Choose, read and check the samples, and write down what is measured."""
+        dataset = runner.train_dataloader.dataset
+        pipeline, loads = self._test_pipeline(runner), self.pipeline is not None
+        samples = FixedSamples(dataset, pipeline, [], self.batch_size, own_loading=not loads)  # refuses a dataset
+        samples = FixedSamples(dataset, pipeline, self._choose(runner), self.batch_size, own_loading=not loads).read()
+        if samples.left_out:
+            runner.logger.warning(
+                f"GBR: {len(samples.left_out)} of the chosen samples cannot be read and are left out, because the "
+                f"dataset would take others by chance: {', '.join(map(str, samples.left_out[:5]))}, ..."
+            )
+        if self.space == "pixel":
+            samples.check_pixels()
+        self._samples = samples
+        entry = {
+            "weights": "validated",
+            "samples": f"{len(samples)} of {len(dataset)} training samples",
+            "unit": f"{self.output}² {input_unit(unwrap(runner.model), self.space)}",
+        }
+        record(runner, dict.fromkeys(self.scalar_names, entry))
+
+    def _choose(self, runner: Runner) -> list[int]:
         """The samples' indices, the same on all ranks: from the work dir if they are there, else chosen and stored."""
+        dataset = runner.train_dataloader.dataset
+        length = len(dataset)
         settings = {"seed": self.seed, "num_samples": self.num_samples, "dataset_length": length}
         shared: list[list[int] | None] = [None]
         if is_main_process():
@@ -153,7 +220,7 @@ class GBRHook(Hook):
                         f"GBR: {path} is of a dataset of {stored.get('dataset_length')} samples, this one has "
                         f"{length}; other samples are chosen, so that the curve does not go on from the earlier run's"
                     )
-                shared = [choose_samples(length, self.num_samples, self.seed)]
+                shared = [choose_samples(dataset, self.num_samples, self.seed)]
                 path.write_text(json.dumps({**settings, "indices": shared[0]}) + "\n")
         broadcast_object_list(shared)
         return shared[0]

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from mmengine.dist import all_reduce, get_dist_info
+from mmengine.dist import all_gather_object, all_reduce, get_dist_info
 from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .._spread import spread
 from ..functional._checks import check_integer, check_number, check_seed
-from ..functional.attack import MAX_STEPS, input_gradient, pgd, sign_step
+from ..functional.attack import LEAST_EPS, MAX_STEPS, input_gradient, other_unit, pgd, sign_step
 from .measure import untouched
+from .samples import PIXEL_MAX, PixelSpan, WithoutReplacement
 
-PIXEL_MAX = 255.0
 ZERO_GRAD_LIMIT = 0.01  # share of samples without any gradient above which the attack says little
+CHECKED_SAMPLES = 64
 PGD_MARGIN = 10.0  # percentage points that FGSM may leave above PGD
 
 
@@ -59,11 +61,17 @@ class Robustness:
     pgd_steps: int
     zero_grad: float  # share of the samples whose gradient is zero at every pixel
     seconds: float
+    left_out: int = 0  # samples that could not be read, beside num_samples
 
     @property
     def warnings(self) -> list[str]:
         """What speaks against taking the accuracies as robustness, each with its usual cause."""
-        found = []
+        found = [f"eps: {other_unit(eps)}" for eps in self.fgsm if eps < LEAST_EPS][:1]
+        if self.left_out:
+            found.append(
+                f"{self.left_out} of {self.left_out + self.num_samples} samples cannot be read and are left out (the "
+                "dataset would take others by chance)"
+            )
         if self.clean == 0:
             found.append(
                 "clean accuracy is 0 %: the labels, the channel order or mean and std do not fit the checkpoint, or "
@@ -115,7 +123,7 @@ def measure_robustness(
     Args:
         model: Classifier of mmpretrain, not wrapped.
         dataset: Yields ``dict(inputs=..., data_samples=...)`` as ``PackInputs`` makes it: pixels ``(C, H, W)`` in
-            0..255, and a ``gt_label``.
+            0..255, and a ``gt_label``. Samples that it cannot read, and would replace by others, are left out.
         eps: Budgets in 1/255 of the pixel range, above 0 and up to 255.
         num_samples: How many samples, spread evenly over the dataset; None: all.
         batch_size: Samples per batch.
@@ -128,7 +136,7 @@ def measure_robustness(
         The accuracies, equal on all ranks.
 
     Raises:
-        ValueError: If the pixels are not in 0..255, differ in size within a batch, or the dataset is empty.
+        ValueError: If the pixels are not in 0..255, images differ in size within a batch, or there are no samples.
     """
     start = time.perf_counter()
     eps = check_pixel_eps(eps)
@@ -141,7 +149,7 @@ def measure_robustness(
     rank, world_size = get_dist_info()
     own = range(rank, len(batches), world_size)
     loader = DataLoader(
-        dataset,
+        WithoutReplacement(dataset),
         batch_sampler=[batches[i] for i in own],
         num_workers=num_workers,
         collate_fn=collate_pixels,
@@ -150,36 +158,52 @@ def measure_robustness(
     classify = PixelClassifier(model)
     device = next(model.parameters()).device
 
-    # Rows: label, zero gradient, clean prediction, prediction per attack. Each rank fills its columns, others stay 0.
+    # Rows: whether it was read, label, zero gradient, clean prediction, prediction per attack. Each rank fills its
+    # columns, others stay 0.
     attacks = len(eps) * (2 if pgd_steps else 1)
-    table = torch.zeros(3 + attacks, len(indices), dtype=torch.int64)
+    table = torch.zeros(4 + attacks, len(indices), dtype=torch.int64)
+    spans = []
+
+    def attack(pixels: Tensor, labels: Tensor, number: int) -> Tensor:
+        gradient, logits = input_gradient(classify, pixels, labels)
+        adversarial = [sign_step(pixels, gradient, e, lower=0.0, upper=PIXEL_MAX) for e in eps]
+        if pgd_steps:
+            # Seeded by the batch and not carried on, so that the ranks draw what a single process would.
+            for e in eps:
+                generator = torch.Generator(device).manual_seed(int(seed) * len(batches) + number)
+                options = dict(steps=pgd_steps, generator=generator, upper=PIXEL_MAX)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "eps: .*half a grey level")  # it is among the result's warnings
+                    adversarial.append(pgd(classify, pixels, labels, e, **options))
+        read = torch.ones_like(labels)
+        rows = [read, labels, ~_nonzero(gradient), logits.argmax(1), *(classify(x).argmax(1) for x in adversarial)]
+        return torch.stack([row.long() for row in rows])
+
     with untouched(classify):
         for done, (i, (pixels, labels)) in enumerate(zip(own, loader, strict=True), 1):
-            pixels, labels = pixels.to(device), labels.to(device)
-            gradient, logits = input_gradient(classify, pixels, labels)
-            adversarial = [sign_step(pixels, gradient, e, lower=0.0, upper=PIXEL_MAX) for e in eps]
-            if pgd_steps:
-                # Seeded by the batch and not carried on, so that the ranks draw what a single process would.
-                for e in eps:
-                    generator = torch.Generator(device).manual_seed(int(seed) * len(batches) + i)
-                    options = dict(steps=pgd_steps, generator=generator, upper=PIXEL_MAX)
-                    adversarial.append(pgd(classify, pixels, labels, e, **options))
-            rows = [labels, ~_nonzero(gradient), logits.argmax(1), *(classify(x).argmax(1) for x in adversarial)]
-            table[:, i * batch_size : i * batch_size + len(labels)] = torch.stack([r.long() for r in rows]).cpu()
+            if len(labels):
+                spans.append(PixelSpan.of(pixels))
+                rows = attack(pixels.to(device).float(), labels.to(device), i)
+                table[:, i * batch_size : i * batch_size + len(labels)] = rows.cpu()
             if progress is not None:
                 progress(done, len(own))
     all_reduce(table)
+    PixelSpan.join([span for part in all_gather_object(spans) for span in part]).check()
 
+    table = table[1:, table[0] == 1]
+    if not table.shape[1]:
+        raise ValueError(f"dataset: none of the {len(indices)} chosen samples can be read")
     labels, zero, clean, *attacked = table
     accuracies = [_accuracy(predicted, labels) for predicted in attacked]
     return Robustness(
-        num_samples=len(indices),
+        num_samples=len(labels),
         clean=_accuracy(clean, labels),
         fgsm=dict(zip(eps, accuracies, strict=False)),
         pgd=dict(zip(eps, accuracies[len(eps) :], strict=False)),
         pgd_steps=pgd_steps,
         zero_grad=zero.double().mean().item(),
         seconds=time.perf_counter() - start,
+        left_out=len(indices) - len(labels),
     )
 
 
@@ -196,8 +220,15 @@ def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:
     return values
 
 
-def collate_pixels(samples: Sequence[dict]) -> tuple[Tensor, Tensor]:
-    """Pixels ``(N, C, H, W)`` in float32, 0..255, and labels ``(N,)`` of packed samples."""
+def collate_pixels(samples: Sequence[dict | None]) -> tuple[Tensor, Tensor]:
+    """Pixels ``(N, C, H, W)`` in their own dtype and labels ``(N,)`` of packed samples, without those that are None.
+
+    Raises:
+        ValueError: If sizes differ, a pixel is out of the range, or a sample has no single label.
+    """
+    samples = [sample for sample in samples if sample is not None]
+    if not samples:
+        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     inputs = [sample["inputs"] for sample in samples]
     shapes = {tuple(x.shape) for x in inputs}
     if len(shapes) > 1:
@@ -206,16 +237,23 @@ def collate_pixels(samples: Sequence[dict]) -> tuple[Tensor, Tensor]:
             "in the test pipeline, or use batch_size=1"
         )
     pixels = torch.stack(inputs)
-    low, high = pixels.min().item(), pixels.max().item()
-    if not 0 <= low <= high <= PIXEL_MAX or (pixels.is_floating_point() and 0 < high <= 1):
-        raise ValueError(
-            f"dataset: expected pixels in 0..255, got {low:g}..{high:g}; eps is in 1/255 of that range, so leave "
-            "scaling and normalisation to the model's data_preprocessor (mean, std) and not to the pipeline"
-        )
+    PixelSpan.of(pixels).check(whole=False)
     labels = [sample["data_samples"].get("gt_label") for sample in samples]
     if any(label is None or label.numel() != 1 for label in labels):
         raise ValueError("dataset: expected one gt_label for each sample; attacks use the true label")
-    return pixels.float(), torch.cat(labels)
+    return pixels, torch.cat(labels)
+
+
+def check_dataset(dataset: Dataset, num_samples: int | None) -> None:
+    """Raise ``ValueError`` if some of the samples that an attack would meet show that it cannot be made.
+
+    Looked at are at most 64 of them, spread over the dataset: one picture, which may be black, does not tell the range.
+    """
+    chosen = spread(len(dataset), num_samples)
+    looked_at = [chosen[i] for i in spread(len(chosen), CHECKED_SAMPLES)]
+    source = WithoutReplacement(dataset)
+    spans = [PixelSpan.of(collate_pixels([source[index]])[0]) for index in looked_at]
+    PixelSpan.join(spans).check()
 
 
 def _nonzero(gradient: Tensor) -> Tensor:

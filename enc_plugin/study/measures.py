@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .._spread import spread
 from ..convert import audit
 from ..engine.audit_hook import unwrap
-from ..engine.gbr import find_pipeline
 from ..engine.measure import untouched
 from ..engine.robustness import PixelClassifier, collate_pixels, measure_robustness
+from ..engine.samples import find_pipeline
 from ..folded import FoldedAudit
 from ..functional import map_spectral_norm, residual_log_bound
 
@@ -67,7 +67,7 @@ def evaluate(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     with untouched(model):
         classify = PixelClassifier(model)
         for pixels, labels in DataLoader(dataset, batch_size=250, collate_fn=collate_pixels):
-            logits = classify(pixels).double()
+            logits = classify(pixels.float()).double()
             loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()
             margins.append(margin(logits, labels))

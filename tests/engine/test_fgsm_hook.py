@@ -87,8 +87,8 @@ def accuracies(line: dict) -> dict:
 def test_logs_accuracy_per_eps_zero_gradients_and_seconds(tmp_path):
     runner = train(with_hook(tmp_path / "run", eps=(0.5, 8), epochs=1))
     (line,) = attacks(tmp_path / "run")
-    names = ["fgsm/top1_clean", "fgsm/top1_eps0.5", "fgsm/top1_eps8", "fgsm/zero_grad", "fgsm/seconds", "step"]
-    assert list(line) == names
+    names = ["top1_clean", "top1_eps0.5", "top1_eps8", "zero_grad", "averaged", "seconds"]
+    assert list(line) == [*(f"fgsm/{name}" for name in names), "step"]
     assert line["fgsm/zero_grad"] == 0
     assert line["fgsm/seconds"] > 0
     assert line["step"] == runner.epoch == 1

@@ -48,7 +48,7 @@ def test_tool_reports_what_the_hook_logged_and_writes_table_json_and_pictures(ru
     assert report["eps"] == [4, 32]
     assert [entry["name"] for entry in report["checkpoints"]] == list(runs)
     text = capsys.readouterr().out
-    assert "checkpoint  clean  FGSM 4  FGSM 32  PGD-3 4  PGD-3 32  zero grad" in text
+    assert "checkpoint  weights      clean  FGSM 4  FGSM 32  PGD-3 4  PGD-3 32  zero grad" in text
     for entry, (_, checkpoint) in zip(report["checkpoints"], runs.values(), strict=True):
         logged = [line for line in scalars(Path(checkpoint).parent) if "fgsm/top1_clean" in line][-1]
         found = entry["result"]

@@ -42,7 +42,8 @@ def test_the_tool_repeats_what_the_hook_logged_and_writes_json_and_a_curve(finis
             assert measured["sha256"] == hashlib.sha256(file.read()).hexdigest()
         meta = torch.load(path)["meta"]
         assert measured["checkpoint"] == path
-        assert measured["meta"] == {key: meta[key] for key in ("epoch", "iter", "seed", "experiment_name")}
+        kept = {key: meta[key] for key in ("epoch", "iter", "seed", "experiment_name")}
+        assert measured["meta"] == kept | {"weights": "in training"}
     logged = {line["step"]: line for line in scalars(finished) if "gbr/logits" in line}
     for record in written["results"]:
         if record["output"] == "logits":
@@ -66,6 +67,7 @@ def test_one_checkpoint_gives_a_table_and_no_curve(finished, tmp_path):
     assert describe(records).splitlines()[0].split() == [
         "checkpoint",
         "epoch",
+        "weights",
         "output",
         "GBR",
         "±",

@@ -57,7 +57,7 @@ def test_tool_reports_what_the_hook_logged_and_writes_table_json_and_pictures(ru
         assert found["zero_grad"] == logged["fgsm/zero_grad"]
         assert found["pgd"]["32"] <= found["fgsm"]["32"] < found["clean"]
         assert entry["meta"]["epoch"] == 2
-        assert f"{entry['name']:10s}  {found['clean']:.2f}" in text
+        assert f"{entry['name']:10s}  in training  {found['clean']:.2f}" in text
         assert all(f"WARNING: {entry['name']}: {warning}" in text for warning in entry["warnings"])
 
     names = {"accuracy.png", "attack.json", "pictures_plain.png", "pictures_ENC.png"}

@@ -22,6 +22,7 @@ from .functional._checks import check_type
 from .functional.weights import check_alpha_option, check_variant, is_centered
 from .layers import POST_NORM_KEYS, ENCLayer, enc_class, lacks_attribute
 from .normalizable import check_all_normalizable, check_normalizable
+from .plain_weights import describe_plain_majority, plain_weights
 from .preserve import Plan, Preservation
 from .reparametrized import copies_of_results
 from .startup_average import average_from_start, drop_averages
@@ -41,13 +42,14 @@ class NoEffectWarning(UserWarning):
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """One ENC layer of a converted model."""
+    """One ENC layer of a converted model; ``fold`` gives it a bias that its stock layer lacks if ``adds_bias``."""
 
     name: str
     type: str
     variant: str
     alpha: float | str
     post_norm: bool
+    adds_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class ConversionReport:
         rows = [(x.name, x.type, x.variant, f"{x.alpha}", "yes" if x.post_norm else "") for x in self.layers]
         text = format_table(("layer", "type", "variant", "alpha", "post-norm"), rows)
         text = "\n".join([text, *(f"plain: {name} ({why})" for name, why in self.skipped.items())])
+        added = [layer.name for layer in self.layers if layer.adds_bias]
+        if added:
+            text += f"\nget a bias when folded, which the stock layers lack: {', '.join(added)}"
         return text if self.preserved is None else f"{text}\n{self.preserved}"
 
 
@@ -150,8 +155,8 @@ def to_enc(
             _check_same_options(name, module, variant, alpha)
         else:
             _check_names(name, module, alpha, module in needs_norm)
-    plain_weights = {name: modules[name].weight for name in selected if not isinstance(modules[name], ENCLayer)}
-    check_all_normalizable(plain_weights, variant)
+    weights = {name: modules[name].weight for name in selected if not isinstance(modules[name], ENCLayer)}
+    check_all_normalizable(weights, variant)
 
     has_norm = needs_norm | {layer for _, layer in enc_layers(model) if layer.enc_norm is not None}
     plan = None
@@ -169,11 +174,16 @@ def to_enc(
             module._init_enc(variant, alpha, module in needs_norm)
         elif module in needs_norm and module.enc_norm is None:
             module.add_post_norm()
-        layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, module.enc_norm is not None))
+        has_norm = module.enc_norm is not None
+        adds_bias = has_norm and module.bias is None
+        layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, has_norm, adds_bias))
     _guard_fusers(model)
     if layers:
         average_from_start(model)
-    report = ConversionReport(layers, _plain_weights(model, selected, problems), _keep_function(plan, variant))
+    report = ConversionReport(layers, plain_weights(model, problems), _keep_function(plan, variant))
+    text = describe_plain_majority(model, {x: why for x, why in report.skipped.items() if x in problems})
+    if text and report.layers:
+        warnings.warn(f"to_enc: {text}; report.skipped names them", UserWarning, stacklevel=2)
     if not report.layers:
         warnings.warn(
             f"to_enc changed nothing: {type(model).__name__} has no Conv1d/2d/3d or Linear layer"
@@ -340,22 +350,6 @@ def _layers_without_batch_norm(model: nn.Module) -> set[nn.Module]:
         if _SE_BLOCK.search(type(module).__name__):
             due.update(m for m in module.modules() if _is_layer(m))
     return due - followed
-
-
-def _plain_weights(model: nn.Module, selected: list[str], problems: dict[str, str]) -> dict[str, str]:
-    """Modules that hold a matrix-like weight of their own and are no ENC layers, with the reason."""
-    plain = {}
-    for name, module in model.named_modules():
-        has_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
-        if name in selected or not (has_matrix or name in problems):
-            continue
-        if name in problems:
-            plain[name] = problems[name]
-        elif _is_layer(module):
-            plain[name] = "left out by include / exclude"
-        else:
-            plain[name] = f"{type(module).__name__} has no ENC layer"
-    return plain
 
 
 def _check_names(name: str, layer: nn.Module, alpha: float | str, needs_norm: bool) -> None:

@@ -155,16 +155,8 @@ ARCHITECTURES = [
     tv("ConvNeXt", block_setting=[CNBlockConfig(24, 48, 1), CNBlockConfig(48, None, 2)]),
     tv("VisionTransformer", redraw=("heads.head",), image_size=64, patch_size=16, **TORCHVISION_VIT),
     tv("SwinTransformer", **TORCHVISION_SWIN),
-    tv(
-        "SwinTransformer v2",
-        enc=TWO_INPUTS,
-        block=SwinTransformerBlockV2,
-        downsample_layer=PatchMergingV2,
-        **TORCHVISION_SWIN,
-    ),
-    tv(
-        "MaxVit", input_size=(64, 64), stem_channels=16, partition_size=4, block_channels=[16, 32], **TORCHVISION_MAXVIT
-    ),
+    tv("SwinTransformer v2", enc=TWO_INPUTS, **TORCHVISION_SWIN, **SECOND_SWIN),
+    tv("MaxVit", **TORCHVISION_MAXVIT),
     tv("r2plus1d_18", 32, frames=4),
     tv("mc3_18", 32, frames=4),
     #

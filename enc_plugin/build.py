@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import _needs_mmengine  # noqa: F401
 
 # isort: split
+import copy
 import difflib
 import os
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -92,7 +93,7 @@ def pick_device(name: str | torch.device | None) -> torch.device:
 
 
 def build_model(config: Config) -> nn.Module:
-    """Model of a config, neither initialised nor loaded.
+    """Model of a config in eval mode, neither initialised nor loaded.
 
     Raises:
         ValueError: If there is none, or it cannot be built.
@@ -102,10 +103,14 @@ def build_model(config: Config) -> nn.Module:
     from . import _needs_mmpretrain  # noqa: F401
 
     # isort: split
-    from mmpretrain import get_model
+    import mmpretrain.models  # noqa: F401
 
+    settings = copy.deepcopy(config.model)
+    settings.setdefault("data_preprocessor", copy.deepcopy(config.get("data_preprocessor")))
     try:
-        return get_model(config, pretrained=False)
+        # Not by mmpretrain's get_model, which fails where a config's parts are classes.
+        with DefaultScope.overwrite_default_scope("mmpretrain"):
+            return MODELS.build(settings).eval()
     except Exception as error:
         raise Refused(
             f"config: its model cannot be built ({describe(error)})", "check the arguments of `model` in the config"

@@ -21,6 +21,7 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
+from .build import build_model
 from .loadable import numpy_globals
 from .loading import load_trained
 
@@ -194,10 +195,8 @@ def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
         FileNotFoundError: If there is no such file.
         ValueError: As :func:`read_checkpoint`, and if the checkpoint does not fit the model.
     """
-    from mmpretrain import get_model  # here: the package admits checkpoints before mmpretrain is needed
-
     state_dict, rest = read_checkpoint(path)
-    model = get_model(config, pretrained=False)
+    model = build_model(config)
     try:
         load_trained(model, state_dict)
     except ValueError as error:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +29,9 @@ from .convert import enc_layers, fold
 from .functional._checks import check_integer, check_number
 from .layers import ENC_LAYERS
 from .loading import load_trained
+from .models import ENCImageClassifier, GBRImageClassifier
 from .origin import saved_settings
+from .parts import part_class
 from .version import __version__
 
 _ENC_OPTIONS = ("variant", "alpha", "post_norm")
@@ -156,12 +158,11 @@ def _to_stock(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     node = {key: _to_stock(value) for key, value in node.items()}
-    kind = node.get("type")
-    kind = kind.rsplit(".", 1)[-1] if isinstance(kind, str) else getattr(kind, "__name__", "")
-    plain = {cls.__name__: stock.__name__ for stock, cls in ENC_LAYERS.items()}
+    kind = part_class(node, MODELS)
+    plain = {cls: stock.__name__ for stock, cls in ENC_LAYERS.items()}
     if kind in plain:
         node = {key: value for key, value in node.items() if key not in _ENC_OPTIONS} | {"type": plain[kind]}
-    elif kind in ("ENCImageClassifier", "GBRImageClassifier"):
+    elif kind in (ENCImageClassifier, GBRImageClassifier):
         own = ("enc", "gbr_penalty")
         node = {key: value for key, value in node.items() if key not in own} | {"type": "ImageClassifier"}
     elif str(node.get("model_name", "")).startswith("enc_"):  # a model of enc_plugin.timm

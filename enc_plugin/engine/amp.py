@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from logging import Logger
 
 import torch
-from mmengine.optim import OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 from torch import nn
+
+from ..parts import part_class
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -31,11 +33,9 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 def without_cuda(optim_wrapper, logger: Logger):
     """``AmpOptimWrapper`` in a config becomes :class:`BFloat16OptimWrapper` where there is no CUDA; else unchanged."""
-    if (
-        torch.cuda.is_available()
-        or not isinstance(optim_wrapper, dict)
-        or optim_wrapper.get("type") != "AmpOptimWrapper"
-    ):
+    if torch.cuda.is_available() or not isinstance(optim_wrapper, dict):
+        return optim_wrapper
+    if part_class(optim_wrapper, OPTIM_WRAPPERS) is not AmpOptimWrapper:
         return optim_wrapper
     logger.info("ENC: no CUDA, mixed precision is bfloat16 autocast without loss scaling")
     own = {k: v for k, v in optim_wrapper.items() if k not in ("loss_scale", "dtype", "use_fsdp")}

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
+from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS, DefaultScope
 
 from ..functional import decay_efolds
+from ..parts import part_class
 
 
 def config_efolds(cfg: Config, iterations: int) -> float | None:
@@ -26,10 +27,12 @@ def config_efolds(cfg: Config, iterations: int) -> float | None:
         rate of its own.
     """
     optimizer = dict(cfg.optim_wrapper.optimizer)
-    if optimizer["type"] not in ("SGD", "AdamW"):
+    kind = part_class(optimizer, OPTIMIZERS)
+    if kind not in (torch.optim.SGD, torch.optim.AdamW):
         return None
-    momentum = {key: optimizer.get(key, 0.0) for key in ("momentum", "dampening")} if optimizer["type"] == "SGD" else {}
-    decay = optimizer.get("weight_decay", 0.0 if optimizer["type"] == "SGD" else 0.01)
+    is_sgd = kind is torch.optim.SGD
+    momentum = {key: optimizer.get(key, 0.0) for key in ("momentum", "dampening")} if is_sgd else {}
+    decay = optimizer.get("weight_decay", 0.0 if is_sgd else 0.01)
     return decay_efolds(learning_rates(cfg, iterations), decay, **momentum)
 
 

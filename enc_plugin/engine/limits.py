@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..parts import part_class
 from .measure import recomputed
 
 _OWN_BATCH = (
@@ -60,8 +61,7 @@ def check_distributed(sync_bn: str | None, model_wrapper_cfg: Mapping | None, mo
         ValueError: For synchronised batch norm where there is none, and for sharded parameters.
     """
     if model_wrapper_cfg is not None and "type" in model_wrapper_cfg:
-        kind = model_wrapper_cfg["type"]
-        refuse_sharding(MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind)
+        refuse_sharding(part_class(model_wrapper_cfg, MODEL_WRAPPERS))
     if get_device() == "cpu":
         layers = [name for name, module in model.named_modules() if type(module).__name__ == "SyncBatchNorm"]
         if sync_bn is not None or layers:

@@ -16,6 +16,7 @@ from torch import nn
 from .. import shift
 from ..functional._checks import check_type
 from ..optim import DEFAULT_SHIFT_EPS, DecayRules, describe_groups
+from ..parts import part_class
 from .limits import refuse_sharding
 
 # What the decay rules know, then what concerns mmengine and the optimizer.
@@ -72,12 +73,9 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         check_type("custom_keys", self.paramwise_cfg.get("custom_keys", {}), dict, "a dict of a dict for each key")
 
     def _optimizer_class(self) -> type[torch.optim.Optimizer]:
-        cls = self.optimizer_cfg["type"]
-        if isinstance(cls, str):
-            with OPTIMIZERS.switch_scope_and_registry(None) as registry:
-                cls = registry.get(cls)
-            if cls is None:
-                raise ValueError(f"optimizer: {self.optimizer_cfg['type']!r} is not in the registry of optimizers")
+        cls = part_class(self.optimizer_cfg, OPTIMIZERS)
+        if cls is None:
+            raise ValueError(f"optimizer: {self.optimizer_cfg['type']!r} is not in the registry of optimizers")
         return cls
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **_: Any) -> None:

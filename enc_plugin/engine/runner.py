@@ -13,7 +13,7 @@ from mmengine.dist import broadcast_object_list, is_distributed, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,9 +23,11 @@ from ..checkpoint import find_damage, latest_checkpoint, replacing
 from ..convert import enc_layers
 from ..loadable import make_loadable
 from ..loading import Loading, check_trained_as
+from ..parts import part_class
 from ..startup_average import average_from_start
 from .amp import without_cuda
 from .audit_hook import unwrap
+from .checkpoint_hook import ENCCheckpointHook
 from .guard import check_loop, check_work_dir
 from .limits import check_distributed, refuse_strategy
 from .rng_hook import RNGStateHook
@@ -267,8 +269,10 @@ class ENCRunner(Runner):
 
     def register_hook(self, hook: Hook | dict, priority: str | int | None = None) -> None:
         """Register as mmengine does, with ENCCheckpointHook for CheckpointHook."""
-        if isinstance(hook, dict) and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook", CheckpointHook):
-            hook = dict(hook, type="ENCCheckpointHook")
+        if isinstance(hook, dict) and part_class(hook, HOOKS) is CheckpointHook:
+            hook = dict(hook, type=ENCCheckpointHook)
+        elif type(hook) is CheckpointHook:
+            hook.__class__ = ENCCheckpointHook
         super().register_hook(hook, priority)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:

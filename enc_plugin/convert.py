@@ -20,6 +20,7 @@ from ._table import format_table
 from .folded import FoldedAudit, audit_folded
 from .functional._checks import check_type
 from .functional.weights import check_alpha_option, check_variant, is_centered
+from .late_surgery import refuse_wrapped, watch_optimizers
 from .layers import POST_NORM_KEYS, ENCLayer, enc_class, lacks_attribute
 from .normalizable import check_all_normalizable, check_normalizable
 from .plain_weights import describe_plain_majority, plain_weights
@@ -90,7 +91,9 @@ def to_enc(
     """Turn the convolutions and linear layers of ``model`` into ENC layers, in place.
 
     Modules keep their identity, names, hooks, parameters and weight values (only their class changes), so that
-    optimizers, references and checkpoints of the plain model stay valid. No random numbers are drawn.
+    references and checkpoints of the plain model stay valid. No random numbers are drawn. Make the optimizer, and wrap
+    the model (``DistributedDataParallel``), afterwards: older ones do not know the batch norms and learnable alphas
+    that are added.
     Layers that are ENC already are checked against the options and get a post-norm where one is due.
 
     Subclasses of the stock layers (mmcv's wrappers, timm's ``Conv2dSame``, ...) are converted if they compute with
@@ -117,7 +120,8 @@ def to_enc(
     Raises:
         ValueError: If an option is unknown, a pattern matches no layer, a layer cannot be normalised (a row of one
             element, a constant row), a layer is ENC already with another variant or alpha, or ``preserve`` finds a
-            layer whose scale no batch norm can take. The model is then unchanged.
+            layer whose scale no batch norm can take, or the model is wrapped for distributed training already and
+            would get new parameters. The model is then unchanged.
         TypeError: If an argument is of another type.
 
     Warns:
@@ -157,6 +161,9 @@ def to_enc(
             _check_names(name, module, alpha, module in needs_norm)
     weights = {name: modules[name].weight for name in selected if not isinstance(modules[name], ENCLayer)}
     check_all_normalizable(weights, variant)
+    gains = [name for name in selected if _gains_parameters(modules[name], alpha, modules[name] in needs_norm)]
+    if gains:
+        refuse_wrapped(model)
 
     has_norm = needs_norm | {layer for _, layer in enc_layers(model) if layer.enc_norm is not None}
     plan = None
@@ -177,6 +184,7 @@ def to_enc(
         has_norm = module.enc_norm is not None
         adds_bias = has_norm and module.bias is None
         layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, has_norm, adds_bias))
+    watch_optimizers((name, modules[name]) for name in gains)
     _guard_fusers(model)
     if layers:
         average_from_start(model)
@@ -350,6 +358,12 @@ def _layers_without_batch_norm(model: nn.Module) -> set[nn.Module]:
         if _SE_BLOCK.search(type(module).__name__):
             due.update(m for m in module.modules() if _is_layer(m))
     return due - followed
+
+
+def _gains_parameters(layer: nn.Module, alpha: float | str, needs_norm: bool) -> bool:
+    if isinstance(layer, ENCLayer):
+        return needs_norm and layer.enc_norm is None
+    return needs_norm or alpha == "learnable"
 
 
 def _check_names(name: str, layer: nn.Module, alpha: float | str, needs_norm: bool) -> None:

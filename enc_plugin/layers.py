@@ -516,7 +516,9 @@ def enc_class(plain_class: type[nn.Module]) -> type[ENCLayer] | None:
 def reserved_attributes(layer: nn.Module) -> list[str]:
     """Attributes of a subclass of a stock layer whose names the ENC class needs and has no other name for."""
     defined = (name for cls in (ENCLayer, _ENCSubclass) for name in vars(cls) if not hasattr(nn.Module, name))
-    return [name for name in defined if name not in (*_PUBLIC, "fuse") and not lacks_attribute(layer, name)]
+    taken = [name for name in defined if name not in (*_PUBLIC, "fuse") and not lacks_attribute(layer, name)]
+    has_extra_state = type(layer).get_extra_state is not nn.Module.get_extra_state
+    return taken + ["get_extra_state"] * has_extra_state
 
 
 @cache

@@ -58,11 +58,11 @@ def test_a_norm_and_an_activation_inside_a_layer_keep_their_place(norm, activati
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), Detectron(4, 6, 3, norm=copy.deepcopy(norm), activation=activation)
     ).eval()
-    x, keys = torch.randn(2, 3, 8, 8), list(model.state_dict())
+    x, names = torch.randn(2, 3, 8, 8), [name for name, _ in model.named_parameters()]
     expected = with_effective_weight(model[1])(with_effective_weight(model[0])(x))
     assert len(to_enc(model)) == 2
     torch.testing.assert_close(model(x), expected)
-    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_parameters()] == names
     assert (model[1].norm is None) == (norm is None)
     folded = fold(model)
     assert type(folded[1]) is Detectron
@@ -75,7 +75,7 @@ def test_a_post_norm_goes_beside_the_norm_that_a_layer_has():
     own = model[0].norm
     to_enc(model, post_norm=True)
     assert model[0].norm is own
-    assert {key.split(".")[1] for key in model.state_dict()} == {"weight", "bias", "norm", "post_norm"}
+    assert {name.split(".")[1] for name, _ in model.named_parameters()} == {"weight", "bias", "norm", "post_norm"}
 
 
 def test_a_post_norm_is_not_put_behind_an_activation_because_it_could_not_be_folded():

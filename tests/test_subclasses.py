@@ -139,7 +139,7 @@ def test_trying_a_layer_out_leaves_it_and_the_random_state_alone():
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     to_enc(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
 def test_a_pattern_on_a_layer_that_must_stay_plain_is_an_error():

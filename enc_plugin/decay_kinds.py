@@ -19,6 +19,8 @@ WHOLE = "whole"  # it has no decay (LBFGS, Rprop): the regularizer's whole gradi
 
 # RAdam's first five steps are those of SGD, with which all ways agree.
 _TRIAL_STEPS = 8
+# No round numbers: a decay by 0.1 of 0.5 would equal a step by the gradient's sign with learning rate 0.05.
+_TRIAL_LR, _TRIAL_DECAY = 0.0371, 0.113
 
 Offsets = list[tuple[list[Tensor], list[Tensor]]]
 
@@ -120,11 +122,11 @@ def decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str |
             torch.compiler.set_stance("force_eager"),
             torch.enable_grad(),
         ):
-            effect = (end(None, pull, 0.1) - end(None, pull, 0.0)).abs().max()
+            effect = (end(None, pull, _TRIAL_DECAY) - end(None, pull, 0.0)).abs().max()
             if effect == 0:
                 return WHOLE
             for kind in (GRADIENT, WEIGHT, AROUND):
-                if (end(kind, torch.zeros_like(pull), 0.1) - rest).abs().max() <= 1e-3 * effect:
+                if (end(kind, torch.zeros_like(pull), _TRIAL_DECAY) - rest).abs().max() <= 1e-3 * effect:
                     return kind
     except Exception:  # any: the class is unknown, and so is what it needs
         return None
@@ -140,7 +142,7 @@ def _trial(
     settings |= {"weight_decay": decay, "differentiable": False}
     if settings.get("lr") is not None:
         # Another one than the optimizer's default: some multiply the decay by lr / default lr.
-        settings["lr"] = torch.full_like(settings["lr"], 0.05) if isinstance(settings["lr"], Tensor) else 0.05
+        settings["lr"] = torch.full_like(settings["lr"], _TRIAL_LR) if isinstance(settings["lr"], Tensor) else _TRIAL_LR
     twin = _twin(optimizer, {"params": [weight], **settings})
     step = type(optimizer).step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step  # no one's hooks

@@ -102,12 +102,14 @@ def _check(group: dict[str, Any]) -> None:
 
 
 def _inner_optimizers(optimizer: Optimizer) -> Iterator[Any]:
-    """Optimizers that ``optimizer`` holds, alone or in a list or dict, and to which it leaves their parameters."""
+    """Optimizers that ``optimizer`` holds: alone, in a list or a dict, or one of their methods."""
     for name, value in vars(optimizer).items():
         if name in ("state", "param_groups", "defaults"):
             continue
         values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        yield from (v for v in values if isinstance(getattr(v, "param_groups", None), list) and v is not optimizer)
+        for held in (getattr(value, "__self__", value) for value in values):
+            if isinstance(getattr(held, "param_groups", None), list) and held is not optimizer:
+                yield held
 
 
 def _own_groups(optimizer: Optimizer) -> list[tuple[int, dict[str, Any]]]:
@@ -127,9 +129,15 @@ def _is_differentiable(optimizer: Optimizer) -> bool:
 class _Step:
     """A running call of ``step``: which frame runs it, and whether its groups were shifted or left to an inner call."""
 
-    def __init__(self, frame: Any):
+    def __init__(self, frame: Any, groups: list[tuple[str, dict[str, Any]]]):
         self.frame = None if frame is None else (id(frame), frame.f_code)
+        self.groups = groups
         self.shifted = self.left = False
+
+    def shares(self, groups: list[tuple[str, dict[str, Any]]]) -> bool:
+        """Whether a parameter is in both."""
+        own = {id(p) for _, group in self.groups for p in group["params"]}
+        return any(id(p) in own for _, group in groups for p in group["params"])
 
     def runs(self, frame: Any) -> bool:
         """Whether the call encloses ``frame``; not so if an exception ended it."""
@@ -146,6 +154,7 @@ class _Shift:
 
     def __init__(self, optimizer: Optimizer):
         self.warn: Callable[[str], None] = _warn
+        self.said: set[str] = set()
         self.kinds: dict[int, str] = {}
         self.offsets: Offsets = []
         self.step: _Step | None = None
@@ -158,6 +167,12 @@ class _Shift:
             optimizer.register_load_state_dict_pre_hook(_see_loading)
         optimizer.__getstate__ = partial(_state_of_copies, weakref.ref(optimizer))
 
+    def say(self, text: str) -> None:
+        """Warn, once."""
+        if text not in self.said:
+            self.said.add(text)
+            self.warn(f"ENC: {text}")
+
     def kind(self, optimizer: Optimizer, index: int, group: dict[str, Any]) -> str:
         """How to shift a group: as the user said, unless that holds for neither way, else as a trial says."""
         if index not in self.kinds:
@@ -166,18 +181,19 @@ class _Shift:
         kind, decoupled = self.kinds[index], group.get("enc_decoupled")
         return kind if decoupled is None or kind == AROUND else WEIGHT if decoupled else GRADIENT
 
+    @torch.compiler.disable  # a trial is no part of a compiled step
     def _find_kind(self, optimizer: Optimizer, group: dict[str, Any]) -> str:
         kind, name = decay_kind(optimizer, group), type(optimizer).__name__
         if group.get("enc_decoupled") is None:
             if kind is None:
-                self.warn(
-                    f"ENC: unknown optimizer {name}: assuming that it applies weight decay through the gradient. "
+                self.say(
+                    f"unknown optimizer {name}: assuming that it applies weight decay through the gradient. "
                     "Pass decoupled=True (in a config: paramwise_cfg=dict(decoupled_decay=True)) if it shrinks the "
                     "weights themselves, like AdamW."
                 )
             elif kind == WHOLE:
-                self.warn(
-                    f"ENC: {name} has no weight decay of its own: weights with shift_eps get the gradient of the "
+                self.say(
+                    f"{name} has no weight decay of its own: weights with shift_eps get the gradient of the "
                     "shifted decay, all others none; the loss that it sees has no decay in it."
                 )
         return kind or GRADIENT
@@ -196,11 +212,14 @@ class _Shift:
         if not groups:
             return None
         frame = None if torch.compiler.is_compiling() else sys._getframe(1)
-        if self.step is not None and self.step.runs(frame):
-            if self.step.shifted:  # an overridden step() that calls super().step()
+        outer = self.enclosing(frame, groups)
+        if outer is not None:
+            if outer.shifted:
                 return None
-            self.step.left = True
-        step = self.step = _Step(frame)
+            outer.left = True
+        step = self.step = _Step(frame, groups)
+        if frame is not None:
+            _stepping.add(self)
         self.restore(optimizer)  # what a step took that an exception ended
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
@@ -218,12 +237,24 @@ class _Shift:
             return args, {**kwargs, "closure": shifted_closure}
         return (args[0], shifted_closure, *args[2:]), kwargs
 
+    def enclosing(self, frame: Any, groups: list[tuple[str, dict[str, Any]]]) -> _Step | None:
+        """The call of ``step`` within which this one runs: a wrapper's, or one that calls ``super().step()``."""
+        if frame is None:  # torch.compile knows no frames
+            return self.step
+        steps = [shift.step for shift in list(_stepping) if shift.step is not None]
+        return next((step for step in steps if step.shares(groups) and step.runs(frame)), None)
+
     def shift(self, optimizer: Optimizer, groups: list[tuple[str, dict[str, Any]]], step: _Step) -> None:
         """Shift ``groups``; weights that the shift moves move once a step, however often the gradient is computed."""
         # Fused optimizers unscale, and skip the step of an infinite gradient, within their kernel: after this.
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         with torch.set_grad_enabled(_is_differentiable(optimizer)):
             for kind, group in groups:
+                if not isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"] == 0:
+                    self.say(
+                        "a group with shift_eps has weight_decay 0 within the step, so nothing decays and nothing is "
+                        "shifted; a wrapper that decays weights by itself (LARC) cannot have the shift"
+                    )
                 if kind != WEIGHT or not step.shifted:
                     self.offsets += shift_group(kind, group, scale, found_inf)
         step.shifted = True
@@ -231,7 +262,11 @@ class _Shift:
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Put back what the step was not to see."""
         self.restore(optimizer)
+        if self.step is not None and not self.step.shifted and not self.step.left:
+            self.say(f"{type(optimizer).__name__}.step did not call its closure, so the decay was not shifted")
         self.step = None
+        if not torch.compiler.is_compiling():
+            _stepping.discard(self)
 
     def restore(self, optimizer: Optimizer) -> None:
         """Put back what the way 'around' took from the weights."""
@@ -258,6 +293,9 @@ class _Shift:
             for was, found in zip(own, loaded, strict=True)
         ]
         return {**state, "param_groups": groups}
+
+
+_stepping: weakref.WeakSet[_Shift] = weakref.WeakSet()
 
 
 def _shift_of(optimizer: Optimizer) -> _Shift:

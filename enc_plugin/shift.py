@@ -104,7 +104,7 @@ def _check(group: dict[str, Any]) -> None:
 def _inner_optimizers(optimizer: Optimizer) -> Iterator[Any]:
     """Optimizers that ``optimizer`` holds: alone, in a list or a dict, or one of their methods."""
     for name, value in vars(optimizer).items():
-        if name in ("state", "param_groups", "defaults"):
+        if name in ("state", "param_groups", "defaults") or name.startswith("_optimizer_"):
             continue
         values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
         for held in (getattr(value, "__self__", value) for value in values):
@@ -328,7 +328,8 @@ def _see_loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] 
 
 def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Step hook of all optimizers: those whose groups carry the shift get a hook of their own, behind all others."""
-    if any("shift_eps" in group for group in optimizer.param_groups) and _own_groups(optimizer):
+    shifts = any("shift_eps" in group for group in optimizer.param_groups)
+    if shifts and ("_enc_shift" in vars(optimizer) or _own_groups(optimizer)):
         _shift_of(optimizer).come_last(optimizer)
 
 

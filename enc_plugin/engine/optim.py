@@ -32,6 +32,7 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     :math:`\lambda (W - \epsilon U)` (:func:`enc_plugin.functional.shifted_l2_grad`), once per optimizer step, after
     unscaling and clipping. Works for any torch optimizer: with coupled decay (SGD, Adam, LARS) the shift joins the
     gradient; with decoupled decay (AdamW) it joins the decay, which Lamb scales together with the rest of the update.
+    A resumed run takes the shift of its config, not the checkpoint's, and logs a warning if they differ.
     Parameters with equal settings share one group.
 
     Args:
@@ -44,7 +45,7 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
               ``custom_keys``;
             - ``plain_shift``: variant by whose rule the weights of plain convolutions and linear layers get the shift
               too, to tell its effect from that of the constraint; default None: they get plain decay;
-            - ``decoupled_decay``: whether the optimizer's decay is decoupled, for optimizers outside torch.
+            - ``decoupled_decay``: whether the optimizer's decay is decoupled, for optimizers that a trial cannot tell.
 
             An entry of ``custom_keys`` multiplies and overrides only what it names; biases below it stay without decay
             unless it sets ``decay_mult``.

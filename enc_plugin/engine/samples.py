@@ -32,7 +32,8 @@ class WithoutReplacement(Dataset):
     """A dataset whose unreadable samples are None, where mmengine's datasets take another sample by chance.
 
     mmengine's datasets draw a replacement if the pipeline returns None (``LoadImageFromFile(ignore_empty=True)`` does
-    for a missing picture). A measurement would count the replacement twice, and depend on the random state.
+    for a missing picture), other datasets if it fails. A measurement would count the replacement twice, and depend on
+    the random state. A dataset that lets its pipeline fail fails here too.
     """
 
     def __init__(self, dataset: Dataset):
@@ -44,9 +45,13 @@ class WithoutReplacement(Dataset):
     def __getitem__(self, index: int) -> dict | None:
         """The sample under the dataset's own pipeline, or None."""
 
+        calls = 0
+
         def guarded(leaf: object, own: Callable[[dict], dict | None]) -> Callable[[dict], dict]:
             def run(info: dict) -> dict:
-                sample = own(info)
+                nonlocal calls
+                calls += 1
+                sample = own(info) if calls == 1 else None  # a second call is for the replacement
                 if sample is None:
                     raise _Stop(leaf, None)
                 return sample
@@ -156,7 +161,12 @@ class FixedSamples:
         if not self._own_loading:
             return _run(self._steps, info)
         picture = getattr(self._steps[-1], "input_key", "img") if self._steps else "img"
-        results = _load(leaf, info, picture)
+        try:
+            results = _load(leaf, info, picture)
+        except Exception:
+            if WithoutReplacement(self.dataset)[index] is not None:  # fails too, unless the dataset would replace it
+                raise
+            return None
         if results is None:
             return None
         if id(leaf) not in self._kept:

@@ -191,10 +191,10 @@ def folder(path, missing=()):
     return path
 
 
-def listed(path, lines, **loading):
+def listed(path, lines, kind=CustomDataset, **loading):
     (path / "ann.txt").write_text("".join(f"{i}.png {i % 2}\n" for i in lines))
     pipeline = [dict(type="LoadImageFromFile", **loading), dict(type="PackInputs")]
-    return CustomDataset(data_root=str(path), ann_file="ann.txt", classes=["a", "b"], pipeline=pipeline)
+    return kind(data_root=str(path), ann_file="ann.txt", classes=["a", "b"], pipeline=pipeline)
 
 
 def test_a_file_that_is_listed_twice_is_one_sample(tmp_path):
@@ -213,6 +213,28 @@ def test_samples_that_cannot_be_read_are_left_out_and_no_other_takes_their_place
     single = WithoutReplacement(dataset)
     assert single[3] is None
     assert single[5]["inputs"].max() == 15
+
+
+class _Retries(CustomDataset):
+    """Takes another picture if one cannot be opened, as many datasets do."""
+
+    def __getitem__(self, index):
+        while True:
+            try:
+                return self.prepare_data(index)
+            except Exception:
+                index = np.random.randint(len(self))
+
+
+def test_a_dataset_that_retries_with_another_index_does_so_in_no_measurement(tmp_path):
+    path = folder(tmp_path / "data", missing=[0, 3])
+    dataset = listed(path, range(12), kind=_Retries)
+    assert [index for index in range(12) if WithoutReplacement(dataset)[index] is None] == [0, 3]
+    assert FixedSamples(dataset, VAL, range(6), 2).read().left_out == [0, 3]
+    failing = listed(path, range(12))
+    for read in (lambda: WithoutReplacement(failing)[3], lambda: FixedSamples(failing, VAL, range(6), 2).read()):
+        with pytest.raises(FileNotFoundError, match="png"):
+            read()
 
 
 class _Threshold(torch.nn.Module):

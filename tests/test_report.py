@@ -182,3 +182,47 @@ def test_the_monitors_scalars_stand_at_their_iteration_and_are_drawn_by_layer_an
     page = (tmp_path / "report.html").read_text()
     assert 'alt="Norm of each layer&#x27;s free weight W"' in page
     assert 'alt="Norm of the free weights W over training' in page
+
+
+EMA = "train_cfg = dict(by_epoch=True, max_epochs=2)\ncustom_hooks = [dict(type='EMAHook'), dict(type='GBRHook')]\n"
+
+
+def test_a_row_names_the_weights_that_its_values_are_of_and_where_a_value_is_older(tmp_path):
+    unit = "logits² per squared standard deviation of the input"
+    told = {"weights": "validated", "samples": "48 of 192 training samples", "unit": unit}
+    measured = {"gbr/logits": 2.0, "gbr/logits_sem": 0.1, "gbr/averaged": 1.0, "gbr/seconds": 3.0, "step": 1}
+    averaged = write_log(tmp_path / "averaged", [*epoch(1, 3.0, 10.0), measured, *epoch(2, 2.0, 20.0)], config=EMA)
+    (averaged / "measurements.json").write_text(json.dumps({"gbr/logits": told, "gbr/logits_sem": told}))
+    now = measured | {"gbr/averaged": 0.0, "step": 2, "gbr/logits_pixel_seconds": 4.0}
+    plain = write_log(tmp_path / "plain", [*epoch(1, 3.0, 10.0), *epoch(2, 2.0, 20.0), now])
+    head, rows = summary([load_run(averaged), load_run(plain)])
+    cells = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [cell["weights"] for cell in cells] == ["averaged", "in training"]
+    assert [cell["GBR logits"] for cell in cells] == ["2 ± 0.1 (at 1)", "2 ± 0.1"]
+    assert [name for name in head if name.startswith("GBR")] == ["GBR logits"]
+    write_report([averaged, plain], tmp_path / "report.html", norms=False)
+    page = (tmp_path / "report.html").read_text()
+    for text in ("validated (averaged)", told["samples"], unit):
+        assert text in page
+    assert ">7.0<" in page  # seconds of both measurements of the second run
+
+
+def test_values_of_two_networks_in_one_row_are_pointed_out(tmp_path):
+    old = {"gbr/logits": 2.0, "gbr/logits_sem": 0.1, "gbr/seconds": 3.0, "step": 2}
+    write_log(tmp_path / "old", [*epoch(1, 3.0, 10.0), *epoch(2, 2.0, 20.0), old], config=EMA)
+    head, _ = summary([load_run(tmp_path / "old")])
+    assert "weights" not in head
+    write_report([tmp_path / "old"], tmp_path / "report.html", norms=False)
+    assert "The GBR of old was logged by an earlier version" in (tmp_path / "report.html").read_text()
+
+
+def test_measurements_in_different_units_are_not_to_be_compared(tmp_path):
+    work_dirs = []
+    for name, unit in (("a", "logits² per squared gray level"), ("b", "logits² per squared standard deviation")):
+        line = {"gbr/logits": 2.0, "gbr/logits_sem": 0.1, "gbr/averaged": 0.0, "step": 1}
+        work_dirs.append(write_log(tmp_path / name, [*epoch(1, 3.0, 10.0), line]))
+        told = {"weights": "validated", "samples": "8 of 9 training samples", "unit": unit}
+        (work_dirs[-1] / "measurements.json").write_text(json.dumps({"gbr/logits": told}))
+    write_report(work_dirs, tmp_path / "report.html", norms=False)
+    page = (tmp_path / "report.html").read_text()
+    assert "gbr/logits differ in their unit (logits² per squared gray level; logits² per squared standard" in page

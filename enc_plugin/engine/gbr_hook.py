@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,6 +106,8 @@ class GBRHook(ValidatedNetworkHook):
         self.seed = seed
         self.by_epoch = by_epoch
         check_type("name", name, (str, type(None)), "a word or None")
+        if name is not None and (not re.fullmatch(r"[\w.-]+", name) or name.endswith(("_sem", "seconds", "averaged"))):
+            raise ValueError(f"name: expected a word that names the curve, such as 'logits_pixel', got {name!r}")
         self.pipeline = pipeline
         self.name = name or output
         self._seconds = "gbr/seconds"
@@ -186,7 +189,7 @@ class GBRHook(ValidatedNetworkHook):
         """Choose, read and check the samples, and write down what is measured."""
         dataset = runner.train_dataloader.dataset
         pipeline, loads = self._test_pipeline(runner), self.pipeline is not None
-        samples = FixedSamples(dataset, pipeline, [], self.batch_size, own_loading=not loads)  # refuses a dataset
+        choose_samples(dataset, 1, self.seed)  # an error comes on all ranks, before one of them chooses
         samples = FixedSamples(dataset, pipeline, self._choose(runner), self.batch_size, own_loading=not loads).read()
         if samples.left_out:
             runner.logger.warning(

@@ -125,13 +125,19 @@ class FixedSamples:
         Raises:
             ValueError: If fewer than two samples are left.
         """
-        bad = []
-        for number in self.own:
-            samples = {index: self._sample(index) for index in self.batches[number]}
-            bad += [index for index, sample in samples.items() if sample is None]
-            found = [sample for sample in samples.values() if sample is not None]
-            self._read[number] = _stack(found) if found else (torch.zeros(0), None)
-        missing = {index for part in all_gather_object(bad) for index in part}
+        bad: list[int] = []
+        error: Exception | None = None
+        try:
+            for number in self.own:
+                bad += self._read_batch(number)
+        except Exception as failure:  # the other ranks wait: they have to end, too
+            error = failure
+        told = all_gather_object((bad, None if error is None else f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        if any(reason for _, reason in told):
+            raise ValueError(f"dataset: another rank cannot read it ({next(reason for _, reason in told if reason)})")
+        missing = {index for part, _ in told for index in part}
         if missing:
             self.left_out += sorted(missing)
             self.batches = [[index for index in batch if index not in missing] for batch in self.batches]
@@ -141,6 +147,13 @@ class FixedSamples:
                     "the least for a standard error"
                 )
         return self
+
+    def _read_batch(self, number: int) -> list[int]:
+        """Read a batch and keep it without what cannot be read, whose indices are returned."""
+        samples = {index: self._sample(index) for index in self.batches[number]}
+        found = [sample for sample in samples.values() if sample is not None]
+        self._read[number] = _stack(found) if found else (torch.zeros(0), None)
+        return [index for index, sample in samples.items() if sample is None]
 
     def batch(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Pixels ``(N, C, H, W)`` as the pipeline delivers them, and labels ``(N,)`` (None if there are none)."""
@@ -433,6 +446,11 @@ def _run(steps: Sequence[Callable], results: dict) -> dict | None:
 
 def _stack(packed: Sequence[dict]) -> tuple[Tensor, Tensor | None]:
     """Pixels and labels of packed samples."""
+    if any("inputs" not in sample for sample in packed):
+        raise ValueError(
+            "pipeline: there is no picture to pack; end it with PackInputs, and begin it with a loading step, such as "
+            "LoadImageFromFile, if it is to take the place of the dataset's own loading"
+        )
     shapes = {tuple(sample["inputs"].shape) for sample in packed}
     if len(shapes) > 1:
         raise ValueError(

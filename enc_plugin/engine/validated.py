@@ -78,6 +78,8 @@ class ValidatedNetworkHook(Hook):
     def before_val(self, runner: Runner) -> None:
         """See to it that no hook that has been registered since comes first."""
         self._go_ahead(runner)
+        if self._training_weights is None:  # a validation without training: nothing went ahead so far
+            self._validation_begins(runner)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Measure what is due and has not been validated."""

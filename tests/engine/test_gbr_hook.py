@@ -217,6 +217,8 @@ def test_a_dataset_that_runs_its_own_pipeline_only_is_refused():
         ("output", "loss"),
         ("space", "lab"),
         ("interval", 0),
+        ("name", "a b"),
+        ("name", "seconds"),
     ],
 )
 def test_options_out_of_range_are_named(option, value):

@@ -152,6 +152,8 @@ def test_loading_that_takes_several_steps_or_another_class_is_left_to_the_datase
     assert samples.batch(0)[1].tolist() == [0, 1]  # those of the data list: no label of the validation set
     own = FixedSamples(dataset, VAL, [3, 4], 2, own_loading=False).read()
     assert levels(own) == [203, 204]
+    with pytest.raises(ValueError, match="pipeline: there is no picture to pack.*loading step"):
+        FixedSamples(dataset, VAL[1:], [3, 4], 2, own_loading=False).read()
 
 
 def test_a_step_of_the_test_pipeline_that_fails_on_a_picture_is_not_left_out():

@@ -14,6 +14,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from .audit_hook import unwrap
+from .generators import Generator, get_state, owned_generators, set_state
 
 
 @HOOKS.register_module()
@@ -21,9 +22,10 @@ class RNGStateHook(Hook):
     """Stores in every checkpoint what a resumed run needs to be the unbroken one, bit for bit, and restores it.
 
     mmengine's checkpoints hold weights, optimizer, schedules and log histories. This hook adds, as ``rng_state``, for
-    each rank: the random states of Python, NumPy, torch and all CUDA devices; gradients that are being accumulated; and
-    the buffers that differ from rank 0's (batch norm statistics). Beside them: how many batches of the epoch are done,
-    and whether the validation that was due has been. A resumed run then
+    each rank: the random states of Python, NumPy, torch and all CUDA devices, and those of generators that datasets,
+    transforms, samplers and the model own; gradients that are being accumulated; and the buffers that differ from rank
+    0's (batch norm statistics). Beside them: how many batches of the epoch are done, and whether the validation that
+    was due has been. A resumed run then
 
     - validates first, if the checkpoint was written before a validation that was due. No metric is lost to a crash,
       best checkpoints and plateau schedules are those of the unbroken run; a run that was stopped after the validation
@@ -39,6 +41,7 @@ class RNGStateHook(Hook):
       :func:`~enc_plugin.engine.worker_seeds.seed_workers_by_epoch`) and for iterations as mmengine counts them;
     - not for what workers draw under a ``worker_init_fn`` of one's own, or persistent ones under a sampler without
       ``set_epoch`` or in validation, which is told no epoch;
+    - not for generators of a dataset's own in persistent workers (a warning), where each worker has a copy;
     - not on another number of processes or with epochs of another length: a warning says what differs;
     - not for the patience of ``EarlyStoppingHook``, which mmengine does not store (a warning, too).
 
@@ -110,6 +113,7 @@ class RNGStateHook(Hook):
         same = self._is_same_run(runner, saved)
         state = saved["ranks"][get_rank()] if get_rank() < len(saved["ranks"]) else None
         if state is not None:
+            self._check_generators(runner, state)
             _restore(runner, state, tensors=same)
         if not saved["validated"] and _is_validation_due(loop, saved["batch"]):
             runner.logger.info("RNGStateHook: the checkpoint is from before its validation, which comes first")
@@ -117,7 +121,7 @@ class RNGStateHook(Hook):
         if not same or state is None:
             return
         # Loading the batches that are skipped draws random numbers.
-        restore = partial(_restore_rng, _rng_state())
+        restore = partial(_restore_rng, runner, _rng_state(runner))
         if isinstance(loop, IterBasedTrainLoop):
             loop.dataloader_iterator = _SkippedFirst(loop, loop.iter, restore)
         elif saved["batch"]:
@@ -125,6 +129,18 @@ class RNGStateHook(Hook):
                 f"RNGStateHook: {saved['batch']} batches of epoch {loop.epoch + 1} are done, and skipped"
             )
             _skip(loop, saved["batch"], restore)
+
+    def _check_generators(self, runner: Runner, state: dict) -> None:
+        """Warn of generators that will not go on where they stopped."""
+        own, saved = _generators(runner), state.get("generators", {})
+        lost = sorted(own.keys() ^ saved.keys())
+        if runner.train_dataloader.num_workers and runner.train_dataloader.persistent_workers:
+            lost += [name for name in sorted(own) if name.startswith("train_dataset")]
+        if lost:
+            runner.logger.warning(
+                f"RNGStateHook: {len(lost)} random generators start anew, because persistent workers have copies of "
+                f"their own, or the checkpoint does not have the same ones: {', '.join(lost[:3])}"
+            )
 
     def _is_same_run(self, runner: Runner, saved: dict) -> bool:
         """Whether this run can go on exactly; a warning if not."""
@@ -153,7 +169,7 @@ def _epoch_length(runner: Runner) -> int | None:
 def _state(runner: Runner) -> dict:
     """What this rank needs: plain values and tensors, which ``torch.load(weights_only=True)`` reads."""
     model = unwrap(runner.model)
-    return _rng_state() | {
+    return _rng_state(runner) | {
         # Between updates there are none, unless they are being accumulated.
         "gradients": {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None},
         "buffers": {name: value.cpu() for name, value in model.named_buffers()} if get_world_size() > 1 else {},
@@ -162,7 +178,7 @@ def _state(runner: Runner) -> dict:
 
 def _restore(runner: Runner, state: dict, tensors: bool) -> None:
     """Restore a rank's random state, and its own gradients and buffers if ``tensors``."""
-    _restore_rng(state)
+    _restore_rng(runner, state)
     if not tensors:
         return
     model = unwrap(runner.model)
@@ -174,9 +190,21 @@ def _restore(runner: Runner, state: dict, tensors: bool) -> None:
             buffers[name].copy_(value)
 
 
-def _rng_state() -> dict:
+def _generators(runner: Runner) -> dict[str, Generator]:
+    """Generators that belong to what is trained and validated with."""
+    roots = {"model": unwrap(runner.model)}
+    for name, loop in (("train", runner._train_loop), ("val", runner._val_loop)):
+        if isinstance(loop, BaseLoop):
+            loader = loop.dataloader
+            roots |= {f"{name}_dataset": loader.dataset, f"{name}_collate": loader.collate_fn}
+            roots |= {f"{name}_sampler": loader.sampler, f"{name}_batch_sampler": loader.batch_sampler}
+    return owned_generators(**roots)
+
+
+def _rng_state(runner: Runner) -> dict:
     name, keys, *rest = np.random.get_state()
     return {
+        "generators": {name: get_state(generator) for name, generator in _generators(runner).items()},
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
@@ -184,7 +212,10 @@ def _rng_state() -> dict:
     }
 
 
-def _restore_rng(state: dict) -> None:
+def _restore_rng(runner: Runner, state: dict) -> None:
+    for name, generator in _generators(runner).items():
+        if name in state.get("generators", {}):
+            set_state(generator, state["generators"][name])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())  # a resumed checkpoint is loaded to the training device

@@ -13,7 +13,9 @@ import pytest
 import torch
 from exactness import Stopped, assert_same, assert_same_run
 from helpers import build_runner, digits_config, free_port, train
+from mmcv.transforms import BaseTransform
 from mmengine.config import Config
+from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
 
 from enc_plugin.engine import ENCRunner
@@ -46,6 +48,23 @@ def by_iterations(**options) -> dict:
     )
 
 
+@TRANSFORMS.register_module(force=True)
+class _OwnNoise(BaseTransform):
+    """Noise from generators of its own, of every kind."""
+
+    def __init__(self):
+        self.python = random.Random(0)
+        self.more = {"numpy": [np.random.default_rng(0), np.random.RandomState(0)]}
+        self.torch = torch.Generator().manual_seed(0)
+
+    def transform(self, results: dict) -> dict:
+        noise = self.python.gauss(0, 1) + torch.randn((), generator=self.torch).item()
+        noise += self.more["numpy"][0].normal() + self.more["numpy"][1].normal()
+        results["img"] = (results["img"] + 10 * noise).clip(0, 255).astype(np.uint8)
+        return results
+
+
+OWN_NOISE, PACK = dict(type="_OwnNoise"), dict(type="PackInputs")
 EMA = dict(type="EMAHook", momentum=0.1)
 EVERY_TWO = dict(type="CheckpointHook", by_epoch=False, interval=2)
 WORKERS = dict(train_dataloader__num_workers=2, val_dataloader__num_workers=1)
@@ -73,6 +92,11 @@ CASES = {
         ),
         dict(val=2),
         "epoch_3.pth",
+    ),
+    "generators of a transform's own": (
+        dict(train_dataloader__dataset__pipeline=[OWN_NOISE, PACK], default_hooks__checkpoint=EVERY_TWO),
+        dict(iter=5),
+        "iter_9.pth",
     ),
     "within an epoch, workers": (WORKERS | dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
     "at an epoch's last iteration": (dict(default_hooks__checkpoint=EVERY_TWO), dict(val=2), "iter_9.pth"),

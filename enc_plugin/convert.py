@@ -181,9 +181,9 @@ def to_enc(
             module._init_enc(variant, alpha, module in needs_norm)
         elif module in needs_norm and module.enc_norm is None:
             module.add_post_norm()
-        has_norm = module.enc_norm is not None
-        adds_bias = has_norm and module.bias is None
-        layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, has_norm, adds_bias))
+        normed = module.enc_norm is not None
+        adds_bias = normed and module.bias is None
+        layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, normed, adds_bias))
     watch_optimizers((name, modules[name]) for name in gains)
     _guard_fusers(model)
     if layers:

@@ -311,11 +311,17 @@ def test_outputs_that_differ_are_an_error_and_leave_an_older_file_alone(trained,
     (tmp_path / "stock.pth").write_text("older")
     with monkeypatch.context() as patch:
         patch.setattr(deploy, "fold", wrong_fold)
-        with pytest.raises(ValueError, match=r"outputs differ by .* nothing was written"):
+        with pytest.raises(ValueError, match=r"outputs differ by .* the fold is wrong; nothing was written"):
             fold_checkpoint(CONFIG, trained[0], tmp_path / "stock.pth")
     assert (tmp_path / "stock.pth").read_text() == "older"
     fold_checkpoint(CONFIG, trained[0], tmp_path / "stock.pth")
     assert read_checkpoint(tmp_path / "stock.pth")[1]["meta"]["enc_fold"]["layers"] == 10
+
+
+def test_a_difference_that_is_rounding_is_told_from_a_wrong_fold(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"in float64 they differ by \de-1\d, .* rounding; a larger tolerance"):
+        fold_checkpoint(CONFIG, trained[0], tmp_path / "stock.pth", tolerance=0)
+    assert not (tmp_path / "stock.pth").exists()
 
 
 def test_a_write_that_breaks_off_leaves_no_file(trained, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
@@ -14,6 +13,7 @@ from .audit_hook import unwrap
 from .measure import untouched
 from .robustness import check_dataset, check_pixel_eps, measure_robustness
 from .validated import ValidatedNetworkHook, describe_weights, record
+from .watched import check_watched
 
 
 @HOOKS.register_module()
@@ -85,7 +85,7 @@ class FGSMHook(ValidatedNetworkHook):
         if runner.val_loop is None:
             raise ValueError("FGSMHook attacks the validation set: set val_dataloader, val_cfg and val_evaluator")
         super().before_train(runner)
-        self._check_save_best(runner)
+        check_watched(runner)
         for eps in self.eps:
             if eps < LEAST_EPS:
                 runner.logger.warning(f"FGSMHook: eps: {other_unit(eps)}")
@@ -136,19 +136,3 @@ class FGSMHook(ValidatedNetworkHook):
         if metrics is not None:
             metrics.update(self._scalars)
         self._scalars = {}
-
-    def _check_save_best(self, runner: Runner) -> None:
-        """Refuse a ``save_best`` that would look for our metrics after a validation that is not attacked."""
-        loop = runner.train_loop
-        # Epochs between validations; where training goes by iterations, validations themselves are counted.
-        steps = [1] if isinstance(loop, IterBasedTrainLoop) else getattr(loop, "dynamic_intervals", [1])
-        if all(step % self.interval == 0 for step in steps):
-            return
-        hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-        named = [key for hook in hooks for key in hook.save_best or [] if key.startswith("fgsm/")]
-        if named:
-            raise ValueError(
-                f"interval: with {self.interval} not every validation is attacked, and save_best={named[0]!r} of the "
-                "CheckpointHook needs the metric after each; set interval=1 (num_samples makes an attack cheaper), or "
-                "validate only where it is attacked, or name another metric"
-            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mmengine.hooks import CheckpointHook, EarlyStoppingHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 # What the plugin logs beside the metrics of a validation, and no watcher finds.
@@ -34,7 +34,7 @@ def check_watched(runner: Runner) -> None:
     Raises:
         ValueError: If there is one; the error names who watches what, and the way out.
     """
-    attacks = [hook for hook in runner.hooks if type(hook).__name__ == "FGSMHook"]
+    measuring = {name: hook for hook in runner.hooks for name in getattr(hook, "scalar_names", ())}
     for key, who in watched_metrics(runner):
         if key.startswith(_NEVER_METRICS):
             raise ValueError(
@@ -43,19 +43,18 @@ def check_watched(runner: Runner) -> None:
                 "'fgsm/top1_eps8'"
             )
         if key.startswith("fgsm/"):
-            _check_attack(runner, key, who, attacks)
+            _check_attack(runner, key, who, measuring)
 
 
-def _check_attack(runner: Runner, key: str, who: str, attacks: list) -> None:
-    names = {f"fgsm/top1_eps{eps:g}": hook for hook in attacks for eps in hook.eps}
-    names |= {f"fgsm/{name}": hook for hook in attacks for name in ("top1_clean", "zero_grad", "seconds", "averaged")}
+def _check_attack(runner: Runner, key: str, who: str, measuring: dict[str, Hook]) -> None:
+    names = [name for name in measuring if name.startswith("fgsm/")]
     if key not in names:
         have = f"logs {', '.join(map(repr, names))}" if names else "is not among custom_hooks"
         raise ValueError(f"{who} would not be found, since FGSMHook {have}; name another metric")
     loop = runner.train_loop
     # Epochs between validations; where training goes by iterations, validations themselves are counted.
     steps = [1] if isinstance(loop, IterBasedTrainLoop) else getattr(loop, "dynamic_intervals", [1])
-    interval = names[key].interval
+    interval = measuring[key].interval
     if any(step % interval for step in steps):
         raise ValueError(
             f"interval: with {interval} not every validation is attacked, and {who} needs the metric after each; set "

@@ -185,7 +185,12 @@ class TestWatchers:
         ("watcher", "key", "interval", "message"),
         [
             ("save_best", "gbr/logits", 1, "logged beside the metrics of the validation"),
-            ("EarlyStoppingHook", "fgsm/top1_eps4", 1, "would not be found, since FGSMHook logs 'fgsm/top1_eps8'"),
+            (
+                "EarlyStoppingHook",
+                "fgsm/top1_eps4",
+                1,
+                "would not be found, since FGSMHook logs 'fgsm/top1_clean', 'fgsm/top1_eps8'",
+            ),
             ("ReduceOnPlateauLR", "fgsm/top1_eps8", 2, "with 2 not every validation is attacked"),
         ],
     )

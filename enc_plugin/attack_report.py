@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 
 from . import _plot
 from ._spread import spread
-from .build import build_dataset, load_config, pick_device, require_file
-from .checkpoint import file_sha256, load_model
+from .build import build_dataset, load_config, load_model, pick_device, require_file
+from .checkpoint import file_sha256
 from .convert import format_table
 from .engine.measure import untouched
 from .engine.robustness import (

@@ -20,8 +20,11 @@ from torch.utils.data import Dataset
 
 from ._environment import is_installed
 from ._paths import config_path
+from .checkpoint import describe_weights, read_checkpoint
 from .finding import Refused, describe
+from .loading import load_trained
 
+_KEPT_META = ("epoch", "iter", "seed", "experiment_name")
 NO_SAMPLES = "its dataset holds no sample; look at data_root, data_prefix, ann_file, split and indices"
 
 
@@ -115,6 +118,32 @@ def build_model(config: Config) -> nn.Module:
         raise Refused(
             f"config: its model cannot be built ({describe(error)})", "check the arguments of `model` in the config"
         ) from error
+
+
+def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
+    """The config's model with the checkpoint's weights, and what the checkpoint says of itself.
+
+    Args:
+        config: Config of mmpretrain.
+        path: Checkpoint, as for :func:`enc_plugin.checkpoint.read_checkpoint`.
+
+    Returns:
+        The model, and those of ``epoch``, ``iter``, ``seed`` and ``experiment_name`` that the checkpoint names, with
+        its ``weights`` (see :func:`enc_plugin.checkpoint.describe_weights`).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As :func:`enc_plugin.checkpoint.read_checkpoint`, and if the checkpoint does not fit the model.
+    """
+    state_dict, rest = read_checkpoint(path)
+    model = build_model(config)
+    try:
+        load_trained(model, state_dict)
+    except ValueError as error:
+        text = str(error).removeprefix("checkpoint: ")
+        raise ValueError(f"checkpoint: {path} with {config.filename}: {text}") from error
+    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
+    return model, meta | {"weights": describe_weights(state_dict, rest)}
 
 
 def build_dataset(config: Config, split: str) -> Dataset:

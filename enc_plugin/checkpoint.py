@@ -17,15 +17,10 @@ from pathlib import Path
 
 import mmengine.runner.checkpoint
 import torch
-from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
-from torch import nn
 
-from .build import build_model
 from .loadable import numpy_globals
-from .loading import load_trained
 
-_KEPT_META = ("epoch", "iter", "seed", "experiment_name")
 _STATISTICS = ("min", "max", "mean", "current")
 
 # What network shares, shared folders and Windows answer where they cannot sync (a folder, mostly); others are failures.
@@ -178,32 +173,6 @@ def latest_checkpoint(work_dir: str | Path, candidates: Iterable[Path]) -> tuple
             return str(path), problems
         problems.append(f"{path}: {damage}")
     return None, problems
-
-
-def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
-    """The config's model with the checkpoint's weights, and what the checkpoint says of itself.
-
-    Args:
-        config: Config of mmpretrain.
-        path: Checkpoint, as for :func:`read_checkpoint`.
-
-    Returns:
-        The model, and those of ``epoch``, ``iter``, ``seed`` and ``experiment_name`` that the checkpoint names, with
-        its ``weights`` (see :func:`describe_weights`).
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: As :func:`read_checkpoint`, and if the checkpoint does not fit the model.
-    """
-    state_dict, rest = read_checkpoint(path)
-    model = build_model(config)
-    try:
-        load_trained(model, state_dict)
-    except ValueError as error:
-        text = str(error).removeprefix("checkpoint: ")
-        raise ValueError(f"checkpoint: {path} with {config.filename}: {text}") from error
-    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
-    return model, meta | {"weights": describe_weights(state_dict, rest)}
 
 
 def describe_weights(state_dict: Mapping[str, torch.Tensor], rest: Mapping) -> str:

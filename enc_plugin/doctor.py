@@ -18,13 +18,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ._environment import MMCV_RANGE, is_installed
 from ._environment import PACKAGES as STACK
-
-OK, NOTE, BROKEN = "ok", "note", "broken"
+from .finding import BROKEN, NOTE, OK, Finding, Refused, describe
 
 # Distributions that bring each module (the onedl forks keep the modules' names), and the range of the original. The
 # forks count their own versions, and refuse what does not fit them when they are imported.
@@ -59,17 +57,6 @@ import torch
 x = torch.randn(64)
 assert torch.allclose(torch.compile(lambda x: torch.relu(x) * 2 + 1)(x), torch.relu(x) * 2 + 1)
 """
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's report: ``state`` is ``'ok'``, ``'note'`` (something is missing, the rest works without
-    it) or ``'broken'``; ``advice`` says what to do."""
-
-    name: str
-    state: str
-    found: str
-    advice: str = ""
 
 
 def run(config: str | None = None, options: dict | None = None, quick: bool = False, seconds: float = 120) -> int:
@@ -123,26 +110,23 @@ def check_environment(quick: bool = False, seconds: float = 120) -> Iterator[Fin
 
 def check_config(config: str, options: dict | None = None) -> Iterator[Finding]:
     """Findings on a config, in an environment that works."""
-    from mmengine.config import Config
+    from .build import load_config
 
     try:
-        cfg = Config.fromfile(config)
-        cfg.merge_from_dict(options or {})
-    except Exception as error:
-        yield Finding("config", BROKEN, _message(error), _config_advice(error))
+        cfg = load_config(config, options)
+    except (Refused, FileNotFoundError) as error:
+        yield _refusal("config", error)
         return
     yield Finding("config", OK, str(config))
-    yield from _guard("custom_imports", _custom_imports, cfg)
-    unknown = list(_guard("types", _types, cfg))
-    yield from unknown
-    samples: dict[str, object] = {}
-    yield from _guard("data", _data, cfg, samples)
-    if any(finding.state == BROKEN for finding in unknown):
-        return
-    built: list = []
-    yield from _guard("model", _model, cfg, built)
-    if built:
-        yield from _guard("forward", _forward, cfg, built[0], samples)
+    parts: dict[str, object] = {"samples": {}, "model": None}
+    broken: set[str] = set()
+    for name, check, needed in _CHECKS:
+        if broken & needed:
+            continue
+        for finding in _guard(name, check, cfg, parts):
+            if finding.state == BROKEN:
+                broken.add(name)
+            yield finding
 
 
 # The environment
@@ -178,7 +162,7 @@ def _package(module: str) -> Iterator[Finding]:
         _quietly(importlib.import_module, module)
     except Exception as error:
         yield Finding(
-            module, BROKEN, f"{text}, but importing it fails: {_message(error)}", _import_advice(error, install)
+            module, BROKEN, f"{text}, but importing it fails: {describe(error)}", _import_advice(error, install)
         )
         return
     yield Finding(module, OK, text)
@@ -207,7 +191,7 @@ def _opencv() -> Iterator[Finding]:
         advice = "pip install opencv-python-headless"
         if not isinstance(error, ModuleNotFoundError):  # libGL, libgthread
             advice = f"apt-get install libgl1 libglib2.0-0, or {advice} in place of opencv-python"
-        yield Finding("opencv", BROKEN, _message(error), advice)
+        yield Finding("opencv", BROKEN, describe(error), advice)
         return
     yield Finding("opencv", OK, cv2.__version__)
 
@@ -324,7 +308,7 @@ def _extras() -> Iterator[Finding]:
 # A config
 
 
-def _custom_imports(cfg) -> Iterator[Finding]:
+def _custom_imports(cfg, parts: dict) -> Iterator[Finding]:
     imports = (cfg.get("custom_imports") or {}).get("imports", [])
     imports = [imports] if isinstance(imports, str) else imports
     used = sorted({name for _, name in _type_names(cfg.to_dict()) if name.split(".")[-1] in _own_names()})
@@ -337,7 +321,7 @@ def _custom_imports(cfg) -> Iterator[Finding]:
         yield Finding("custom_imports", OK, f"the plugin, for {', '.join(used)}")
 
 
-def _types(cfg) -> Iterator[Finding]:
+def _types(cfg, parts: dict) -> Iterator[Finding]:
     known = _known_names()
     for key, name in _type_names(cfg.to_dict()):
         if name.split(".")[-1] not in known:
@@ -348,48 +332,46 @@ def _types(cfg) -> Iterator[Finding]:
             yield Finding("types", BROKEN, f"{key} = {name!r} is not in any registry", advice)
 
 
-def _data(cfg, samples: dict) -> Iterator[Finding]:
-    from mmengine.registry import DATASETS, init_default_scope
+def _data(cfg, parts: dict) -> Iterator[Finding]:
+    from mmengine.registry import init_default_scope
+
+    from .build import build_dataset
+    from .engine.preflight import check_metrics, find_labels
 
     init_default_scope(cfg.get("default_scope", "mmpretrain"))
+    labels_fit = True
     for split in ("train", "val", "test"):
-        dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset")
-        if dataset is None or (split == "test" and dataset == (cfg.get("val_dataloader") or {}).get("dataset")):
-            continue
-        key = f"{split}_dataloader.dataset"
-        inner = dataset
-        while "data_root" not in inner and isinstance(inner.get("dataset"), dict):
-            inner, key = inner["dataset"], f"{key}.dataset"
-        root = inner.get("data_root")
-        if root and not os.path.exists(root):
-            found = f"{split}: {key}.data_root = {root!r} is not there (looked from {os.getcwd()})"
-            yield Finding("data", BROKEN, found, f"put the data there, or --cfg-options {key}.data_root=PATH")
+        key = f"{split}_dataloader"
+        settings = (cfg.get(key) or {}).get("dataset")
+        if settings is None or (split == "test" and settings == (cfg.get("val_dataloader") or {}).get("dataset")):
             continue
         try:
-            built = _quietly(DATASETS.build, dataset)
-            samples[split] = [_quietly(built.__getitem__, i % len(built)) for i in range(2)]
-        except Exception as error:
-            yield Finding("data", BROKEN, f"{split}: {_message(error)}", f"check {key}: its paths and its pipeline")
+            dataset = _quietly(build_dataset, cfg, split)
+        except Refused as error:
+            yield Finding("data", BROKEN, f"{split}: {error.found}", error.advice)
             continue
-        yield Finding("data", OK, f"{split}: {len(built):,} samples of {dataset['type']}, two were read")
-        outputs, classes = _num_classes(cfg), (built.metainfo or {}).get("classes") or ()
-        if split == "train" and outputs and len(classes) > outputs:
-            found = f"{len(classes)} classes in the data, model.head.num_classes = {outputs}"
-            yield Finding("data", BROKEN, found, f"set model.head.num_classes={len(classes)}, data_preprocessor's too")
-    evaluators = cfg.get("val_evaluator") or []
-    for evaluator in [evaluators] if isinstance(evaluators, dict) else evaluators:
-        topk = evaluator.get("topk") or ()
-        topk = (topk,) if isinstance(topk, int) else topk
-        if _num_classes(cfg) and max(topk, default=0) > _num_classes(cfg):
-            found = f"val_evaluator asks for the top {max(topk)} of {_num_classes(cfg)} classes"
-            yield Finding("data", BROKEN, found, "set val_evaluator = dict(topk=1), and test_evaluator")
+        try:
+            parts["samples"][split] = [_quietly(dataset.__getitem__, i % len(dataset)) for i in range(2)]
+        except Exception as error:
+            yield Finding("data", BROKEN, f"{split}: {describe(error)}", f"check {key}: its paths and its pipeline")
+            continue
+        yield Finding("data", OK, f"{split}: {len(dataset):,} samples of {settings['type']}, two were read")
+        try:
+            notes = find_labels(key, dataset, _num_classes(cfg))
+        except Refused as error:
+            if labels_fit:  # the other splits have the same classes
+                yield _refusal("data", error)
+            labels_fit = False
+            continue
+        yield from (Finding("data", NOTE, note) for note in notes)
+    for name in ("val_evaluator", "test_evaluator"):
+        metrics = cfg.get(name) or []
+        check_metrics(name, [metrics] if isinstance(metrics, dict) else metrics, _num_classes(cfg))
 
 
-def _model(cfg, built: list) -> Iterator[Finding]:
+def _model(cfg, parts: dict) -> Iterator[Finding]:
     from mmengine.model import BaseModel
     from mmengine.registry import MODELS, init_default_scope
-
-    from enc_plugin.convert import enc_layers
 
     init_default_scope(cfg.get("default_scope", "mmpretrain"))
     settings = cfg.model.to_dict()
@@ -399,36 +381,42 @@ def _model(cfg, built: list) -> Iterator[Finding]:
         model: BaseModel = _quietly(MODELS.build, settings)
         _quietly(model.init_weights)
     except Exception as error:
-        yield Finding("model", BROKEN, _message(error), "check the arguments of `model` in the config")
+        yield Finding("model", BROKEN, describe(error), "check the arguments of `model` in the config")
         return
-    built.append(model)
+    parts["model"] = model
     size = sum(parameter.numel() for parameter in model.parameters())
     yield Finding("model", OK, f"{type(model).__name__}, {size:,} parameters")
-    layers = list(enc_layers(model))
-    asked = {name for _, name in _type_names(settings, "model") if name.split(".")[-1].startswith("ENC")}
+
+
+def _enc(cfg, parts: dict) -> Iterator[Finding]:
+    from .convert import enc_layers
+    from .engine.preflight import check_is_enc, type_names
+
+    layers = list(enc_layers(parts["model"]))
+    check_is_enc(cfg, parts["model"])
     if layers:
         normed = [name for name, layer in layers if layer.norm is not None]
         names = ", ".join(normed[:4]) + (", ..." if len(normed) > 4 else "")
         kinds = ", ".join(sorted({layer.variant for _, layer in layers}))
         text = f"{len(layers)} layers ({kinds}); {len(normed)} with a batch norm of their own"
         yield Finding("ENC", OK, f"{text}: {names}" if normed else text)
-        if not normed and "ENCImageClassifier" not in asked:
+        if not normed and "ENCImageClassifier" not in type_names(cfg.model):
             found = "the classifier is not ENC: conv_cfg reaches convolutions alone"
             yield Finding("ENC", NOTE, found, 'model = dict(type="ENCImageClassifier") reaches every layer')
-    elif asked:
-        found = f"the config names {', '.join(sorted(asked))}, and no layer of the network is ENC"
-        yield Finding("ENC", BROKEN, found, 'use model = dict(type="ENCImageClassifier"), which reaches every layer')
     else:
         yield Finding("ENC", NOTE, "a plain network", 'for ENC: model = dict(type="ENCImageClassifier")')
 
 
-def _forward(cfg, model, samples: dict) -> Iterator[Finding]:
+def _forward(cfg, parts: dict) -> Iterator[Finding]:
     import torch
     from mmengine.dataset import pseudo_collate
     from mmpretrain.structures import DataSample
 
+    from .engine.preflight import why_step_fails
+
+    model = parts["model"]
     torch.manual_seed(0)
-    chosen = next(iter(samples.values()), None)
+    chosen = next(iter(parts["samples"].values()), None)
     if chosen is None:
         size = _image_size(cfg)
         image = torch.randint(256, (3, size, size), dtype=torch.uint8)
@@ -436,17 +424,12 @@ def _forward(cfg, model, samples: dict) -> Iterator[Finding]:
         source = f"two made-up images of {size} x {size} pixels"
     else:
         source = f"two samples of {tuple(chosen[0]['inputs'].shape)}"
-    head = getattr(model, "head", None)
     try:
         batch = model.train().data_preprocessor(pseudo_collate(chosen), training=True)
         losses = model(**batch, mode="loss")
         model.eval()(batch["inputs"])
     except Exception as error:
-        advice = "check that backbone, neck and head fit together"
-        wanted, given = getattr(head, "in_channels", None), _feature_channels(model, batch["inputs"])
-        if isinstance(wanted, int) and given is not None and wanted != given:
-            advice = f"the head expects {wanted} channels, it gets {given}: set model.head.in_channels={given}"
-        yield Finding("forward", BROKEN, _message(error), advice)
+        yield Finding("forward", BROKEN, describe(error), why_step_fails(model, batch["inputs"]))
         return
     total = sum(value.sum().item() for key, value in losses.items() if "loss" in key)
     if total != total or abs(total) == float("inf"):
@@ -455,14 +438,17 @@ def _forward(cfg, model, samples: dict) -> Iterator[Finding]:
     yield Finding("forward", OK, f"{source}: loss {total:.4g}")
 
 
-def _feature_channels(model, inputs) -> int | None:
-    """Channels that the head gets, or None if the network fails before."""
+def _run(cfg, parts: dict) -> Iterator[Finding]:
+    from .engine.preflight import rehearse
+
     try:
-        features = model.eval().extract_feat(inputs)
-        features = features[-1] if isinstance(features, (tuple, list)) else features
-        return features.shape[1]
-    except Exception:
-        return None
+        _quietly(rehearse, cfg)
+    except Refused:
+        raise
+    except Exception as error:
+        yield Finding("run", BROKEN, describe(error), "a run of this config ends so before its first step")
+        return
+    yield Finding("run", OK, "rehearsed up to its first step")
 
 
 def _image_size(cfg) -> int:
@@ -519,15 +505,33 @@ def _own_names() -> set[str]:
     return {name for name, part in parts if getattr(part, "__module__", "").split(".")[0] == "enc_plugin"}
 
 
+_CHECKS = (
+    # Name, check, and the checks without whose success it would only repeat what they found.
+    ("custom_imports", _custom_imports, set()),
+    ("types", _types, set()),
+    ("data", _data, set()),
+    ("model", _model, {"types"}),
+    ("ENC", _enc, {"types", "model"}),
+    ("forward", _forward, {"types", "model"}),
+    ("run", _run, {"custom_imports", "types", "data", "model", "ENC", "forward"}),
+)
+
+
 # What all share
 
 
 def _guard(name: str, check: Callable[..., Iterator[Finding]], *args) -> Iterator[Finding]:
-    """The check's findings; what it does not foresee is a finding too."""
+    """The check's findings; what it refuses is one too, and what it does not foresee."""
     try:
         yield from check(*args)
+    except Refused as error:
+        yield _refusal(name, error)
     except Exception as error:
-        yield Finding(name, BROKEN, _message(error), "unexpected: please report it, with this line")
+        yield Finding(name, BROKEN, describe(error), "unexpected: please report it, with this line")
+
+
+def _refusal(name: str, error: Exception) -> Finding:
+    return Finding(name, BROKEN, getattr(error, "found", str(error)), getattr(error, "advice", "check the path"))
 
 
 def _quietly(function: Callable, *args):
@@ -555,11 +559,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _message(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
-
-
 def _last_line(done: subprocess.CompletedProcess) -> str:
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
@@ -572,17 +571,6 @@ def _import_advice(error: Exception, install: str) -> str:
     if "lib" in str(error) and ".so" in str(error):
         return "a system library or a build for another torch: reinstall it for this torch, or use mmcv-lite"
     return f"reinstall it: {install.replace('install', 'install --force-reinstall')}"
-
-
-def _config_advice(error: Exception) -> str:
-    text = str(error)
-    if "Duplicate key" in text:
-        return "two files in `_base_` may not set one key: keep it in one of them, or set it in the config itself"
-    if "custom_imports" in text or "import" in text.lower():
-        return "install what custom_imports names, or run from the folder that holds it"
-    if isinstance(error, FileNotFoundError):
-        return "check the path, and those in `_base_` (relative to the config's own folder)"
-    return "check the config's syntax and its `_base_`"
 
 
 def _show(findings: Sequence[Finding]) -> None:

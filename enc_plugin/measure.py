@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import _plot
 from ._table import format_table
-from .build import build_dataset, load_config, pick_device, require_file
-from .checkpoint import file_sha256, load_model
+from .build import build_dataset, load_config, load_model, pick_device, require_file
+from .checkpoint import file_sha256
 from .engine.gbr import check_options, input_unit, measure_gbr
 from .engine.samples import FixedSamples, choose_samples, find_pipeline
 from .version import __version__

@@ -11,11 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmengine.config import Config
-
 from . import _page, _plot
 from ._runs import MONITOR, Run, default_names, load_run
-from .checkpoint import load_model
+from .build import load_config, load_model
 from .convert import audit, format_table
 from .folded import FoldedAudit
 
@@ -315,7 +313,7 @@ def _read_layers(run: Run) -> Layers:
     if not run.config.get("model"):
         return Layers(reason="no config with a model")
     try:
-        config = Config.fromfile(sorted(run.work_dir.glob("**/vis_data/config.py"))[-1])
+        config = load_config(sorted(run.work_dir.glob("**/vis_data/config.py"))[-1])
         model, meta = load_model(config, path)
         name = f"{path.name} (averaged weights)" if meta["weights"] == "averaged" else path.name
         return Layers(name, audit(model, folded=True))

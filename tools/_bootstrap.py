@@ -32,7 +32,7 @@ if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.msg)
 
-_PATIENCE = 5  # seconds
+_PATIENCE = 15  # seconds; more than a process takes to end
 
 
 @contextlib.contextmanager

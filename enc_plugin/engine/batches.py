@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from ..convert import enc_layers
+from ..finding import describe
 from .measure import recomputed, untouched
 
 T = TypeVar("T")
@@ -23,14 +24,15 @@ def on_all_ranks(check: Callable[[], T]) -> T:
     """Run ``check`` on every rank; where it fails on one, all raise, so that none waits for the others for ever.
 
     Raises:
-        ValueError: With the message of a rank on which the check raised ``ValueError`` or ``TypeError``.
+        ValueError: With the message of a rank on which the check failed.
     """
     result, error = None, None
     try:
         result = check()
-    except (ValueError, TypeError) as caught:
+    except Exception as caught:
         error = caught
-    messages = all_gather_object(None if error is None else str(error))
+    is_clear = isinstance(error, (ValueError, TypeError))
+    messages = all_gather_object(None if error is None else str(error) if is_clear else describe(error))
     if error is not None:
         raise error
     for rank, message in enumerate(messages):
@@ -170,11 +172,11 @@ def _cannot_normalise(norms: list[str], model: nn.Module) -> str:
 
 
 def _batch(loader: DataLoader, model: nn.Module, size: int) -> dict[str, Any]:
-    samples = [_sample(loader.dataset, index % len(loader.dataset)) for index in range(size)]
+    samples = [sample_of(loader.dataset, index % len(loader.dataset)) for index in range(size)]
     return model.data_preprocessor(loader.collate_fn(samples), True)
 
 
-def _sample(dataset: Dataset, index: int) -> Any:
+def sample_of(dataset: Dataset, index: int) -> Any:
     """A sample as training gets it, by a copy of the transforms: some own a random generator."""
     inner = dataset
     while not hasattr(inner, "pipeline"):

@@ -13,21 +13,19 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..build import NO_SAMPLES
 from ..convert import enc_layers
 from ..functional._checks import check_integer, check_type
 from ..normalizable import check_normalizable
 from .audit_hook import unwrap
-from .batches import check_batches, check_penalty, learns_nothing, on_all_ranks
-from .measure import statistics_note
+from .batches import check_batches, check_penalty, on_all_ranks
+from .measure import statistics_note, untouched
+from .preflight import check_is_enc, check_metrics, check_readable, find_labels, number_of_classes
 from .watched import check_watched
-
-_IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
 @HOOKS.register_module()
@@ -60,7 +58,8 @@ class ENCGuardHook(Hook):
         check_type("finite", finite, bool, "True or False")
         self.data = data
         self.finite = finite
-        self._batch: Any = None
+        self.batch: Any = None  # the last one
+        self.first_iter = 0
         self._checked: list[Dataset] = []
         self._nan_at_start: set[str] = set()
 
@@ -68,10 +67,12 @@ class ENCGuardHook(Hook):
         """Look at the data and the work dir, and watch the optimizers."""
         check_watched(runner)
         model = unwrap(runner.model)
+        self.first_iter = runner.iter
+        check_is_enc(runner.cfg, model)
         loader = getattr(runner.train_loop, "dataloader", None)  # custom loops may have none
         if isinstance(loader, DataLoader):
             if self.data:
-                on_all_ranks(lambda: self._check_dataset(runner, "train_dataloader", loader))
+                self._check_data(runner, "train", runner.train_loop)
                 by_iter = isinstance(runner.train_loop, IterBasedTrainLoop)
                 check_batches(loader, model, runner.max_iters if by_iter else None)
             check_penalty(loader, model, bool(runner.cfg.get("compile")))
@@ -89,8 +90,7 @@ class ENCGuardHook(Hook):
     def before_val(self, runner: Runner) -> None:
         """Look at the validation set, once."""
         if self.data:
-            loader = getattr(runner.val_loop, "dataloader", None)
-            on_all_ranks(lambda: self._check_dataset(runner, "val_dataloader", loader))
+            self._check_data(runner, "val", runner.val_loop)
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Warn of running statistics that do not fit the weights yet."""
@@ -100,13 +100,13 @@ class ENCGuardHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Look at the test set."""
+        check_is_enc(runner.cfg, unwrap(runner.model))
         if self.data:
-            loader = getattr(runner.test_loop, "dataloader", None)
-            on_all_ranks(lambda: self._check_dataset(runner, "test_dataloader", loader))
+            self._check_data(runner, "test", runner.test_loop)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Remember the batch, to look for the cause in it."""
-        self._batch = data_batch
+        self.batch = data_batch
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
         """Stop at a loss that is not finite, and at weights that are not before they are saved."""
@@ -128,14 +128,25 @@ class ENCGuardHook(Hook):
         if self.finite:
             self._check_weights(runner)
 
-    def _check_dataset(self, runner: Runner, name: str, loader: DataLoader | None) -> None:
+    def _check_data(self, runner: Runner, split: str, loop: BaseLoop) -> None:
+        """Look at the labels of a split, read two of its samples, and compare its metrics with the classes, once."""
+        loader, model = getattr(loop, "dataloader", None), unwrap(runner.model)
         dataset = getattr(loader, "dataset", None)
         if dataset is None or isinstance(dataset, IterableDataset) or any(dataset is known for known in self._checked):
             return
         self._checked.append(dataset)
-        single = check_dataset(name, dataset, number_of_classes(unwrap(runner.model)))
-        if single is not None:
-            runner.logger.warning(f"ENC: all {len(dataset)} samples of {name} are of class {single}")
+
+        def look() -> list[str]:
+            classes = number_of_classes(model)
+            check_metrics(f"{split}_evaluator", getattr(getattr(loop, "evaluator", None), "metrics", []), classes)
+            notes = find_labels(f"{split}_dataloader", dataset, classes)
+            check_readable(f"{split}_dataloader", dataset)
+            return notes
+
+        with untouched(model):
+            notes = on_all_ranks(look)
+        for note in notes:
+            runner.logger.warning(f"ENC: {note}")
 
     def _check_gradients(self, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
         # Fused optimizers skip the step of an infinite gradient themselves, where a gradient scaler asks for it.
@@ -155,65 +166,10 @@ class ENCGuardHook(Hook):
         way_out = "no checkpoint has been written yet" if last is None else f"the last checkpoint is {last} (--resume)"
         raise FloatingPointError(
             f"training: {what} is NaN or infinite in epoch {runner.epoch + 1}, iteration {runner.iter + 1}; "
-            f"{_find_cause(runner, self._batch)}. Nothing of this step was saved, {way_out}. Usual causes: the "
+            f"{_find_cause(runner, self.batch)}. Nothing of this step was saved, {way_out}. Usual causes: the "
             "learning rate (lr, warm-up), no gradient clipping (optim_wrapper=dict(clip_grad=dict(max_norm=...))), "
             "pictures or labels that are damaged. default_hooks=dict(enc_guard=None) goes on all the same"
         )
-
-
-def check_dataset(name: str, dataset: Dataset, num_classes: int | None) -> int | None:
-    """Refuse a dataset without samples, or with labels that are no class.
-
-    Args:
-        name: What the error calls it, such as ``'train_dataloader'``.
-        dataset: Dataset of mmengine or mmpretrain; of others, the length alone is looked at.
-        num_classes: Of the model (:func:`number_of_classes`); None: not known.
-
-    Returns:
-        The class, if all samples are of the same one; else None.
-
-    Raises:
-        ValueError: If there is no sample, or a label is no number or out of range.
-    """
-    if not len(dataset):
-        raise ValueError(f"{name}: {NO_SAMPLES}")
-    if not hasattr(dataset, "get_data_info"):
-        return None
-    seen: dict[int, int] = {}
-    for index in range(len(dataset)):
-        labels = dataset.get_data_info(index).get("gt_label")
-        if labels is None:
-            return None
-        for label in tree_leaves(labels.tolist() if hasattr(labels, "tolist") else labels):
-            seen.setdefault(label, index)
-    for label, index in seen.items():
-        if not isinstance(label, (int, float)):
-            raise ValueError(f"{name}: expected labels that are numbers, got {label!r} (sample {index})")
-        if num_classes is not None and label != _IGNORED and not 0 <= label < num_classes:
-            raise ValueError(
-                f"{name}: expected labels from 0 to {num_classes - 1}, since the head has num_classes={num_classes}, "
-                f"got {label} (sample {index}); set num_classes of model.head and of data_preprocessor to the number "
-                "of the dataset's classes"
-            )
-    return next(iter(seen)) if len(seen) == 1 else None
-
-
-def number_of_classes(model: nn.Module) -> int | None:
-    """Classes of the model's head; None if it has none, or one output that is no class (a binary or a real number).
-
-    Raises:
-        ValueError: If there is one class and the loss gives it no gradient.
-    """
-    head = getattr(model, "head", None)
-    number = getattr(head, "num_classes", None)
-    if number != 1:
-        return number
-    if learns_nothing(head):
-        raise ValueError(
-            "num_classes: expected at least 2, got 1: the softmax of one output is always 1, so that there is nothing "
-            "to train"
-        )
-    return None
 
 
 def check_work_dir(work_dir: str | Path) -> None:

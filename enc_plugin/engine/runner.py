@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.dist import broadcast_object_list, is_distributed, is_main_process
@@ -21,17 +22,22 @@ from torch.utils.data import DataLoader
 from ..build import make_dataset, require_file
 from ..checkpoint import find_damage, latest_checkpoint, replacing
 from ..convert import enc_layers
+from ..finding import Refused, describe
 from ..loadable import make_loadable
 from ..loading import Loading, check_trained_as
 from ..parts import part_class
 from ..startup_average import average_from_start
 from .amp import without_cuda
 from .audit_hook import unwrap
+from .batches import on_all_ranks
 from .checkpoint_hook import ENCCheckpointHook
-from .guard import check_loop, check_work_dir
+from .guard import ENCGuardHook, check_loop, check_work_dir
 from .limits import check_distributed, refuse_strategy
+from .preflight import why_step_fails
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
+
+_LOADER = "<dataloader>"  # stands for the key that the one who builds the loop knows
 
 
 @RUNNERS.register_module()
@@ -101,6 +107,29 @@ class ENCRunner(Runner):
             )  # again: a backbone may be ENC by conv_cfg alone, or have got other norms
         return wrapped
 
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build as mmengine does, on all ranks or on none."""
+        return self._build_loop("train_dataloader", super().build_train_loop, loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build as mmengine does, on all ranks or on none."""
+        return self._build_loop("val_dataloader", super().build_val_loop, loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build as mmengine does, on all ranks or on none."""
+        return self._build_loop("test_dataloader", super().build_test_loop, loop)
+
+    @staticmethod
+    def _build_loop(key: str, build: Callable, loop: BaseLoop | dict) -> BaseLoop:
+        def named() -> BaseLoop:
+            try:
+                return build(loop)
+            except Refused as error:
+                found, advice = (text.replace(_LOADER, key) for text in (error.found, error.advice))
+                raise Refused(found, advice) from error
+
+        return on_all_ranks(named)
+
     def build_optim_wrapper(self, optim_wrapper):
         """Build the optimizer wrapper, mixed precision included, on any device."""
         return super().build_optim_wrapper(without_cuda(optim_wrapper, self.logger))
@@ -116,7 +145,24 @@ class ENCRunner(Runner):
                 self._load_from = self._latest_checkpoint()
             if self._load_from is not None:
                 self._take_seed(self._load_from)
-        return super().train()
+        try:
+            return super().train()
+        except (RuntimeError, TypeError, IndexError, AttributeError, AssertionError) as error:
+            batch = self._first_batch(error)
+            if batch is None:
+                raise
+            model = unwrap(self.model)
+            raise Refused(
+                f"model: the first training step fails ({describe(error)})",
+                why_step_fails(model, model.data_preprocessor(batch)["inputs"]),
+            ) from error
+
+    def _first_batch(self, error: Exception) -> Any:
+        """The batch on which training fails at its first step; None later on, and where the memory is too small."""
+        guard = next((hook for hook in self.hooks if isinstance(hook, ENCGuardHook)), None)
+        if guard is None or self.iter > guard.first_iter or isinstance(error, torch.OutOfMemoryError):
+            return None
+        return guard.batch
 
     def _latest_checkpoint(self) -> str | None:
         """The checkpoint to go on from, None if there is none; rank 0 decides."""
@@ -171,7 +217,7 @@ class ENCRunner(Runner):
             built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         except Exception:
             if isinstance(dataloader, dict) and isinstance(dataloader.get("dataset"), dict):
-                make_dataset("dataloader", dataloader["dataset"])  # raises the clear error, if it is the dataset's
+                make_dataset(_LOADER, dataloader["dataset"])  # raises the clear error, if it is the dataset's
             raise
         if isinstance(dataloader, dict) and built.num_workers and seed is not None:
             seed_workers_by_epoch(built, seed)

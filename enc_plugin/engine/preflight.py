@@ -1,0 +1,200 @@
+"""What a run would stumble over late, found before its first step; the doctor asks the same of a config."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
+
+from ..build import NO_SAMPLES
+from ..convert import enc_layers
+from ..finding import Refused, describe
+from ..layers import ENC_LAYERS
+from .batches import learns_nothing, sample_of
+
+_IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+def find_labels(name: str, dataset: Dataset, num_classes: int | None) -> list[str]:
+    """Refuse a dataset without samples, or with labels that are no class.
+
+    Args:
+        name: What the error calls it, such as ``'train_dataloader'``.
+        dataset: Dataset of mmengine or mmpretrain; of others, the length alone is looked at.
+        num_classes: Of the model (:func:`number_of_classes`); None: not known.
+
+    Returns:
+        What is odd and can be trained on.
+
+    Raises:
+        ValueError: If there is no sample, or a label is no number or out of range.
+    """
+    if not len(dataset):
+        raise Refused(f"{name}: {NO_SAMPLES}")
+    if not hasattr(dataset, "get_data_info"):
+        return []
+    seen: dict[int, int] = {}
+    for index in range(len(dataset)):
+        labels = dataset.get_data_info(index).get("gt_label")
+        if labels is None:
+            return []
+        for label in tree_leaves(labels.tolist() if hasattr(labels, "tolist") else labels):
+            seen.setdefault(label, index)
+    named = len((getattr(dataset, "metainfo", None) or {}).get("classes") or ())
+    surplus = f"{named} classes in the data, model.head.num_classes = {num_classes}"
+    for label, index in seen.items():
+        if not isinstance(label, (int, float)):
+            raise Refused(f"{name}: expected labels that are numbers, got {label!r} (sample {index})")
+        if num_classes is not None and label != _IGNORED and not 0 <= label < num_classes:
+            number = named if named > max(num_classes, label) else "the number of the dataset's classes"
+            raise Refused(
+                f"{name}: expected labels from 0 to {num_classes - 1}, since the head has num_classes={num_classes}, "
+                f"got {label} (sample {index}{f'; {surplus}' if named > num_classes else ''})",
+                f"set model.head.num_classes={number}, data_preprocessor's too",
+            )
+    notes = []
+    if num_classes is not None and named > num_classes:
+        notes.append(f"{name}: {surplus}; the labels fit, so the others have no sample")
+    if len(seen) == 1:
+        notes.append(f"all {len(dataset)} samples of {name} are of class {next(iter(seen))}")
+    return notes
+
+
+def check_readable(name: str, dataset: Dataset) -> None:
+    """Read the first and the last sample through copies of the transforms.
+
+    Raises:
+        ValueError: If one cannot be read.
+    """
+    for index in sorted({0, len(dataset) - 1}):
+        try:
+            sample_of(dataset, index)
+        except Exception as error:
+            raise Refused(
+                f"{name}: sample {index} cannot be read ({describe(error)})",
+                f"check {name}.dataset: its paths and its pipeline",
+            ) from error
+
+
+def number_of_classes(model: nn.Module) -> int | None:
+    """Classes of the model's head; None if it has none, or one output that is no class (a binary or a real number).
+
+    Raises:
+        ValueError: If there is one class and the loss gives it no gradient.
+    """
+    head = getattr(model, "head", None)
+    number = getattr(head, "num_classes", None)
+    if number != 1:
+        return number
+    if learns_nothing(head):
+        raise ValueError(
+            "num_classes: expected at least 2, got 1: the softmax of one output is always 1, so that there is nothing "
+            "to train"
+        )
+    return None
+
+
+def check_metrics(name: str, metrics: Iterable[Any], num_classes: int | None) -> None:
+    """Refuse metrics that ask for more of the top than there are classes: they fail at the first validation.
+
+    Args:
+        name: What the error calls them, such as ``'val_evaluator'``.
+        metrics: Metrics, or their configs.
+        num_classes: Of the model; None: not known.
+
+    Raises:
+        ValueError: If one does.
+    """
+    for metric in metrics:
+        topk = metric.get("topk") if isinstance(metric, Mapping) else getattr(metric, "topk", None)
+        largest = max((topk,) if isinstance(topk, int) else topk or (), default=0)
+        if num_classes is not None and largest > num_classes:
+            raise Refused(
+                f"{name} asks for the top {largest} of {num_classes} classes",
+                "set val_evaluator = dict(topk=1), and test_evaluator",
+            )
+
+
+def check_is_enc(cfg: Config, model: nn.Module) -> None:
+    """Refuse a model that its config calls ENC and that has no ENC layer: it would train as a plain one.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    settings = cfg.get("model")
+    own = {"ENCImageClassifier", *(layer.__name__ for layer in ENC_LAYERS.values())}
+    asked = sorted({name for name in type_names(settings) if name.split(".")[-1] in own})
+    if asked and next(enc_layers(model), None) is None:
+        raise Refused(
+            f"the config names {', '.join(asked)}, and no layer of the network is ENC",
+            'use model = dict(type="ENCImageClassifier"), which reaches every layer',
+        )
+
+
+def type_names(node: Any) -> Iterator[str]:
+    """Names of the registered parts that a config names."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == "type" and isinstance(value, str):
+                yield value
+            else:
+                yield from type_names(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from type_names(value)
+
+
+def why_step_fails(model: nn.Module, inputs: Any) -> str:
+    """What to do about a network that fails on its inputs: the head's width, if that is the reason."""
+    wanted = getattr(getattr(model, "head", None), "in_channels", None)
+    try:
+        features = model.eval().extract_feat(inputs)
+        given = (features[-1] if isinstance(features, (tuple, list)) else features).shape[1]
+    except Exception:  # the network fails before its head
+        given = None
+    if isinstance(wanted, int) and given is not None and wanted != given:
+        return f"the head expects {wanted} channels, it gets {given}: set model.head.in_channels={given}"
+    return "check that backbone, neck and head fit together"
+
+
+class _FirstStep(Exception):
+    """The rehearsal has come to the first step."""
+
+
+class _StopBeforeTraining(Hook):
+    priority = 65  # behind what checks, before what measures the weights that training starts from
+
+    def before_train(self, runner: Runner) -> None:
+        raise _FirstStep
+
+
+def rehearse(cfg: Config) -> None:
+    """Build a run of ``cfg`` in a folder that vanishes, and go on to its first step, alone and without visualizers.
+
+    Raises:
+        Exception: What the run would end with.
+    """
+    cfg = copy.deepcopy(cfg)
+    hooks = cfg.get("default_hooks") or {}
+    (hooks.get("checkpoint") or {}).pop("out_dir", None)
+    own = [] if cfg.get("runner_type") == "ENCRunner" else [{"type": "ENCGuardHook"}]
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), *own]
+    cfg.launcher, cfg.resume, cfg.visualizer = "none", False, None
+    cfg.experiment_name = f"rehearsal_{os.urandom(4).hex()}"
+    with tempfile.TemporaryDirectory() as folder:
+        cfg.work_dir = folder
+        runner = RUNNERS.build(cfg)
+        runner.register_hook(_StopBeforeTraining(), _StopBeforeTraining.priority)
+        with contextlib.suppress(_FirstStep):
+            runner.train()

@@ -1,0 +1,127 @@
+"""Every tool ends every failure the same way: one line that says what to do, exit code 1, no traceback."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+import pytest
+import torch
+from helpers import CONFIGS, ROOT, free_port, run_command
+from mmengine.runner import Runner
+from mmpretrain import get_model
+
+ENC = str(CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py")
+PLAIN = str(CONFIGS / "digits" / "resnet8_1xb64.py")
+FOLDER = 'dict(dataset=dict(_delete_=True, type="CustomDataset", data_root="/not/there", pipeline=[]))'
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    """Configs and checkpoints by what is wrong with them; the others work."""
+    folder = tmp_path_factory.mktemp("files")
+    configs = {
+        "syntax": "model = dict(\n",
+        "type": f'_base_ = {ENC!r}\nmodel = dict(type="ENCImageClasifier")\n',
+        "data": f"_base_ = {ENC!r}\ntrain_dataloader = val_dataloader = test_dataloader = {FOLDER}\n",
+        "preserve": f"_base_ = {ENC!r}\nmodel = dict(enc=dict(preserve=True))\n",
+    }
+    found = {"missing": "missing.py", "folder": str(folder), "enc": ENC, "plain": PLAIN, "no.pth": "no.pth"}
+    for name, text in configs.items():
+        (folder / f"{name}.py").write_text(text)
+        found[name] = str(folder / f"{name}.py")
+    for name, config in (("enc.pth", ENC), ("plain.pth", PLAIN)):
+        torch.save(get_model(config, pretrained=False).state_dict(), folder / name)
+        found[name] = str(folder / name)
+    content = (folder / "enc.pth").read_bytes()
+    (folder / "damaged.pth").write_bytes(content[: len(content) // 2])
+    return found | {"damaged.pth": str(folder / "damaged.pth")}
+
+
+def run_tool(name: str, arguments: list[str], monkeypatch) -> None:
+    """``python tools/<name>.py`` in this process: starting another costs ten times as much."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(Runner, "build_logger", Runner.build_logger)  # put back what the tool shortens
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+
+
+TOOLS = {
+    "train": lambda config, checkpoint: [config, "--work-dir", "run"],
+    "test": lambda config, checkpoint: [config, checkpoint, "--work-dir", "run"],
+    "measure_gbr": lambda config, checkpoint: [config, checkpoint, "--num-samples", "4", "--device", "cpu"],
+    "attack": lambda config, checkpoint: [config, checkpoint, "--num-samples", "4", "--device", "cpu"],
+    "fold": lambda config, checkpoint: [config, checkpoint, "out.pth"],
+}
+CASES = {
+    "missing": ("missing", "enc.pth", "config: there is no file missing.py"),
+    "a folder": ("folder", "enc.pth", "is a folder; name a config file in it"),
+    "syntax": ("syntax", "enc.pth", "cannot be read .SyntaxError"),
+    "an unknown type": ("type", "enc.pth", "ENCImageClasifier is not in the mmpretrain::model registry"),
+    "no data": ("data", "enc.pth", "data_root = '/not/there' is not there|CustomDataset. is not here"),
+    "no checkpoint": ("enc", "no.pth", "there is no file no.pth"),
+    "a damaged checkpoint": ("enc", "damaged.pth", "is damaged"),
+    "a plain checkpoint for an ENC config": ("enc", "plain.pth", "plain"),
+    "an ENC checkpoint for a plain config": ("plain", "enc.pth", "ENC where this model's are plain|nothing to fold"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_failure_is_one_line(case, tool, files, tmp_path, monkeypatch):
+    config, checkpoint, message = CASES[case]
+    if tool == "train" and config in ("enc", "plain"):
+        pytest.skip("training takes no checkpoint here")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as ended:
+        run_tool(tool, TOOLS[tool](files[config], files[checkpoint]), monkeypatch)
+    assert str(ended.value).startswith(f"{tool}: ")
+    assert "\n" not in str(ended.value)
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize("tool", ["test", "measure_gbr", "attack"])
+def test_preserve_makes_a_plain_checkpoint_fit_in_every_tool_that_measures(tool, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_tool(tool, TOOLS[tool](files["preserve"], files["plain.pth"]), monkeypatch)
+
+
+def test_missing_archives_and_work_dirs_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^prepare_cifar10: archive: there is no file a.zip"):
+        run_tool("prepare_cifar10", ["a.zip"], monkeypatch)
+    with pytest.raises(SystemExit, match="^report: work_dir: nowhere is no folder"):
+        run_tool("report", ["nowhere"], monkeypatch)
+
+
+def test_the_traceback_shows_on_request(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENC_VERBOSE", "1")
+    with pytest.raises(FileNotFoundError, match="there is no file missing.py"):
+        run_tool("measure_gbr", ["missing.py", files["enc.pth"]], monkeypatch)
+
+
+def test_a_run_that_fails_keeps_the_traceback_in_its_log(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_tool("train", TOOLS["train"](files["data"], ""), monkeypatch)
+    log = next(tmp_path.glob("run/*/*.log")).read_text()
+    assert "The run has failed:\nTraceback (most recent call last):" in log
+
+
+@pytest.mark.slow
+def test_processes_end_together_and_one_speaks(tmp_path):
+    config = tmp_path / "one.py"
+    bad = '__import__("os").environ.get("RANK") == "1"'
+    config.write_text(
+        f"_base_ = {ENC!r}\ntrain_dataloader = dict(dataset=dict(split='nowhere' if {bad} else 'train'))\n"
+    )
+    command = ["bash", "tools/dist_train.sh", str(config), "2", "--work-dir", str(tmp_path / "run")]
+    done = run_command(command, PORT=str(free_port()))
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("train: ")]
+    assert len(errors) == 1, done.stderr
+    assert "split: expected 'train' or 'test', got 'nowhere'" in errors[0]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,24 @@
+"""torchrun of dist_train.sh and dist_test.sh: a process that fails says why itself, so torch's report is left out."""
+
+import logging
+import os
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+if __name__ == "__main__":
+    verbose = os.environ.get("ENC_VERBOSE", "0") not in ("", "0")
+    if not verbose:
+        for name in ("elastic", "run"):
+            logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
+    try:
+        main()
+    except ChildFailedError as error:
+        if verbose:
+            raise
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not say so itself
+            print(f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        sys.exit(1)

@@ -60,7 +60,7 @@ def find_labels(name: str, dataset: Dataset, num_classes: int | None) -> list[st
             number = named if named > max(num_classes, label) else "the number of the dataset's classes"
             raise Refused(
                 f"{name}: expected labels from 0 to {num_classes - 1}, since the head has num_classes={num_classes}, "
-                f"got {label} (sample {index}{f'; {surplus}' if named > num_classes else ''})",
+                f"got {label} (sample {index}){f'; {surplus}' if named > num_classes else ''}",
                 f"set model.head.num_classes={number}, data_preprocessor's too",
             )
     notes = []

@@ -228,20 +228,21 @@ class ENCLayer(nn.Module):
             self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=is_trained)
 
     def _apply(self, fn, recurse=True):
-        was_meta = [tensor.is_meta for tensor in self._own_tensors()]
+        norm, alpha = self._norm_is_meta(), self._alpha_is_meta()
         super()._apply(fn, recurse)
         # Off the meta device (to_empty) tensors hold whatever the memory held. A checkpoint of a plain network has no
         # values for these, and nothing else would set them.
-        if any(was_meta) and not any(tensor.is_meta for tensor in self._own_tensors()):
-            if self.enc_norm is not None:
-                self.enc_norm.reset_parameters()
-            if self.enc_log_alpha is not None:
-                nn.init.zeros_(self.enc_log_alpha)
+        if norm and not self._norm_is_meta():
+            self.enc_norm.reset_parameters()
+        if alpha and not self._alpha_is_meta():
+            nn.init.zeros_(self.enc_log_alpha)
         return self
 
-    def _own_tensors(self) -> list[Tensor]:
-        norm = [] if self.enc_norm is None else self.enc_norm.state_dict(keep_vars=True).values()
-        return [*norm, *([] if self.enc_log_alpha is None else [self.enc_log_alpha])]
+    def _norm_is_meta(self) -> bool:
+        return self.enc_norm is not None and any(t.is_meta for t in self.enc_norm.state_dict().values())
+
+    def _alpha_is_meta(self) -> bool:
+        return self.enc_log_alpha is not None and self.enc_log_alpha.is_meta
 
     # The settings have to stand in the file, and layer by layer: without them an ENC checkpoint passes for a plain one,
     # whose outputs are others. State dicts become plain dicts on the way (safetensors, averages, the prefix of a
@@ -291,7 +292,7 @@ class ENCLayer(nn.Module):
         norm = self.enc_norm
         if norm is None:
             return {}
-        if any(tensor.is_meta for tensor in norm.state_dict().values()):
+        if self._norm_is_meta():
             norm = self.norm_class(self.weight.shape[0], device="cpu", dtype=self._stat_dtype())
         return {f"{prefix}{self._enc_norm_name}.{key}": value for key, value in norm.state_dict().items()}
 

@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._table import format_table
+from .eligible import Evidence, refuse_weights_read_elsewhere
 from .folded import FoldedAudit, audit_folded
 from .functional._checks import check_type
 from .functional.weights import check_alpha_option, check_variant, is_centered
@@ -28,13 +25,7 @@ from .preserve import Plan, Preservation
 from .reparametrized import copies_of_results
 from .startup_average import average_from_start, drop_averages
 from .subclass_trial import post_norm_problem, weight_problem
-
-# Squeeze-and-excitation blocks by their class names in mmpretrain, mmcv, timm and torchvision.
-_SE_BLOCK = re.compile(r"^(Effective)?SE(Layer|Module|Block|Unit)|SqueezeExcit")
-
-
-# What forward passes may ask of a weight without computing with it.
-_NOT_VALUES = r"(?!\.(dtype|device|shape|size|ndim|is_))"
+from .trace import RecordError, record
 
 
 class NoEffectWarning(UserWarning):
@@ -55,11 +46,22 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What :func:`to_enc` did: the ENC layers in module order, and what keeps a plain weight and why."""
+    """What :func:`to_enc` did.
+
+    Attributes:
+        layers: The ENC layers, in module order.
+        skipped: What keeps a plain weight, by name, with the reason.
+        preserved: How well ``preserve`` kept the function, or None.
+        without_norm: Names of the ENC layers whose scale no norm restores, in front of the next weight or of the
+            network's end.
+        guessed: ENC layers that were not seen at work, by name, with what is taken for granted about them.
+    """
 
     layers: list[ConvertedLayer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     preserved: Preservation | None = None
+    without_norm: list[str] = field(default_factory=list)
+    guessed: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -76,6 +78,9 @@ class ConversionReport:
         added = [layer.name for layer in self.layers if layer.adds_bias]
         if added:
             text += f"\nget a bias when folded, which the stock layers lack: {', '.join(added)}"
+        text = "\n".join([text, *(f"guessed: {name} ({why})" for name, why in self.guessed.items())])
+        if self.without_norm:
+            text += f"\nwithout a norm behind them: {', '.join(self.without_norm)}"
         return text if self.preserved is None else f"{text}\n{self.preserved}"
 
 
@@ -87,6 +92,7 @@ def to_enc(
     exclude: str | Sequence[str] | None = None,
     post_norm: str | bool = "auto",
     preserve: bool | Tensor = False,
+    example: Tensor | tuple | dict | None = None,
 ) -> ConversionReport:
     """Turn the convolutions and linear layers of ``model`` into ENC layers, in place.
 
@@ -107,26 +113,31 @@ def to_enc(
             (``'backbone.layer1'`` takes in everything below it) or a shell-style glob (``'*.downsample.*'``).
         exclude: Leave out layers that match one of these patterns.
         post_norm: ``'auto'`` gives a batch norm of its own to every layer that the paper must give one: each linear
-            layer and the convolutions of squeeze-and-excitation blocks, unless a batch norm follows at once.
-            True: every layer; False: none.
+            layer and each convolution that works as one (in squeeze-and-excitation blocks, as a classifier), unless a
+            batch norm reads it at once. True: every layer; False: none.
         preserve: Keep the function of a trained network (in eval mode): what the layers lose in scale goes into the
             batch norms behind them, so that ``'fro'`` and ``'wn'`` change outputs by rounding alone. ``'ws'`` and
             ``'centered_fro'`` remove means too; by how much that changes the outputs is measured, reported and warned
-            of. The network runs once for this: on a made-up batch (True), or on the batch given.
+            of. The network runs once more for this: on the example (True), or on the batch given.
+        example: A batch that the network takes: a tensor, a tuple of positional or a dict of keyword arguments. The
+            network runs on it once, in eval mode and without a trace, to see which layers are called, who else reads
+            their weights and which norms read their outputs. None: a batch is made up (of shapes alone, so that it
+            costs little); the report names the layers that were not seen.
 
     Returns:
         The report: each ENC layer with its variant and whether it has a post-norm, and what stays plain.
 
     Raises:
         ValueError: If an option is unknown, a pattern matches no layer, a layer cannot be normalised (a row of one
-            element, a constant row), a layer is ENC already with another variant or alpha, or ``preserve`` finds a
-            layer whose scale no batch norm can take, or the model is wrapped for distributed training already and
-            would get new parameters. The model is then unchanged.
+            element, a constant row), a layer is ENC already with another variant or alpha, the network does not run on
+            ``example``, ``preserve`` finds a layer whose scale no batch norm can take, or the model is wrapped for
+            distributed training already and would get new parameters. The model is then unchanged.
         TypeError: If an argument is of another type.
 
     Warns:
         NoEffectWarning: If there is no layer to convert.
-        UserWarning: If ``preserve`` could not keep the outputs.
+        UserWarning: If ``preserve`` could not keep the outputs, the network was not seen at work, or layers have no
+            norm behind them (not with ``post_norm=False``).
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
@@ -140,14 +151,17 @@ def to_enc(
     if not isinstance(post_norm, bool) and not (isinstance(post_norm, str) and post_norm == "auto"):
         raise ValueError(f"post_norm: expected 'auto', True or False, got {post_norm!r}")
     check_type("preserve", preserve, (bool, Tensor), "True, False or a batch of inputs")
+    check_type("example", example, (Tensor, tuple, dict, type(None)), "a batch, a tuple or dict of arguments, or None")
 
-    problems = _unconvertible(model)
+    evidence = _look_at(model, example, preserve)
+    problems = _unconvertible(model, evidence)
     names = [name for name, module in model.named_modules() if _is_layer(module) and name not in problems]
-    selected = _select(names, include, exclude)
+    selected = _select(names, include, exclude, problems)
     modules = dict(model.named_modules())
-    wants_norm = _layers_without_batch_norm(model) if post_norm == "auto" else None
 
-    needs_norm = {modules[name] for name in selected if wants_norm is None and post_norm} | (wants_norm or set())
+    needs_norm = evidence.wants_norm() if post_norm == "auto" else set()
+    if post_norm is True:
+        needs_norm = {modules[name] for name in selected}
     cannot_have_norm = {name: post_norm_problem(modules[name]) for name in selected if modules[name] in needs_norm}
     problems.update({name: reason for name, reason in cannot_have_norm.items() if reason is not None})
     selected = [name for name in selected if name not in problems]
@@ -170,7 +184,7 @@ def to_enc(
     # Weights that were loaded from ENC layers have their function already.
     plain = {name: modules[name] for name in selected if not getattr(modules[name], "loaded_settings", None)}
     if plain and preserve is not False:
-        plan = Plan(model, plain, has_norm, None if preserve is True else preserve)
+        plan = Plan(model, plain, has_norm, evidence.trace)
 
     layers = []
     for name in selected:
@@ -188,10 +202,18 @@ def to_enc(
     _guard_fusers(model)
     if layers:
         average_from_start(model)
-    report = ConversionReport(layers, plain_weights(model, problems), _keep_function(plan, variant))
+    owns_norm = {layer for _, layer in enc_layers(model) if layer.enc_norm is not None}
+    report = ConversionReport(
+        layers,
+        plain_weights(model, problems),
+        _keep_function(plan, variant),
+        [name for name in evidence.without_norm(owns_norm) if name in selected],
+        {name: why for name, why in evidence.guessed().items() if name in selected},
+    )
     text = describe_plain_majority(model, {x: why for x, why in report.skipped.items() if x in problems})
     if text and report.layers:
         warnings.warn(f"to_enc: {text}; report.skipped names them", UserWarning, stacklevel=2)
+    _warn_of_doubts(report, evidence, post_norm)
     if not report.layers:
         warnings.warn(
             f"to_enc changed nothing: {type(model).__name__} has no Conv1d/2d/3d or Linear layer"
@@ -211,7 +233,7 @@ def enc_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ENCLayer))
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.Module:
     r"""The plain network that computes what an ENC network computes in eval mode: the inverse of :func:`to_enc`.
 
     Weights become :math:`\hat W`; post-norms merge into weight and bias. Classes go back to the stock ones
@@ -219,14 +241,17 @@ def fold(model: nn.Module) -> nn.Module:
 
     Args:
         model: Any ``nn.Module`` with ENC layers; it is left as it is.
+        example: A batch that the network takes, as for :func:`to_enc`, to make sure that nothing else reads the
+            weights of the ENC layers. None: one is made up where possible.
 
     Returns:
         A new model in the mode (train or eval) of ``model``. A layer that had a post-norm but no bias has got a bias:
         only such a layer keeps the state dict from fitting the stock model.
 
     Raises:
-        ValueError: If an effective weight is not defined (a constant row, NaN), or a post-norm keeps no running
-            statistics.
+        ValueError: If an effective weight is not defined (a constant row, NaN), a post-norm keeps no running
+            statistics, something else computes with the free weight of an ENC layer, or the network does not run on
+            ``example``.
 
     Warns:
         NoEffectWarning: If there is no ENC layer; the result is then a copy.
@@ -244,6 +269,11 @@ def fold(model: nn.Module) -> nn.Module:
     for name, layer in enc_layers(model):
         if not layer.weight.is_meta:
             check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
+    try:
+        refuse_weights_read_elsewhere(model, record(model, example), dict(enc_layers(model)))
+    except RecordError as error:
+        if example is not None:
+            raise ValueError(f"example: {error}") from error
     model = copy.deepcopy(model, copies_of_results(model.modules()))
     for module in list(model.modules()):
         for name in [key for key, value in module.__dict__.items() if isinstance(value, _FoldFirst)]:
@@ -278,6 +308,43 @@ def _guard_fusers(model: nn.Module) -> None:
                 module.__dict__[method] = _FoldFirst(type(module).__name__, method)
 
 
+def _look_at(model: nn.Module, example, preserve: bool | Tensor) -> Evidence:
+    """Run the network once, before anything is changed."""
+    argument = "example"
+    if isinstance(preserve, Tensor):
+        argument, example = "preserve", preserve
+    try:
+        evidence = Evidence(model, example)
+    except RecordError as error:
+        raise ValueError(f"{argument}: {error}") from error
+    if preserve is True and evidence.failure is not None:
+        raise ValueError(
+            f"preserve: the network is run once to find the batch norm behind each layer, and {evidence.failure}: "
+            "preserve=<Tensor> or example=..."
+        )
+    return evidence
+
+
+def _warn_of_doubts(report: ConversionReport, evidence: Evidence, post_norm: str | bool) -> None:
+    if report.guessed and evidence.failure is not None:
+        warnings.warn(
+            f"to_enc did not see the network at work ({evidence.failure}: example=...). It took for granted that each "
+            f"of the {len(report.guessed)} layers alone computes with its weight, and guessed which batch norms follow",
+            UserWarning,
+            stacklevel=3,
+        )
+    if report.without_norm and post_norm is not False:
+        names = report.without_norm
+        warnings.warn(
+            f"to_enc: {len(names)} of {len(report)} ENC layers have no norm behind them, so that their outputs stay as "
+            f"small as their weights: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. A network of such "
+            "layers hardly trains; give each layer a batch norm of its own with post_norm=True, or leave them plain "
+            "with exclude=[...]",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _keep_function(plan: Plan | None, variant: str) -> Preservation | None:
     if plan is None:
         return None
@@ -294,32 +361,28 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, ENCLayer) or enc_class(type(module)) is not None
 
 
-def _unconvertible(model: nn.Module) -> dict[str, str]:
+def _unconvertible(model: nn.Module, evidence: Evidence) -> dict[str, str]:
     """Layers that must stay plain, by name, with the reason."""
-    problems = {}
+    problems = evidence.read_elsewhere()
     for name, module in model.named_modules():
-        for child, layer in module.named_children():
-            # nn.MultiheadAttention reads out_proj.weight in its forward, BEiT's attention qkv.weight.
-            if _is_layer(layer) and re.search(rf"self\.{child}\.weight\b{_NOT_VALUES}", _forward_source(type(module))):
-                reason = f"{type(module).__name__} reads its weight without calling it"
-                problems[f"{name}.{child}" if name else child] = reason
         if _is_layer(module) and not isinstance(module, ENCLayer):
             reason = weight_problem(module)
             if reason is not None:
                 problems.setdefault(name, reason)
+        elif name in problems:
+            raise ValueError(
+                f"layer {name!r} is ENC already, but {problems[name]}: that computes with the free weight; build it as "
+                "a plain layer"
+            )
     return problems
 
 
-@cache
-def _forward_source(cls: type[nn.Module]) -> str:
-    try:
-        return inspect.getsource(cls.forward)
-    except (OSError, TypeError):  # made at run time, or not in Python
-        return ""
+def _select(
+    names: list[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None, plain: Iterable[str]
+) -> list[str]:
+    """Those of ``names`` that the patterns leave; ``exclude`` may also name layers that stay plain anyway."""
 
-
-def _select(names: list[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[str]:
-    def matching(argument: str, patterns: str | Sequence[str]) -> set[str]:
+    def matching(argument: str, patterns: str | Sequence[str], names: list[str]) -> set[str]:
         found: set[str] = set()
         patterns = [patterns] if isinstance(patterns, str) else patterns
         if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -332,32 +395,10 @@ def _select(names: list[str], include: str | Sequence[str] | None, exclude: str 
             found |= hits
         return found
 
-    kept = set(names) if include is None else matching("include", include)
+    kept = set(names) if include is None else matching("include", include, names)
     if exclude is not None:
-        kept -= matching("exclude", exclude)
+        kept -= matching("exclude", exclude, [*names, *plain])
     return [name for name in names if name in kept]
-
-
-def _layers_without_batch_norm(model: nn.Module) -> set[nn.Module]:
-    """Linear layers and the convolutions of squeeze-and-excitation blocks that no batch norm follows at once."""
-    followed: set[nn.Module] = set()
-    for module in model.modules():
-        children: Iterable[nn.Module] = module.children()
-        in_order = isinstance(module, nn.Sequential)
-        # mmcv's ConvModule runs convolution, norm and activation, whatever order they were registered in.
-        if getattr(module, "with_norm", False) and hasattr(module, "conv"):
-            children, in_order = (module.conv, module.norm), True
-        children = list(children)
-        for layer, norm in zip(children, children[1:], strict=False):
-            # Elsewhere the order of registration is a sign, not a proof: a linear layer with a norm of its width.
-            own = isinstance(layer, nn.Linear) and layer.out_features == getattr(norm, "num_features", None)
-            if isinstance(norm, _BatchNorm) and (in_order or own):
-                followed.add(layer)
-    due: set[nn.Module] = {m for m in model.modules() if isinstance(m, nn.Linear)}
-    for module in model.modules():
-        if _SE_BLOCK.search(type(module).__name__):
-            due.update(m for m in module.modules() if _is_layer(m))
-    return due - followed
 
 
 def _gains_parameters(layer: nn.Module, alpha: float | str, needs_norm: bool) -> bool:

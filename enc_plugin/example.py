@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 # Sides in pixels. Passes that record shapes cost the same at any size, real ones do not.
-_SIZES = (224, 32, 64, 128, 256, 299, 384, 512, 28, 96, 48)
+_SIZES = (224, 32, 64, 128, 256, 299, 384, 512, 28, 96, 48, 16, 8)
 _SIZES_FOR_VALUES = (64, 224, 32)
 _LENGTHS = (256, 64, 1024, 16000)
 _CLIPS = ((16, 112, 112), (8, 32, 32), (32, 32, 32))
@@ -87,8 +87,10 @@ def _shapes(model: nn.Module, for_values: bool) -> Iterator[tuple[tuple[int, ...
         elif kind is nn.Embedding:
             yield from (((2, length), True) for length in tokens)
         else:
-            yield (2, layer.in_features), False
-            yield from (((2, length, layer.in_features), False) for length in tokens)
+            flat, sequences = [(2, layer.in_features)], [(2, length, layer.in_features) for length in tokens]
+            # Attention takes a single sequence too, but then not the way that it takes for batches.
+            has_attention = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+            yield from ((shape, False) for shape in (sequences + flat if has_attention else flat + sequences))
 
 
 def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:

@@ -184,7 +184,7 @@ def _chain(trace: Trace, layer: nn.Module, value: Value | None) -> list[_BatchNo
     dim = None if value is None else channel_dim(layer, value)
     if value is None or dim is None:
         return norms
-    channels = torch.arange(1, 1 + value.shape[dim])
+    channels = torch.arange(1, 1 + value.shape[dim], device="cpu")  # also within `with torch.device(...)`
     labels = _along(channels, dim, value)
     while value not in trace.outputs:
         readers = [op for op in value.readers if op.reads_values]
@@ -245,7 +245,7 @@ class Scales:
             self.leaks.setdefault(layer, f"its output has shape {None if out is None else tuple(out.shape)}")
             return
         first = self._starts[layer]
-        self._labels[out] = _along(torch.arange(first, first + out.shape[dim]), dim, out)
+        self._labels[out] = _along(torch.arange(first, first + out.shape[dim], device="cpu"), dim, out)
 
     def _pass_on(self, op: Op) -> None:
         labels = {value: self._labels[value] for value in op.inputs if value in self._labels}
@@ -331,7 +331,7 @@ def _moved(op: Op, labels: dict[Value, Tensor]) -> list[Tensor] | None:
 def _replayed(op: Op, name: str, labels: dict[Value, Tensor]) -> list[Tensor] | None:
     if name == "constant_pad_nd" and len(op.args) > 2 and op.args[2]:
         return None
-    zero = torch.zeros((), dtype=torch.long)
+    zero = torch.zeros((), dtype=torch.long, device="cpu")
     args, kwargs = tree_map(
         lambda x: labels.get(x, zero).expand(x.shape) if isinstance(x, Value) else x, (op.args, op.kwargs)
     )

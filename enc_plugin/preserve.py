@@ -13,7 +13,7 @@ from .example import with_values
 from .flow import Scales
 from .functional.weights import is_centered, num_rows
 from .layers import ENCLayer
-from .trace import RecordError, plain_forward, record, untouched
+from .trace import Trace, plain_forward, untouched
 
 
 @dataclass(frozen=True)
@@ -41,28 +41,21 @@ class Preservation:
 
 
 class Plan:
-    """Where the scale of every layer of ``model`` can go, found by running the network once in eval mode.
+    """Where the scale of every layer of ``model`` can go.
 
     Args:
         model: The network, ENC or not yet; it is left as it was.
         layers: The layers that are (or will be) ENC, by name.
         owns_norm: The layers that have a post-norm of their own, which takes the scale.
-        example: A batch that the network takes, as for :func:`enc_plugin.trace.record`; None: one is made up.
+        trace: A recorded pass of the network.
 
     Raises:
-        ValueError: If the network does not run on the example, or the output of a layer reaches something other than
-            batch norms with running statistics; the layer and the operator are named.
+        ValueError: If the output of a layer reaches something other than batch norms with running statistics; the layer
+            and the operator are named.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], owns_norm: set[nn.Module], example=None):
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], owns_norm: set[nn.Module], trace: Trace):
         self.model, self.layers = model, layers
-        try:
-            trace = record(model, example)
-        except RecordError as error:
-            raise ValueError(
-                f"preserve: the network is run once to find the batch norm behind each layer, and {error}: "
-                "preserve=<Tensor>"
-            ) from error
         self.example = with_values(trace.example, model)
         scales = Scales(trace, [layer for layer in layers.values() if layer not in owns_norm])
         self.readers = scales.readers
@@ -87,7 +80,7 @@ class Plan:
         removed = {}
         for name, layer in self.layers.items():
             scale, removed[name] = _row_scale(layer)
-            if layer.norm is not None:
+            if layer.enc_norm is not None:
                 _fill_post_norm(layer, scale)
             else:
                 if layer.bias is not None:
@@ -102,13 +95,13 @@ class Plan:
 
 def _row_scale(layer: ENCLayer) -> tuple[Tensor, float]:
     """``(m,)`` factors s in ``What_j = s_j (W_j - mean)``, and the mean's share of ``||W||^2``."""
-    rows = num_rows(layer.weight, layer.variant)
+    rows = num_rows(layer.weight, layer.enc_variant)
     w = layer.weight.double().reshape(rows, -1)
-    centered = w - w.mean(1, keepdim=True) if is_centered(layer.variant) else w
+    centered = w - w.mean(1, keepdim=True) if is_centered(layer.enc_variant) else w
     what = layer.effective_weight.double().reshape(rows, -1)
     scale = what.norm(dim=1) / centered.norm(dim=1)
     share = (1 - centered.square().sum() / w.square().sum()).clamp(min=0).item()
-    return scale.expand(layer.weight.shape[0]), share if is_centered(layer.variant) else 0.0
+    return scale.expand(layer.weight.shape[0]), share if is_centered(layer.enc_variant) else 0.0
 
 
 def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
@@ -127,7 +120,7 @@ def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
 
 def _fill_post_norm(layer: ENCLayer, scale: Tensor) -> None:
     """Let the post-norm undo ``scale`` in eval mode; its statistics are those of white inputs of unit variance."""
-    norm = layer.norm
+    norm = layer.enc_norm
     var = layer.effective_weight.double().flatten(1).square().sum(1)
     bias = torch.zeros_like(var) if layer.bias is None else layer.bias.double()
     norm.running_mean.copy_(bias)

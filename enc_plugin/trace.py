@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -111,13 +112,15 @@ class Trace:
         weight = layer._parameters.get("weight")
         if weight is None or id(weight) not in self._states:
             return []
-        owners = [m for m in self.model.modules() if isinstance(m, LAYERS) and m._parameters.get("weight") is weight]
         found, open_values = [], [self._states[id(weight)]]
         while open_values:
             for op in open_values.pop().readers:
                 if op.is_alias:
                     open_values.extend(op.outputs)
-                elif op.reads_values and not any(owner in op.inside for owner in owners):
+                elif op.reads_values and not any(
+                    module is layer or (isinstance(module, LAYERS) and module._parameters.get("weight") is weight)
+                    for module in op.inside
+                ):
                     found.append(op.inside[-1] if op.inside else self.model)
         return list(dict.fromkeys(found))
 
@@ -148,22 +151,17 @@ def record(model: nn.Module, example: Any = None, training: bool = False) -> Tra
         RecordError: If the network does not run.
     """
     model = unwrap(model)
-    if example is not None:
-        candidates = [(as_arguments(example), kind) for kind in ("shapes", "values")]
-    else:
-        candidates = [(arguments, "shapes") for arguments in made_up(model)]
-        candidates += [(arguments, "values") for arguments in made_up(model, for_values=True)]
-    # This layer chooses between two implementations by the device of its input, and so needs one that has values.
-    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
-        candidates = [candidate for candidate in candidates if candidate[1] == "values"]
-    if next((t for t in model.parameters() if t.is_meta), None) is not None:
-        candidates = [candidate for candidate in candidates if candidate[1] == "shapes"]
-    first = None
-    for arguments, kind in candidates:
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise RecordError(f"{type(model).__name__} has lazy layers, which have no weights; run it on a batch first")
+    first, needs_values = None, False
+    for arguments, shapes_only in _candidates(model, example):
+        if shapes_only and needs_values:  # other sizes would not help
+            continue
         try:
-            return _record(model, arguments, training, kind == "shapes")
+            return _record(model, arguments, training, shapes_only)
         except Exception as error:
             first = first or (arguments, error)
+            needs_values |= isinstance(error, NotImplementedError) or "meta" in str(error)
     if first is None:
         raise RecordError(
             f"an input cannot be made up for {type(model).__name__}, which has no layer that tells its shape; "
@@ -174,6 +172,16 @@ def record(model: nn.Module, example: Any = None, training: bool = False) -> Tra
         f"{type(model).__name__} does not run on {'a made-up input' if example is None else 'the example'} of shape "
         f"{shapes} ({first[1]}); pass a batch that it takes"
     ) from first[1]
+
+
+def _candidates(model: nn.Module, example: Any) -> Iterator[tuple[Arguments, bool]]:
+    """Arguments to try, and whether on shapes alone: first so, since it is cheap, then for real."""
+    # This layer chooses between two implementations by the device of its input, and so needs one that has values.
+    if not any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        yield from ((x, True) for x in (made_up(model) if example is None else [as_arguments(example)]))
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        given = made_up(model, for_values=True) if example is None else [as_arguments(example)]
+        yield from ((x, False) for x in given)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

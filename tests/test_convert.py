@@ -13,7 +13,7 @@ from mmengine.hub import get_config
 from mmpretrain.registry import MODELS
 from torch import nn
 
-from enc_plugin import ENCConv2d, ENCLinear, NoEffectWarning, audit, to_enc
+from enc_plugin import ENCConv2d, ENCLinear, NoEffectWarning, audit, fold, to_enc
 from enc_plugin.convert import enc_layers
 from enc_plugin.functional import enc_weight
 
@@ -291,3 +291,163 @@ def test_audit_reads_norms_and_finds_the_layer_that_lost_its_direction():
 
 def test_audit_of_a_plain_model_is_empty():
     assert (list(audit(small_net())), audit(small_net()).max_deviation) == ([], 0.0)
+
+
+class Helper(nn.Module):
+    """One kernel at two dilations, read in a helper method; called nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def branch(self, x, dilation):
+        weight = getattr(self.proj, "weight").detach() if dilation == 1 else self.proj.weight  # noqa: B009
+        return nn.functional.conv2d(x, weight, self.proj.bias, padding=dilation, dilation=dilation)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.branch(x, 1) + self.branch(x, 2)).mean((2, 3)))
+
+
+class TiedDecoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList([nn.Linear(6, 5), nn.Linear(5, 5)]), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        first, second = self.layers
+        code = self.norm(second(first(x)))
+        return nn.functional.linear(code, first.weight.flatten(0).view(5, 6).t())
+
+
+@pytest.mark.parametrize(("make", "name"), [(Helper, "proj"), (TiedDecoder, "layers.0")])
+def test_a_weight_that_others_compute_with_stays_plain_and_fold_keeps_the_function(make, name):
+    model, x = make().eval(), torch.randn(4, 6) if make is TiedDecoder else torch.randn(2, 3, 9, 9)
+    report = to_enc(model, "wn")
+    assert report.skipped == {name: f"{make.__name__} reads its weight without calling it"}
+    assert len(report) == 1
+    torch.testing.assert_close(fold(model)(x), model(x))
+
+
+def test_an_enc_layer_whose_free_weight_others_read_is_refused_with_the_way_out():
+    model = Helper()
+    model.proj = ENCConv2d(3, 8, 3)
+    message = r"layer 'proj'.* is ENC.*Helper reads its weight without calling it.*free weight"
+    with pytest.raises(ValueError, match=message):
+        to_enc(model)
+    with pytest.raises(ValueError, match=message + r".*exclude=\['proj'\]"):
+        fold(model)
+
+
+class OutOfOrder(nn.Module):
+    """Batch norms of one width: the first reads the second layer, the second nothing linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm_b, self.a, self.norm_c, self.b = (
+            nn.BatchNorm1d(6),
+            nn.Linear(6, 6),
+            nn.BatchNorm1d(6),
+            nn.Linear(6, 6),
+        )
+
+    def forward(self, x):
+        return self.norm_b(self.b(self.norm_c(self.a(x).relu())))
+
+
+def test_the_batch_norm_that_reads_a_layer_counts_and_not_the_one_that_was_registered_behind_it():
+    report = to_enc(OutOfOrder())
+    assert {layer.name: layer.post_norm for layer in report.layers} == {"a": True, "b": False}
+
+
+def test_a_norm_inside_a_squeeze_excitation_block_is_enough():
+    report = to_enc(timm.layers.SEModule(16, rd_channels=8, norm_layer=nn.BatchNorm2d))
+    assert {layer.name: layer.post_norm for layer in report.layers} == {"fc1": False, "fc2": True}
+
+
+def test_squeeze_excitation_is_known_by_what_it_does():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+        def forward(self, x):
+            x = self.norm(self.body(x))
+            return x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+    report = to_enc(Gate())
+    assert {layer.name: layer.post_norm for layer in report.layers} == {"body": False, "down": True, "up": True}
+    assert report.without_norm == []
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50", "dla34", "dpn48b"])
+def test_a_classifier_that_is_a_convolution_gets_a_norm(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=7)
+    report = to_enc(model)
+    classifier = model.get_classifier()
+    assert [layer.name for layer in report.layers if layer.post_norm] == [
+        name for name, module in model.named_modules() if module is classifier
+    ]
+    assert report.without_norm == []
+
+
+def test_a_classifier_in_front_of_the_last_pooling_gets_a_norm():
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert to_enc(model, "wn").num_post_norms == 1
+    dense = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1))
+    with pytest.warns(UserWarning, match="1 of 2 ENC layers have no norm behind them.*: 2\\. "):
+        assert to_enc(dense).num_post_norms == 0
+
+
+def test_a_network_without_norms_is_warned_of_with_count_and_names():
+    model = torchvision.models.vgg11(num_classes=4)
+    with pytest.warns(UserWarning, match=r"7 of 11 ENC layers .*: features.0, .*, \.\.\..*post_norm=True") as said:
+        report = to_enc(model)
+    assert len(said) == 1
+    assert report.without_norm == [f"features.{i}" for i in (0, 3, 6, 8, 11, 13, 16)]
+    assert "without a norm behind them: features.0, features.3" in str(report)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("vgg11_bn", {}), ("densenet121", {}), ("vgg11", dict(post_norm=True))])
+def test_nobody_is_warned_where_norms_restore_the_scale_or_none_were_wanted(name, kwargs, recwarn):
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(num_classes=4)
+        plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    assert to_enc(model, **kwargs).without_norm == []
+    assert to_enc(plain, post_norm=False).without_norm == ["0", "2"]
+    assert not [warning for warning in recwarn if "to_enc" in str(warning.message)]
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(3, 4)
+        self.tower = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.MultiheadAttention(4, 1))
+
+    def forward(self, x, y):
+        x = self.tower[:2](self.a(x) + self.b(y))
+        return self.tower[2](x, x, x)[0]
+
+
+def test_a_network_that_does_not_run_is_guessed_and_said_so_until_an_example_is_given():
+    with pytest.warns(UserWarning, match=r"did not see the network at work \(TwoInputs does not run .*example=\.\.\."):
+        report = to_enc(TwoInputs())
+    assert list(report.guessed) == ["a", "b", "tower.0"]
+    assert "guessed: a (the network did not run" in str(report)
+    report = to_enc(TwoInputs(), example=(torch.ones(2, 5), torch.ones(2, 3)))
+    assert report.guessed == {}
+    assert {layer.name: layer.post_norm for layer in report.layers} == {"a": True, "b": True, "tower.0": False}
+    assert report.skipped["tower.2.out_proj"] == "MultiheadAttention reads its weight without calling it"
+    with pytest.raises(ValueError, match=r"example: TwoInputs does not run on the example of shape \(2, 5\)"):
+        to_enc(TwoInputs(), example=torch.ones(2, 5))
+
+
+def test_layers_that_run_in_train_mode_alone_are_seen_and_unused_ones_named():
+    model = torchvision.models.googlenet(num_classes=4, init_weights=False)
+    model.unused = nn.Linear(3, 2)
+    report = to_enc(model)
+    assert list(report.guessed) == ["unused"]
+    assert {layer.name for layer in report.layers if layer.post_norm} == {
+        *("fc", "aux1.fc1", "aux1.fc2", "aux2.fc1", "aux2.fc2", "unused")
+    }

@@ -196,7 +196,7 @@ def test_positions_of_a_token_network_count_in_its_map():
 
 
 def test_a_network_that_takes_no_made_up_input_asks_for_a_batch():
-    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 4))
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 49, 4))
     with pytest.raises(ValueError, match="does not run on a made-up input of shape .*pass a batch"):
         audit(model, folded=True)
-    assert len(audit(model, folded=True, inputs=torch.randn(1, 3, 8, 8))) == 2
+    assert len(audit(model, folded=True, inputs=torch.randn(1, 3, 9, 9))) == 2

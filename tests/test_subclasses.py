@@ -111,18 +111,23 @@ def test_a_layer_that_makes_its_own_weight_stays_plain_with_the_reason(make, rea
 
 def test_what_torch_computes_without_calling_the_layer_stays_plain():
     # Attention hands its projection to one function; the encoder layer has a fast path that takes all weights.
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 8))
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8))
     report = to_enc(model)
     assert [layer.name for layer in report.layers] == ["1"]
-    assert report.skipped["0.self_attn.out_proj"] == "MultiheadAttention reads its weight without calling it"
-    assert report.skipped["0.linear1"] == "TransformerEncoderLayer reads its weight without calling it"
+    for name in ("0.self_attn.out_proj", "0.linear1", "0.linear2"):
+        assert report.skipped[name] == "TransformerEncoderLayer reads its weight without calling it"
     assert "parameter of MultiheadAttention" in report.skipped["0.self_attn.in_proj_weight"]
+    # There is no fast path for sequences that come first; attention reads its projection all the same.
+    report = to_enc(nn.TransformerEncoderLayer(8, 2, 16))
+    assert [layer.name for layer in report.layers] == ["linear1", "linear2"]
+    assert report.skipped["self_attn.out_proj"] == "MultiheadAttention reads its weight without calling it"
 
 
 @pytest.mark.parametrize(
     ("model", "count"),
     [
-        (timm.models.beit.Attention(16, 2), 1),
+        (timm.models.beit.Attention(16, 2, qkv_bias=True), 1),
+        (timm.models.beit.Attention(16, 2, qkv_bias=False), 0),
         (mmpretrain.models.utils.BEiTAttention(16, window_size=(2, 2), use_rel_pos_bias=True, num_heads=2), 1),
         (timm.models.vision_transformer.Attention(16, 2), 0),
     ],
@@ -134,12 +139,18 @@ def test_a_weight_that_the_parent_reads_itself_stays_plain(model, count):
     assert "proj" in [layer.name for layer in report.layers]
 
 
+def test_exclude_may_name_a_layer_that_stays_plain_anyway():
+    model = nn.Sequential(timm.layers.StdConv2d(4, 6, 3), nn.Conv2d(6, 6, 1))
+    assert [layer.name for layer in to_enc(model, exclude="0").layers] == ["1"]
+
+
 def test_trying_a_layer_out_leaves_it_and_the_random_state_alone():
     model = nn.Sequential(ConvAWS2d(4, 6, 3), wrappers.Conv2d(4, 6, 3))
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     to_enc(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_a_pattern_on_a_layer_that_must_stay_plain_is_an_error():

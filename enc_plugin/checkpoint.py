@@ -7,6 +7,7 @@ from . import _needs_mmengine  # noqa: F401
 # isort: split
 import errno
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -18,10 +19,14 @@ from pathlib import Path
 import mmengine.runner.checkpoint
 import torch
 from mmengine.logging import HistoryBuffer
+from torch import nn
 
 from .loadable import numpy_globals
+from .origin import KEY
 
 _STATISTICS = ("min", "max", "mean", "current")
+# Where mmengine and timm, torchvision, and timm's and torchvision's averages keep a state dict within a file.
+_PLACES = ("state_dict", "model", "state_dict_ema", "model_ema")
 
 # What network shares, shared folders and Windows answer where they cannot sync (a folder, mostly); others are failures.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF)
@@ -55,11 +60,12 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
     """Read a checkpoint from an untrusted file: tensors, and plain values beside them.
 
     Args:
-        path: Checkpoint of mmengine, a pickled state dict, or a ``.safetensors`` file.
-        trust: Load other objects too. That can run any code that the file holds.
+        path: Checkpoint of mmengine, timm or torchvision, a pickled state dict, a ``.safetensors`` file, or the index
+            of several (``.safetensors.index.json``).
+        trust: Load other objects too, whole models among them. That can run any code that the file holds.
 
     Returns:
-        The state dict (with its metadata, if there is any) and the rest of the file.
+        The state dict, without the prefixes of DDP and ``torch.compile``, and the rest of the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -69,10 +75,12 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {path}")
     try:
-        if path.suffix == ".safetensors":
+        if path.name.endswith((".safetensors", ".safetensors.index.json")):
             from safetensors.torch import load_file
 
-            content = load_file(path)
+            content = {}
+            for file in _shards(path):
+                content.update(load_file(file))
         else:
             content = torch.load(path, map_location="cpu", weights_only=not trust)
     except ModuleNotFoundError as error:
@@ -92,13 +100,27 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
         raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint ({_first_line(error)})") from error
     except Exception as error:
         raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint ({_first_line(error)})") from error
-    state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    key = next((key for key in _PLACES if key in content), None) if isinstance(content, Mapping) else None
+    state_dict, rest = (content, {}) if key is None else (content[key], {k: v for k, v in content.items() if k != key})
+    if isinstance(state_dict, nn.Module):
+        state_dict = state_dict.state_dict()
     if not isinstance(state_dict, Mapping) or not state_dict:
-        raise ValueError(f"checkpoint: {path} holds no state dict (found {type(content).__name__})")
-    others = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+        raise ValueError(f"checkpoint: {path} holds no state dict (found {type(state_dict).__name__})")
+    others = [k for k, v in state_dict.items() if not (isinstance(v, torch.Tensor) or str(k).endswith(KEY))]
     if others:
         raise ValueError(f"checkpoint: the state dict of {path} holds more than tensors: {others[0]!r}, ...")
-    return state_dict, {k: v for k, v in content.items() if k != "state_dict"} if state_dict is not content else {}
+    for prefix in ("module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in state_dict):
+            state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    return state_dict, rest
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files of a ``.safetensors`` checkpoint: itself, or those that an index names, which lie beside it."""
+    if path.suffix == ".safetensors":
+        return [path]
+    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    return [path.with_name(Path(name).name) for name in names]
 
 
 @contextmanager

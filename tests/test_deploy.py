@@ -88,6 +88,34 @@ def test_safetensors_in_and_out(trained, tmp_path):
     assert (tmp_path / "stock.safetensors").stat().st_mode == plain_mode.stat().st_mode
 
 
+def in_ddp(state, folder):
+    torch.save({"model": {f"module._orig_mod.{key}": value for key, value in state.items()}}, folder / "enc.pth")
+    return folder / "enc.pth"
+
+
+def in_half_precision_of_an_average(state, folder):
+    state = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
+    torch.save({"state_dict_ema": state, "epoch": 3}, folder / "enc.pth")
+    return folder / "enc.pth"
+
+
+def in_shards(state, folder):
+    keys = sorted(state)
+    parts = {"enc-00001.safetensors": keys[:9], "enc-00002.safetensors": keys[9:]}
+    for name, part in parts.items():
+        save_file({key: state[key] for key in part}, folder / name)
+    index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+    (folder / "enc.safetensors.index.json").write_text(json.dumps(index))
+    return folder / "enc.safetensors.index.json"
+
+
+@pytest.mark.filterwarnings("error::enc_plugin.CheckpointWarning")
+@pytest.mark.parametrize("write", [in_ddp, in_half_precision_of_an_average, in_shards])
+def test_checkpoints_of_other_trainers_fold(trained, tmp_path, write):
+    path = write(read_checkpoint(trained[0])[0], tmp_path)
+    assert fold_checkpoint(CONFIG, path, tmp_path / "stock.pth").layers == 10
+
+
 @pytest.mark.filterwarnings("error::enc_plugin.CheckpointWarning")
 def test_safetensors_of_a_run_with_preserve_fold_into_the_network_that_was_saved(tmp_path):
     cfg = Config.fromfile(CONFIG)

@@ -25,6 +25,20 @@ class ENCCheckpointHook(CheckpointHook):
         *args, **kwargs: As for mmengine's ``CheckpointHook``.
     """
 
+    def before_train(self, runner: Runner) -> None:
+        """Set up as mmengine does; the best checkpoints of a work dir that was moved or copied are its own."""
+        super().before_train(runner)
+        hub = runner.message_hub
+        for key, path in list(hub.runtime_info.items()):
+            if key.startswith("best_ckpt") and path:
+                # The old place may be that of another run, whose file is not to be removed.
+                path = self.file_backend.join_path(self.out_dir, Path(path).name)
+                hub.update_info(key, path)
+                if key == "best_ckpt":
+                    self.best_ckpt_path = path
+                else:
+                    self.best_ckpt_path_dict[key.removeprefix("best_ckpt_")] = path
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated = []
         # A second save of one step (after a new best) makes nothing superfluous.

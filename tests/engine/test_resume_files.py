@@ -253,6 +253,23 @@ def test_a_full_disk_leaves_the_previous_best_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.glob("*.pth")] == ["best_accuracy_top1_epoch_1.pth"]
 
 
+def test_a_copy_of_a_work_dir_leaves_the_best_checkpoint_of_the_original_alone(tmp_path):
+    def config(work_dir, **options):
+        cfg = digits_config(work_dir, **options)
+        cfg.default_hooks.checkpoint.update(save_best="accuracy/top1", rule="greater")
+        return cfg
+
+    train(config(tmp_path / "original"))
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    runner = build_runner(config(tmp_path / "copy", epochs=2, resume=True))
+    hook = next(hook for hook in runner.hooks if hasattr(hook, "is_better_than"))
+    hook.is_better_than["accuracy/top1"] = lambda new, best: True
+    runner.train()
+    best = {path: [file.name for file in (tmp_path / path).glob("best_*")] for path in ("original", "copy")}
+    name = "best_accuracy_top1_epoch_{}.pth"
+    assert best == {"original": [name.format(1)], "copy": [name.format(2)]}
+
+
 def test_our_default_hooks_can_be_switched_off(tmp_path):
     cfg = digits_config(tmp_path)
     cfg.default_hooks.update(enc_audit=None, rng_state=None)

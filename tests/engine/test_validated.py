@@ -128,9 +128,19 @@ def test_iterations_without_a_validation_are_measured_with_the_average_that_it_w
     assert list(logged(tmp_path, "fgsm/top1_clean")) == [5]
 
 
-def test_two_averages_that_are_given_back_in_the_wrong_order_are_warned_of(tmp_path):
-    ema = dict(type="EMAHook", momentum=0.3)
-    run(tmp_path, [ema, ema, GBR], optim_wrapper__optimizer__lr=0.05)
+@HOOKS.register_module(force=True)
+class _Forgets(Hook):
+    """Puts other weights in for the validation, and never gives back what was there."""
+
+    def before_val_epoch(self, runner):
+        runner.model.head.fc.weight.data.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    "hooks", [[dict(type="EMAHook", momentum=0.3)] * 2, [dict(type="_Forgets")]], ids=["wrong order", "never"]
+)
+def test_weights_that_a_validation_leaves_behind_are_warned_of(hooks, tmp_path):
+    run(tmp_path, [*hooks, GBR], optim_wrapper__optimizer__lr=0.05)
     assert "GBRHook: training goes on with other weights than before the validation" in log_text(tmp_path)
 
 

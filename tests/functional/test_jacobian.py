@@ -302,8 +302,11 @@ def test_a_compiled_network_has_the_jacobian_of_the_network():
     net, x = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)).eval(), torch.randn(3, 4)
     compiled = torch.compile(net, backend="aot_eager")
     compiled(x).sum().backward()  # compiled before
+    within = nn.Sequential(compiled, nn.Tanh()).eval()
     for projections in (None, 2):
         assert torch.equal(gbr(compiled, x, projections=projections), gbr(net, x, projections=projections))
+        expected = gbr(nn.Sequential(net, nn.Tanh()).eval(), x, projections=projections)
+        assert torch.equal(gbr(within, x, projections=projections), expected)
 
 
 class _Squeeze(nn.Module):

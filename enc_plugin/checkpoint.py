@@ -109,7 +109,7 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
     others = [k for k, v in state_dict.items() if not (isinstance(v, torch.Tensor) or str(k).endswith(KEY))]
     if others:
         raise ValueError(f"checkpoint: the state dict of {path} holds more than tensors: {others[0]!r}, ...")
-    for prefix in ("module.", "_orig_mod."):
+    for prefix in ("module.", "_orig_mod.", "module."):  # one may lie within the other, either way round
         if all(key.startswith(prefix) for key in state_dict):
             state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return state_dict, rest

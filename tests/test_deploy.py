@@ -93,6 +93,11 @@ def in_ddp(state, folder):
     return folder / "enc.pth"
 
 
+def in_ddp_compiled(state, folder):
+    torch.save({f"_orig_mod.module.{key}": value for key, value in state.items()}, folder / "enc.pth")
+    return folder / "enc.pth"
+
+
 def in_half_precision_of_an_average(state, folder):
     state = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
     torch.save({"state_dict_ema": state, "epoch": 3}, folder / "enc.pth")
@@ -110,7 +115,7 @@ def in_shards(state, folder):
 
 
 @pytest.mark.filterwarnings("error::enc_plugin.CheckpointWarning")
-@pytest.mark.parametrize("write", [in_ddp, in_half_precision_of_an_average, in_shards])
+@pytest.mark.parametrize("write", [in_ddp, in_ddp_compiled, in_half_precision_of_an_average, in_shards])
 def test_checkpoints_of_other_trainers_fold(trained, tmp_path, write):
     path = write(read_checkpoint(trained[0])[0], tmp_path)
     assert fold_checkpoint(CONFIG, path, tmp_path / "stock.pth").layers == 10

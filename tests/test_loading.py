@@ -14,7 +14,8 @@ from functional.test_weights import literal
 from helpers import digits_config, train
 from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import CheckpointLoader, load_checkpoint
-from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
+from mmengine.runner.checkpoint import get_state_dict, load_state_dict, weights_to_cpu
+from mmpretrain.models import AverageClsScoreTTA, VisionTransformer
 from safetensors.torch import load, save
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
@@ -22,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from enc_plugin import CheckpointWarning, ENCConv2d, ENCLinear, fold, to_enc
+from enc_plugin.build import build_model
+from enc_plugin.loading import Loading, check_trained_as, load_trained
 from enc_plugin.origin import saved_settings
 
 
@@ -231,6 +234,51 @@ def test_the_mean_of_enc_weights_is_the_free_weights_mean():
         average.update_parameters(layer)
     mean = (layers[0].weight + layers[1].weight) / 2
     torch.testing.assert_close(average.module.effective_weight, literal(mean.detach(), "ws", 1.0))
+
+
+def test_what_the_models_own_hooks_load_counts_as_loaded():
+    arch = dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=32)
+    source, model = (VisionTransformer(arch, img_size=size, patch_size=16) for size in (32, 64))
+    assert source.pos_embed.shape != model.pos_embed.shape
+    loading = Loading(model)
+    load_state_dict(model, source.state_dict())  # mmpretrain interpolates the position embedding
+    assert loading.left == []
+    assert loading.loaded.keys() == dict(model.named_parameters()).keys()
+
+
+def test_a_wrapper_for_test_time_augmentation_is_looked_through(tmp_path):
+    cfg = digits_config(tmp_path)
+    inner, tta = build_model(cfg), AverageClsScoreTTA(module=build_model(cfg))
+    loading = Loading(tta)
+    load_state_dict(tta, inner.state_dict())
+    assert (loading.left, loading.broken) == ([], [])
+    check_trained_as(tta)
+
+
+def test_what_stays_and_what_is_broken_is_observed():
+    class Masked(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(2, 2), nn.BatchNorm1d(2))
+            self.register_buffer("mask", torch.full((2,), -math.inf))
+
+    state, model = Masked().state_dict(), Masked()
+    state["0.weight"][0, 0] = math.nan
+    del state["0.bias"], state["1.num_batches_tracked"]
+    loading = Loading(model)
+    model.load_state_dict(state, strict=False)
+    assert loading.left == ["0.bias"]
+    assert loading.broken == ["0.weight"]
+
+
+def test_networks_are_measured_only_as_they_were_trained():
+    warnings.simplefilter("ignore", CheckpointWarning)  # until the end of the test: the fixture restores
+    with pytest.raises(ValueError, match="layer '0' is of a plain network, and this model's is ENC"):
+        load_trained(net(variant="ws"), dict(net().state_dict()))
+    with pytest.raises(ValueError, match="layer '0' was trained with variant='wn'.* has variant='ws'"):
+        load_trained(net(variant="ws"), dict(net(variant="wn").state_dict()))
+    with pytest.raises(ValueError, match="2 of its layers are ENC where this model's are plain"):
+        load_trained(net(), dict(net(variant="wn").state_dict()))
+    load_trained(net(variant="wn", alpha="learnable"), dict(net(variant="wn", alpha=2.0).state_dict()))
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def fold_checkpoint(
         )
 
     layers = [layer for _, layer in enc_layers(model)]
-    kinds = {f"{layer.variant}, alpha {layer.settings['alpha']}" for layer in layers}
+    kinds = {f"{layer.enc_variant}, alpha {layer.enc_settings['alpha']}" for layer in layers}
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     report = FoldReport(str(out), len(layers), sorted(kinds), len(batch["inputs"]), error, checkpoint.name, digest)
     meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}

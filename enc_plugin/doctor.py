@@ -395,9 +395,9 @@ def _enc(cfg, parts: dict) -> Iterator[Finding]:
     layers = list(enc_layers(parts["model"]))
     check_is_enc(cfg, parts["model"])
     if layers:
-        normed = [name for name, layer in layers if layer.norm is not None]
+        normed = [name for name, layer in layers if layer.enc_norm is not None]
         names = ", ".join(normed[:4]) + (", ..." if len(normed) > 4 else "")
-        kinds = ", ".join(sorted({layer.variant for _, layer in layers}))
+        kinds = ", ".join(sorted({layer.enc_variant for _, layer in layers}))
         text = f"{len(layers)} layers ({kinds}); {len(normed)} with a batch norm of their own"
         yield Finding("ENC", OK, f"{text}: {names}" if normed else text)
         if not normed and "ENCImageClassifier" not in type_names(cfg.model):

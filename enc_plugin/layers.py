@@ -165,12 +165,20 @@ class ENCLayer(nn.Module):
         return self._buffers.get("weight_mask")
 
     @property
+    def enc_free_weight(self) -> Tensor:
+        """The weight that is optimised, as it is now: ``weight``, or ``weight_orig`` of a pruned layer.
+
+        Pruning renews ``weight`` in forward passes alone, so that it is out of date after a step of the optimizer.
+        """
+        return self.weight if self.enc_kept is None else self._parameters["weight_orig"]
+
+    @property
     def effective_weight(self) -> Tensor:
         """The weight that the layer computes with, shaped like ``weight`` (differentiable).
 
         Of a pruned layer (``torch.nn.utils.prune``), pruned elements stay 0, and the equation holds for the others.
         """
-        return enc_weight(self.weight, self.enc_variant, self.enc_alpha, self.enc_kept)
+        return enc_weight(self.enc_free_weight, self.enc_variant, self.enc_alpha, self.enc_kept)
 
     def _post_norm(self, out: Tensor) -> Tensor:
         norm = self.enc_norm

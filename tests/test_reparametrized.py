@@ -58,6 +58,11 @@ def test_a_pruned_layer_keeps_its_zeros_its_norm_and_the_equation_of_what_is_lef
     assert not grad[layer.weight_mask == 0].any()
     assert grad[layer.weight_mask == 1].any()
 
+    with torch.no_grad():  # as a step of the optimizer does
+        layer.weight_orig.add_(torch.randn_like(layer.weight_orig))
+    expected = of_kept(layer.weight_orig, layer.weight_mask, variant, 1.0 if alpha == "learnable" else alpha)
+    torch.testing.assert_close(layer.effective_weight.double().flatten(1), expected, atol=1e-6, rtol=0)
+
     folded = fold(model)
     assert set(folded.state_dict()) == set(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict()) | {
         "4.weight",

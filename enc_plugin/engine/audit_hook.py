@@ -55,7 +55,7 @@ class ENCAuditHook(Hook):
             runner.logger.info("ENC: this model has no ENC layers")
             return
         kinds = sorted({f"{row.variant}, alpha {row.alpha:.4g}" for row in table})
-        norms = sum(layer.norm is not None for _, layer in enc_layers(model))
+        norms = sum(layer.enc_norm is not None for _, layer in enc_layers(model))
         runner.logger.info(
             f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with a "
             f"batch norm of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"

@@ -164,7 +164,7 @@ def _samples_and_size(loader: DataLoader) -> tuple[int, int] | None:
 
 
 def _cannot_normalise(norms: list[str], model: nn.Module) -> str:
-    own = {f"{name}.norm" if name else "norm": name for name, layer in enc_layers(model) if layer.norm is not None}
+    own = {f"{name}.norm" if name else "norm": name for name, layer in enc_layers(model) if layer.enc_norm is not None}
     more = f" (and {len(norms) - 1} more)" if len(norms) > 1 else ""
     if norms[0] in own:
         return f"{own[norms[0]]!r}{more} cannot normalise (an ENC layer that has a batch norm of its own, post_norm)"

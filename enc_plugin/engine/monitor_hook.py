@@ -71,7 +71,7 @@ class ENCMonitorHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Keep the weights of before a step that is to be measured."""
         if self._layers and self.every_n_train_iters(runner, self.interval):
-            self._before = [layer.weight.detach().clone() for layer in self._layers.values()]
+            self._before = [layer.enc_free_weight.detach().clone() for layer in self._layers.values()]
 
     @master_only
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
@@ -110,7 +110,7 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
     Returns:
         ``(4, layers)`` in float64 on the CPU: norm, deviation, angle (radians), effective learning rate.
     """
-    weights, what = [layer.weight for layer in layers], [layer.effective_weight for layer in layers]
+    weights, what = [layer.enc_free_weight for layer in layers], [layer.effective_weight for layer in layers]
     dtype = functools.reduce(torch.promote_types, (w.dtype for w in weights), torch.float32)
     zero = weights[0].new_zeros((), dtype=dtype)
     # A row of What is the (centered) row of W over its length, times a factor: <W, What> sums the lengths.
@@ -121,12 +121,12 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
         torch._foreach_norm(torch._foreach_sub(weights, before), dtype=dtype),
         torch._foreach_norm(what, dtype=dtype),
         inner,
-        [zero if layer.log_alpha is None else layer.log_alpha.to(dtype) for layer in layers],
+        [zero if layer.enc_log_alpha is None else layer.enc_log_alpha.to(dtype) for layer in layers],
     ]
     old, new, change, effective, inner, log_alpha = torch.stack([torch.stack(c) for c in columns]).cpu().double()
     host = functools.partial(torch.tensor, dtype=torch.float64)
-    alpha = log_alpha.exp() * host([1.0 if layer.log_alpha is not None else layer.alpha for layer in layers])
-    length = inner / (alpha * host([num_rows(layer.weight, layer.variant) for layer in layers])).sqrt()
+    alpha = log_alpha.exp() * host([1.0 if layer.enc_log_alpha is not None else layer.enc_alpha for layer in layers])
+    length = inner / (alpha * host([num_rows(layer.enc_free_weight, layer.enc_variant) for layer in layers])).sqrt()
     # The chord between the directions: unlike the cosine it keeps its digits where the angle is small.
     chord = ((change.square() - (new - old).square()).clamp(min=0) / (old * new)).sqrt()
     angle = 2 * torch.asin((chord / 2).clamp(max=1))
@@ -137,4 +137,4 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
 def _learning_rates(wrappers: list[OptimWrapper], layers: list[ENCLayer]) -> list[float]:
     """Current learning rate of each layer's weight; 0 for one that no optimizer holds."""
     rates = {id(p): float(g["lr"]) for w in wrappers for g in w.optimizer.param_groups for p in g["params"]}
-    return [rates.get(id(layer.weight), 0.0) for layer in layers]
+    return [rates.get(id(layer.enc_free_weight), 0.0) for layer in layers]

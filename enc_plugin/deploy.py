@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from ._spread import spread
 from .build import build_dataset, build_model, load_config
 from .checkpoint import read_checkpoint, replacing
 from .convert import enc_layers, fold
+from .eligible import refuse_weights_read_elsewhere
 from .functional._checks import check_integer, check_number
 from .layers import ENC_LAYERS
 from .loading import load_trained
 from .models import ENCImageClassifier, GBRImageClassifier
 from .origin import saved_settings
 from .parts import part_class
+from .trace import RecordError, record
 from .version import __version__
 
 _ENC_OPTIONS = ("variant", "alpha", "post_norm")
@@ -118,6 +121,7 @@ def fold_checkpoint(
     _load_stock(stock, folded)
 
     batch = pseudo_collate(_samples(config, images, num_samples))
+    _check_readers(model, batch)
     error = _output_error(model, stock, batch)
     if not error <= tolerance:
         raise ValueError(
@@ -215,6 +219,13 @@ def _samples(config: Config, images: Sequence[str] | None, num_samples: int) -> 
             f"({_summary(error)}); give some image files: --images FILE ..."
         ) from error
     return [dataset[i] for i in spread(len(dataset), num_samples)]
+
+
+def _check_readers(model: nn.Module, batch: dict) -> None:
+    """Refuse a network that computes with the free weight of an ENC layer, seen on real samples."""
+    inputs = model.data_preprocessor(copy.deepcopy(batch), training=False)["inputs"]
+    with suppress(RecordError):
+        refuse_weights_read_elsewhere(model, record(model, (inputs,)), dict(enc_layers(model)))
 
 
 @torch.no_grad()

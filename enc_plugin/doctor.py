@@ -390,6 +390,7 @@ def _model(cfg, parts: dict) -> Iterator[Finding]:
 
 def _enc(cfg, parts: dict) -> Iterator[Finding]:
     from .convert import enc_layers
+    from .eligible import Evidence
     from .engine.preflight import check_is_enc, type_names
 
     layers = list(enc_layers(parts["model"]))
@@ -400,6 +401,11 @@ def _enc(cfg, parts: dict) -> Iterator[Finding]:
         kinds = ", ".join(sorted({layer.enc_variant for _, layer in layers}))
         text = f"{len(layers)} layers ({kinds}); {len(normed)} with a batch norm of their own"
         yield Finding("ENC", OK, f"{text}: {names}" if normed else text)
+        owners = {layer for _, layer in layers if layer.enc_norm is not None}
+        bare = [name for name in Evidence(parts["model"]).without_norm(owners) if name in dict(layers)]
+        if bare:
+            found = f"{len(bare)} layers have no norm behind them: {', '.join(bare[:4])}{', ...' * (len(bare) > 4)}"
+            yield Finding("ENC", NOTE, found, "enc=dict(post_norm=True) gives each of them a batch norm of its own")
         if not normed and "ENCImageClassifier" not in type_names(cfg.model):
             found = "the classifier is not ENC: conv_cfg reaches convolutions alone"
             yield Finding("ENC", NOTE, found, 'model = dict(type="ENCImageClassifier") reaches every layer')

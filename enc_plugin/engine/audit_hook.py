@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
@@ -12,8 +14,10 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..convert import audit, enc_layers
+from ..eligible import refuse_weights_read_elsewhere
 from ..loading import enc_layers_of_plain_ones, why_not_plain
 from ..normalizable import check_normalizable
+from ..trace import RecordError, Trace, record
 from .limits import warn_of_recomputation
 
 DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
@@ -24,8 +28,9 @@ class ENCAuditHook(Hook):
     r"""Logs how many layers are ENC and the largest deviation of :math:`\lVert\hat W\rVert_F^2` from alpha.
 
     Before training (after initialisation and loading) it refuses weights that cannot be normalised, and warns if
-    activation checkpointing will update batch norm statistics twice. It reads the model and changes nothing. A model
-    without ENC layers is reported as such. Scalars: ``enc/layers`` and ``enc/max_deviation``, by epoch.
+    activation checkpointing will update batch norm statistics twice. On the first batch it refuses networks that
+    compute with the free weight of an ENC layer, and names ENC layers that do not run. It reads the model and changes
+    nothing. A model without ENC layers is reported as such. Scalars: ``enc/layers``, ``enc/max_deviation``, by epoch.
     """
 
     priority = "VERY_LOW"
@@ -43,6 +48,26 @@ class ENCAuditHook(Hook):
             check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
         self._report(runner, model)
         warn_of_recomputation(runner, model)
+        self._is_checked = False
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """See on the first batch which layers run and who reads their weights; all processes see the same."""
+        model = unwrap(runner.model)
+        if self._is_checked or not (layers := dict(enc_layers(model))):
+            return
+        self._is_checked = True
+        traces = _traces(model, data_batch)
+        for trace in traces:
+            refuse_weights_read_elsewhere(model, trace, layers)
+        idle = [name for name, layer in layers.items() if not any(layer in trace.calls for trace in traces)]
+        if not traces:
+            runner.logger.info("ENC: the model does not run on a batch by itself, so who reads its weights is unknown")
+        elif idle:
+            shown = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
+            runner.logger.warning(
+                f"ENC: {len(idle)} ENC layers did not run on the first batch, and nothing read their weights: {shown}; "
+                "if the network never uses them, leave them plain with exclude=[...]"
+            )
 
     def after_train(self, runner: Runner) -> None:
         """Report the weights that training ended with."""
@@ -68,6 +93,21 @@ class ENCAuditHook(Hook):
             runner.logger.warning(
                 f"ENC: the constraint is violated, worst in {worst.name!r} (deviation {worst.deviation:.1e})"
             )
+
+
+def _traces(model: nn.Module, batch: Any) -> list[Trace]:
+    """Recorded passes of ``model`` on a batch of its data loader: as it predicts, and as it trains."""
+    try:
+        inputs = model.data_preprocessor(copy.deepcopy(batch), training=False)
+    except Exception:  # not mmpretrain's way to hold a batch
+        return []
+    traces = []
+    for mode, training in (("tensor", False), ("loss", True)):
+        try:
+            traces.append(record(model, {**inputs, "mode": mode}, training=training))
+        except (RecordError, TypeError):
+            continue
+    return traces
 
 
 def unwrap(model: nn.Module) -> nn.Module:

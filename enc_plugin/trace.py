@@ -311,6 +311,8 @@ class _Recorder(TorchDispatchMode):
             # Not by hooks: they miss calls of forward(), and some of torch's modules act otherwise with hooks on.
             module.__dict__["forward"] = partial(self._call, module, module.forward)
             module.__dict__["_compiled_call_impl"] = None
+        if not self.shapes_only:  # batch norm's operations do not declare that they write to running statistics
+            self._backups += [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with ExitStack() as stack, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             if any(hasattr(module, "_orig_mod") for module in self.model.modules()):
@@ -319,7 +321,7 @@ class _Recorder(TorchDispatchMode):
                 with self:
                     yield
             finally:
-                for tensor, values in self._backups:
+                for tensor, values in reversed(self._backups):
                     tensor.data.copy_(values)
 
     def finish(self, outputs: Any, example: Arguments) -> Trace:
@@ -351,7 +353,7 @@ class _Recorder(TorchDispatchMode):
         else:
             for tensor in written:
                 if _storage(tensor) in self._lasting and not tensor.is_meta:
-                    self._backups.insert(0, (tensor, tensor.clone()))
+                    self._backups.append((tensor, tensor.clone()))
             out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         made += [tensor for tensor in written if all(tensor is not other for other in made)]

@@ -155,7 +155,8 @@ def test_the_network_and_the_random_states_do_not_notice(training, example):
     assert after[1:] == random_states[1:]
 
 
-def test_a_network_whose_course_depends_on_values_is_run_for_real_and_gets_its_buffers_back():
+@pytest.mark.parametrize("training", [False, True])
+def test_a_network_whose_course_depends_on_values_is_run_for_real_and_gets_its_buffers_back(training):
     class Choosy(Restless):
         def forward(self, x):
             if x.abs().mean() > 0:
@@ -164,7 +165,7 @@ def test_a_network_whose_course_depends_on_values_is_run_for_real_and_gets_its_b
 
     model = Choosy()
     state = copy.deepcopy(model.state_dict())
-    assert model.conv in record(model).calls
+    assert model.conv in record(model, training=training).calls
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 

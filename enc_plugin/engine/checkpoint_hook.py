@@ -66,6 +66,11 @@ class ENCCheckpointHook(CheckpointHook):
             for old in outdated:
                 _remove(self.file_backend, self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)))
 
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Save a new best as mmengine does, but in training alone: ``runner.val()`` by itself compares nothing."""
+        if hasattr(self, "file_backend"):  # set before training
+            super().after_val_epoch(runner, metrics)
+
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         backend = self.file_backend
         self.file_backend = later = _RemovesLater(backend)

@@ -88,7 +88,7 @@ def _random_states(device: torch.device) -> tuple:
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
-    return random.getstate(), *(state.numpy(force=True).tobytes() for state in states)
+    return random.getstate(), *(bytes(state.cpu().tolist()) for state in states)  # tensors compare by element
 
 
 def _uncompiled():

@@ -111,3 +111,10 @@ def test_a_step_that_fails_later_keeps_its_error(tmp_path):
     with pytest.raises(RuntimeError, match="^lost$") as failed:
         runner.train()
     assert describe(failed.value) == "RuntimeError: lost"
+
+
+def test_validation_alone_needs_no_best_checkpoint(tmp_path):
+    """mmengine's hook fails behind a validation without training, where save_best is set (its issue 1587)."""
+    cfg = digits_config(tmp_path, default_hooks__checkpoint=dict(type="CheckpointHook", save_best="auto"))
+    assert "accuracy/top1" in build_runner(cfg).val()
+    assert not list(tmp_path.glob("best_*"))

@@ -52,7 +52,14 @@ class _SilentClassifier(Hook):
     [
         [dict(type="EMAHook", momentum=0.3, priority="ABOVE_NORMAL"), GBR, FGSM],
         [FGSM, GBR, dict(type="mmpretrain.EMAHook", momentum=0.3, priority="VERY_HIGH", evaluate_on_origin=True)],
-        [dict(type="EMAHook", ema_type="StochasticWeightAverage", update_buffers=True), FGSM, dict(GBR, priority=0)],
+        pytest.param(
+            [
+                dict(type="EMAHook", ema_type="StochasticWeightAverage", update_buffers=True),
+                FGSM,
+                dict(GBR, priority=0),
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_accuracy_gbr_attack_and_checkpoint_are_of_one_network_under_parameter_averaging(hooks, tmp_path):
@@ -80,7 +87,7 @@ def test_accuracy_gbr_attack_and_checkpoint_are_of_one_network_under_parameter_a
     assert told["fgsm/top1_eps4"]["samples"] == "64 validation samples"
 
 
-@pytest.mark.parametrize("priority", ["HIGHEST", "NORMAL", "LOWEST"])
+@pytest.mark.parametrize("priority", ["HIGHEST", pytest.param("NORMAL", marks=pytest.mark.slow), "LOWEST"])
 def test_a_users_own_exchange_of_weights_is_measured_where_validation_was(priority, tmp_path):
     run(
         tmp_path,
@@ -98,7 +105,12 @@ def test_a_users_own_exchange_of_weights_is_measured_where_validation_was(priori
 
 
 @pytest.mark.parametrize(
-    "averaging", [dict(type="_SilentClassifier"), dict(type="EMAHook", momentum=0.3), dict(type="mmpretrain.EMAHook")]
+    "averaging",
+    [
+        dict(type="_SilentClassifier"),
+        dict(type="EMAHook", momentum=0.3),
+        pytest.param(dict(type="mmpretrain.EMAHook"), marks=pytest.mark.slow),
+    ],
 )
 def test_training_that_stops_early_ends_with_a_measurement_of_the_validated_network(averaging, tmp_path):
     stop = dict(type="EarlyStoppingHook", monitor="accuracy/top1", patience=1, min_delta=1000.0)
@@ -137,7 +149,11 @@ class _Forgets(Hook):
 
 
 @pytest.mark.parametrize(
-    "hooks", [[dict(type="EMAHook", momentum=0.3)] * 2, [dict(type="_Forgets")]], ids=["wrong order", "never"]
+    "hooks",
+    [
+        pytest.param([dict(type="EMAHook", momentum=0.3)] * 2, id="wrong order"),
+        pytest.param([dict(type="_Forgets")], id="never", marks=pytest.mark.slow),
+    ],
 )
 def test_weights_that_a_validation_leaves_behind_are_warned_of(hooks, tmp_path):
     run(tmp_path, [*hooks, GBR], optim_wrapper__optimizer__lr=0.05)

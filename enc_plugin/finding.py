@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
@@ -34,17 +33,6 @@ class Refused(ValueError):
         super().__init__(f"{found}; {advice}" if advice else found)
         self.found = found
         self.advice = advice
-
-
-def refuse(findings: Iterable[Finding]) -> list[Finding]:
-    """Raise :class:`Refused` for the first broken finding, else return those that are notes."""
-    notes = []
-    for finding in findings:
-        if finding.state == BROKEN:
-            raise Refused(finding.found, finding.advice)
-        if finding.state == NOTE:
-            notes.append(finding)
-    return notes
 
 
 def describe(error: Exception, length: int = 400) -> str:

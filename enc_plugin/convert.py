@@ -367,6 +367,8 @@ def _unconvertible(model: nn.Module, evidence: Evidence) -> dict[str, str]:
     for name, module in model.named_modules():
         if _is_layer(module) and not isinstance(module, ENCLayer):
             reason = weight_problem(module)
+            if "forward" in module.__dict__:  # a change of class would not reach it
+                reason = "its forward was replaced on the instance"
             if reason is not None:
                 problems.setdefault(name, reason)
         elif name in problems:

@@ -451,3 +451,13 @@ def test_layers_that_run_in_train_mode_alone_are_seen_and_unused_ones_named():
     assert {layer.name for layer in report.layers if layer.post_norm} == {
         *("fc", "aux1.fc1", "aux1.fc2", "aux2.fc1", "aux2.fc2", "unused")
     }
+
+
+def test_a_layer_whose_forward_was_replaced_stays_plain():
+    # As offloading and quantising tools do it (NVIDIA/Model-Optimizer pull request 824): the class has no say then.
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    first = model[0]
+    first.forward = lambda x: nn.functional.linear(x, first.weight, first.bias)
+    report = to_enc(model, "fro")
+    assert report.skipped == {"0": "its forward was replaced on the instance"}
+    assert [layer.name for layer in report.layers] == ["2"]

@@ -32,6 +32,7 @@ BY_EPOCH = (
     "before_val_epoch",
     "after_val_epoch",
     "after_val",
+    "measure",  # of GBRHook and FGSMHook, at the end of a validation
 )
 
 
@@ -56,7 +57,7 @@ def config(work_dir: str, rounds: int, iterations: int, validation: int, samples
     """``rounds`` epochs of ``iterations`` steps on the configuration of the study's network."""
     hooks = [
         dict(type="GBRHook", num_samples=samples, projections=None),
-        dict(type="GBRHook", num_samples=samples, projections=1),
+        dict(type="GBRHook", num_samples=samples, projections=1, name="logits_projected"),
         dict(type="FGSMHook", eps=(1, 2, 4, 8)),
         dict(type="ENCMonitorHook", interval=1),
     ]
@@ -102,7 +103,7 @@ def time_stages(hook: Hook) -> dict[str, list[float]]:
 
         return timed
 
-    for stage in hook.get_triggered_stages():
+    for stage in (*hook.get_triggered_stages(), *(["measure"] if hasattr(hook, "measure") else [])):
         setattr(hook, stage, noting(getattr(hook, stage), seconds.setdefault(stage, [])))
     return seconds
 

@@ -48,7 +48,7 @@ class _Poison(Hook):
 CAUSES = {
     "batch": "the batch holds NaN or Inf itself (number 2 of the batch)",
     "weight": "1 weights hold NaN or Inf: 'head.fc.weight'",
-    "constant": "layer 'head.fc': 1 of its 10 rows are constant, which 'ws' cannot normalise",
+    "constant": "layer 'head.fc': 1 of its 10 rows are constant (0 / 0)",
     "forward": "the first output that is not is that of 'backbone.layer2.0",
     "gradient": "weights and outputs are finite; of the gradients, that of 'head.fc.bias' is the nearest to the loss",
 }
@@ -175,8 +175,8 @@ def test_more_samples_than_there_are_means_all(tmp_path):
     hooks = [dict(type="GBRHook", num_samples=10**6), dict(type="FGSMHook", num_samples=10**6, eps=4)]
     train(digits_config(tmp_path, custom_hooks=hooks))
     log = next(tmp_path.glob("*/*.log")).read_text()
-    assert "192 training samples" in log
-    assert "64 samples" in log
+    assert "192 different training samples" in log
+    assert "64 validation samples" in log
 
 
 def test_a_dataset_of_one_class_is_warned_of(tmp_path):

@@ -114,7 +114,7 @@ def test_stock_initialisation_reaches_enc_layers(tmp_path):
 
 def test_weights_that_cannot_be_normalised_stop_before_the_first_step(tmp_path):
     cfg = digits_config(tmp_path, model__head__init_cfg=dict(type="Constant", layer="Linear", val=0.0))
-    with pytest.raises(ValueError, match="layer 'head.fc': 10 of its 10 rows are constant"):
+    with pytest.raises(ValueError, match="layer 'head.fc': 10 of its 10 rows are all zero"):
         train(cfg)
 
 

@@ -204,8 +204,10 @@ def _verdict(found: Results, part: Section, arena: str) -> str:
     """The word and the effect; "so far" while the arena has runs to go: a peek is not the plan's result."""
     if arena not in part.verdicts:
         return ""
-    to_go = arena in {run.cell.arena.name for run in found.missing}
-    return f"{part.verdicts[arena]}{' so far' if to_go and part.verdicts[arena].effect else ''}"
+    verdict, to_go = part.verdicts[arena], arena in {run.cell.arena.name for run in found.missing}
+    if to_go and not verdict.effect:
+        return "not run yet"
+    return f"{verdict}{' so far' if to_go else ''}"
 
 
 def _plain_cells(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 0
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 COMPAT := oldest onedl
 
-.PHONY: setup demo test test-crash test-matrix test-architectures test-long test-compat test-ecosystem lint bench clean
+.PHONY: setup demo test test-crash test-slow test-matrix test-architectures test-long test-compat test-ecosystem lint bench clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ test: $(STAMP)
 # Kills training runs and resumes them, KILLS times (30) for each number of data loading workers.
 test-crash: $(STAMP)
 	$(BIN)/python -m pytest -m crash tests/crash
+
+# Tests that are marked slow; those of Weights & Biases, MLflow and mim skip here (test-ecosystem).
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -rs -m "slow and not architectures"
 
 test-matrix: $(STAMP)
 	$(BIN)/python -m pytest -m "not long" tests/engine/test_composition.py

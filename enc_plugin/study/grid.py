@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os.path
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 from mmengine.config import Config
@@ -78,9 +80,15 @@ class PlannedRun:
 
     def config(self, root: str | Path = ".") -> Config:
         """The whole config; ``root`` is the folder that the arena's path starts from."""
-        cfg = Config.fromfile(Path(root, self.cell.arena.config))
+        cfg = copy.deepcopy(_read(Path(root, self.cell.arena.config).resolve()))
         cfg.merge_from_dict(self.overrides)
         return cfg
+
+
+@cache
+def _read(path: Path) -> Config:
+    """A config file, read once a process: mmengine reads all of mmpretrain's model index for each stock base."""
+    return Config.fromfile(path)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Starting workers takes most of the time of these.
+LONG = ("persistent workers", "iterations, workers")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in LONG else c for c in CASES])
 def test_a_run_stopped(tmp_path, case):  # and resumed ends as the unbroken one
     options, stop, last = CASES[case]
     train(config(tmp_path / "unbroken", **options))

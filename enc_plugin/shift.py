@@ -181,7 +181,9 @@ class _Shift:
         kind, decoupled = self.kinds[index], group.get("enc_decoupled")
         return kind if decoupled is None or kind == AROUND else WEIGHT if decoupled else GRADIENT
 
-    @torch.compiler.disable  # a trial is no part of a compiled step
+    # A trial is no part of a compiled step. As in torch.optim, because torch.compiler.disable would import the compiler
+    # together with this module, which takes seconds.
+    @torch._disable_dynamo
     def _find_kind(self, optimizer: Optimizer, group: dict[str, Any]) -> str:
         kind, name = decay_kind(optimizer, group), type(optimizer).__name__
         if group.get("enc_decoupled") is None:

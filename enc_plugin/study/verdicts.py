@@ -48,7 +48,7 @@ class Comparison:
     """A contrast of cells of an arena by one metric.
 
     Attributes:
-        cells: For each term the seeds that count.
+        terms: Weights and cells.
         means: Of each term's cell, geometric for metrics that compare by ratio.
         effect: The contrast with its 95 % interval; None if a cell has not run.
     """

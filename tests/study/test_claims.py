@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from helpers import ROOT
@@ -79,8 +80,6 @@ def test_words_go_by_no_effect_and_the_papers(low, high, word):
 
 @given(st.floats(-3, 3), st.floats(0.01, 3), st.floats(0.1, 3))
 def test_ratios_are_judged_as_their_logarithms_are(mean, half, effect):
-    import math
-
     plain = Interval(mean, mean - half, mean + half, 4)
     factor = Interval(*(math.exp(x) for x in (mean, mean - half, mean + half)), 4)
     assert decide(factor, math.exp(effect), ratio=True) == decide(plain, effect)
@@ -133,14 +132,14 @@ def test_an_average_over_four_pairs_is_their_mean_difference():
 def test_every_claim_is_a_contrast_of_planned_cells():
     for claim in CLAIMS:
         assert sum(weight for weight, _ in claim.terms) == pytest.approx(0), claim.name
-        assert any(all(GRID_HAS(arena, cell) for _, cell in claim.terms) for arena in GRID.arenas), claim.name
+        assert any(all(grid_has(arena, cell) for _, cell in claim.terms) for arena in GRID.arenas), claim.name
         assert claim.effect != (1 if claim.metric.as_ratio else 0), claim.name
     assert len(CLAIMS) + 1 <= 12, "the README's table fits on one screen"
     for _, terms in PARTS:
-        assert any(all(GRID_HAS(arena, cell) for _, cell in terms) for arena in GRID.arenas)
+        assert any(all(grid_has(arena, cell) for _, cell in terms) for arena in GRID.arenas)
 
 
-def GRID_HAS(arena, name):
+def grid_has(arena, name):
     return any(cell.name == name for cell in GRID.cells[arena])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .audit_hook import unwrap
 from .batches import check_batches, check_penalty, on_all_ranks
 from .measure import statistics_note, untouched
 from .preflight import check_is_enc, check_metrics, check_readable, find_labels, number_of_classes
+from .unread_step import UnreadStep, largest_magnitude
 from .watched import check_watched
 
 
@@ -38,17 +39,19 @@ class ENCGuardHook(Hook):
     without room for one checkpoint. A dataset of a single class is warned of. Every label is read once for this, about
     ten seconds for a million. All processes refuse together.
 
-    In training: gradients that are NaN or infinite stop the run before the optimizer uses them, with the name of the
+    In training: gradients that are NaN or infinite stop the run with the weights of before the step, the name of the
     layer where it began and the last checkpoint; what training changes is looked at before each checkpoint, so that
     none holds such values. Other buffers (masks, observers) may be infinite. A step that a gradient scaler skips is no
-    reason to stop, a loss that is not finite is.
+    reason to stop, a loss that is not finite is. On a GPU the step goes ahead, and is undone where its gradients were
+    not finite: the host reads that at the end of the iteration, where mmengine waits for the loss.
 
     It changes nothing: training with and without it gives the same weights, bit by bit.
     ``default_hooks=dict(enc_guard=None)`` turns it off.
 
     Args:
         data: Whether to look at datasets, labels and batch sizes.
-        finite: Whether to look at gradients, losses and weights. It costs a pass over the gradients each step.
+        finite: Whether to look at gradients, losses and weights. It costs a pass over the gradients each step; on a GPU
+            also a copy of the weights, which is kept until the end of the iteration.
     """
 
     priority = "HIGH"  # before anything that measures or saves
@@ -62,6 +65,7 @@ class ENCGuardHook(Hook):
         self.first_iter = 0
         self._checked: list[Dataset] = []
         self._nan_at_start: set[str] = set()
+        self._unread: list[UnreadStep] = []  # steps of this iteration
 
     def before_train(self, runner: Runner) -> None:
         """Look at the data and the work dir, and watch the optimizers."""
@@ -112,8 +116,14 @@ class ENCGuardHook(Hook):
         """Stop at a loss that is not finite, and at weights that are not before they are saved."""
         if not self.finite:
             return
+        # mmengine has read the loss to log it: the device is idle, so these reads wait for nothing.
+        steps, self._unread = self._unread, []
+        if not all(step.is_finite() for step in steps):
+            for step in reversed(steps):
+                step.undo()
+            self._stop(runner, "a gradient")
         loss = (outputs or {}).get("loss")
-        if isinstance(loss, Tensor) and not loss.isfinite():  # mmengine has waited for it to log it
+        if isinstance(loss, Tensor) and not math.isfinite(loss.item()):
             self._stop(runner, "the loss")
         for hook in runner.hooks:
             if (
@@ -150,9 +160,12 @@ class ENCGuardHook(Hook):
 
     def _check_gradients(self, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
         # Fused optimizers skip the step of an infinite gradient themselves, where a gradient scaler asks for it.
-        if getattr(optimizer, "found_inf", None) is None and not _are_finite(
-            p.grad for group in optimizer.param_groups for p in group["params"]
-        ):
+        if getattr(optimizer, "found_inf", None) is not None:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(p.device.type != "cpu" for p in parameters):
+            self._unread.append(UnreadStep(parameters))
+        elif not _are_finite(p.grad for p in parameters):
             self._stop(runner, "a gradient")
 
     def _check_weights(self, runner: Runner) -> None:
@@ -242,11 +255,9 @@ def _constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-@torch.no_grad()
-def _are_finite(tensors) -> bool:
-    tensors = [t for t in tensors if t is not None and t.numel()]
-    # The largest magnitude, since a sum of squares overflows where the values do not. NaN passes through the maximum.
-    return not tensors or math.isfinite(torch.nn.utils.get_total_norm(tensors, math.inf).item())
+def _are_finite(tensors: Iterable[Tensor | None]) -> bool:
+    largest = largest_magnitude(tensors)
+    return largest is None or math.isfinite(largest.item())
 
 
 def _find_cause(runner: Runner, batch: Any) -> str:

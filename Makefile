@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 0
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 COMPAT := oldest onedl
 
-.PHONY: setup demo test test-crash test-slow test-matrix test-architectures test-long test-compat test-ecosystem lint bench clean
+.PHONY: setup demo test test-crash test-slow test-matrix test-architectures test-long test-compat test-ecosystem lint bench study zoo clean
 
 setup: $(STAMP)
 
@@ -77,7 +77,14 @@ test-ecosystem: $(STAMP)
 	    tests/test_doctor.py tests/test_start.py tests/test_readme.py
 
 bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m lab.bench
+
+study: $(STAMP)
+	$(BIN)/python -m lab.study
+
+# Sizes of the configs' networks, measured and written into the READMEs of configs/.
+zoo: $(STAMP)
+	$(BIN)/python -m lab.zoo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

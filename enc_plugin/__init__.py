@@ -9,12 +9,12 @@ import importlib
 import os
 import warnings
 
-from ._environment import check_environment, is_installed
-from ._paths import config_path
 from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc
+from .environment import check_environment, is_installed
 from .layers import ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
 from .optim import add_shift, param_groups_enc
 from .origin import CheckpointWarning
+from .paths import config_path
 from .version import __version__
 
 __all__ = [

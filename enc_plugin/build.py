@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _needs_mmengine  # noqa: F401
+from . import needs_mmengine  # noqa: F401
 
 # isort: split
 import copy
@@ -18,11 +18,11 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import nn
 from torch.utils.data import Dataset
 
-from ._environment import is_installed
-from ._paths import config_path
 from .checkpoint import describe_weights, read_checkpoint
-from .finding import Refused, describe
-from .loading import load_trained
+from .environment import is_installed
+from .paths import config_path
+from .refused import Refused, describe
+from .surgery.loading import load_trained
 
 _KEPT_META = ("epoch", "iter", "seed", "experiment_name")
 NO_SAMPLES = "its dataset holds no sample; look at data_root, data_prefix, ann_file, split and indices"
@@ -103,7 +103,7 @@ def build_model(config: Config) -> nn.Module:
     """
     if not config.get("model"):
         raise Refused(f"config: {config.filename or 'it'} has no model", "build on a config that has one (_base_)")
-    from . import _needs_mmpretrain  # noqa: F401
+    from . import needs_mmpretrain  # noqa: F401
 
     # isort: split
     import mmpretrain.models  # noqa: F401

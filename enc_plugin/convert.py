@@ -12,20 +12,20 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ._table import format_table
-from .eligible import Evidence, refuse_weights_read_elsewhere
-from .folded import FoldedAudit, audit_folded
-from .functional._checks import check_type
+from .functional.checks import check_type
+from .functional.normalizable import check_all_normalizable, check_normalizable
 from .functional.weights import check_alpha_option, check_variant, is_centered
-from .late_surgery import refuse_wrapped, watch_optimizers
 from .layers import POST_NORM_KEYS, ENCLayer, enc_class, lacks_attribute
-from .normalizable import check_all_normalizable, check_normalizable
-from .plain_weights import describe_plain_majority, plain_weights
-from .preserve import Plan, Preservation
 from .reparametrized import copies_of_results
-from .startup_average import average_from_start, drop_averages
-from .subclass_trial import post_norm_problem, weight_problem
-from .trace import RecordError, record
+from .surgery.eligible import Evidence, refuse_weights_read_elsewhere
+from .surgery.folded import FoldedAudit, audit_folded
+from .surgery.late_surgery import refuse_wrapped, watch_optimizers
+from .surgery.plain_weights import describe_plain_majority, plain_weights
+from .surgery.preserve import Plan, Preservation
+from .surgery.startup_average import average_from_start, drop_averages
+from .surgery.subclass_trial import post_norm_problem, weight_problem
+from .surgery.trace import RecordError, record
+from .table import format_table
 
 
 class NoEffectWarning(UserWarning):

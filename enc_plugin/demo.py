@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from ._paths import ROOT
-from .report import write_report
+from .paths import ROOT
+from .reports.compare import write_report
 
 RUNS = {"plain": "configs/demo/resnet8_plain.py", "ENC (eq. 22)": "configs/demo/resnet8_enc-ws.py"}
 

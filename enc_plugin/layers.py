@@ -10,9 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from .functional._checks import check_type
+from .functional.checks import check_type
+from .functional.normalizable import check_normalizable, check_row_length
 from .functional.weights import check_alpha_option, check_variant, enc_weight
-from .normalizable import check_normalizable, check_row_length
 from .origin import KEY, UNKNOWN, read_settings, warn_of_origin, write_settings
 from .reparametrized import WEIGHT_KEYS, free_weights, remove_reparametrizations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _needs_mmengine  # noqa: F401
+from . import needs_mmengine  # noqa: F401
 
 # isort: split
 from collections.abc import Callable, Mapping

@@ -18,7 +18,7 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .decay_kinds import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, decay_kind, restore, shift_group
-from .functional._checks import check_type
+from .functional.checks import check_type
 from .functional.decay import check_shift_eps
 from .functional.weights import check_variant
 

@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 from torch import nn
 
 from .convert import to_enc
-from .functional._checks import check_type
+from .functional.checks import check_type
 from .optim import add_shift, describe_groups, param_groups_enc
 
 __all__ = ["ARCHITECTURES", "add_shift", "describe_groups", "param_groups_enc"]

@@ -27,8 +27,6 @@ from torch import Tensor, nn
 import enc_plugin
 import enc_plugin.timm  # noqa: F401
 from enc_plugin import audit, fold, to_enc
-from enc_plugin.engine.robustness import measure_robustness, spread
-from enc_plugin.engine.samples import FixedSamples, choose_samples
 from enc_plugin.functional import (
     bound_chain,
     conv_map_sq_norm,
@@ -42,6 +40,8 @@ from enc_plugin.functional import (
     shift_direction,
     shifted_l2_grad,
 )
+from enc_plugin.measuring.robustness import measure_robustness, spread
+from enc_plugin.measuring.samples import FixedSamples, choose_samples
 from enc_plugin.optim import add_shift, param_groups_enc
 
 VARIANTS = ("ws", "wn", "fro", "centered_fro")

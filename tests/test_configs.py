@@ -19,7 +19,7 @@ from torch import nn
 
 from enc_plugin.build import build_model
 from enc_plugin.convert import enc_layers, fold
-from enc_plugin.zoo import Measured, complexity, fill_tables, imagenet_configs
+from lab.zoo import Measured, complexity, fill_tables, imagenet_configs
 
 RECIPE = dict(epochs=100, milestones=[30, 60, 90], gamma=0.1, lr=0.1, momentum=0.9, batch_size=32)
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
-import sys
 
 import pytest
-from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / "bench"))
-spec = importlib.util.spec_from_file_location("long_training", ROOT / "bench" / "long_training.py")
-long_training = importlib.util.module_from_spec(spec)
-sys.modules["long_training"] = long_training
-spec.loader.exec_module(long_training)
+from lab.bench import long_training
 
 
 def closed_form(shifted: bool, noisy: bool, start: float, lr: float, steps: int) -> float:

@@ -27,7 +27,7 @@ def test_the_wheel_carries_configs_tools_and_the_model_index(wheel):
         assert files
         assert not missing
     assert "enc_plugin/.mim/model-index.yml" in names
-    assert not [name for name in names if name.startswith(("tests", "bench", "data", "work_dirs"))]
+    assert not [name for name in names if name.startswith(("tests", "lab", "data", "work_dirs"))]
 
 
 def test_an_installed_plugin_builds_from_its_own_configs(wheel, tmp_path):

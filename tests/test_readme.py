@@ -171,7 +171,7 @@ def test_every_other_command_is_known():
 
 def test_linked_files_exist():
     links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
-    paths = re.findall(r"((?:tools|examples|configs|tests|bench)/[\w./-]+\.(?:py|sh))", README)
+    paths = re.findall(r"((?:tools|examples|configs|tests|lab)/[\w./-]+\.(?:py|sh))", README)
     assert links
     missing = [path for path in links + paths if not (ROOT / path).exists()]
     assert not missing

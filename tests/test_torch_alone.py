@@ -7,7 +7,7 @@ import sys
 
 from helpers import ROOT
 
-from enc_plugin._environment import is_installed
+from enc_plugin.environment import is_installed
 
 STACK = ("mmengine", "mmcv", "mmpretrain")
 ALL = (*STACK, "timm", "numpy", "torchvision", "rich", "matplotlib", "scipy", "sklearn", "cv2", "yaml")
@@ -91,11 +91,11 @@ def test_parts_that_need_mmengine_name_the_extra():
         "from enc_plugin import datasets",
         "enc_plugin.engine",
         "from enc_plugin.deploy import fold_checkpoint",
-        "import enc_plugin.measure",
-        "import enc_plugin.attack_report",
-        "import enc_plugin.report",
+        "import enc_plugin.reports.gbr",
+        "import enc_plugin.reports.attack",
+        "import enc_plugin.reports.compare",
         "import enc_plugin.launch",
-        "import enc_plugin.study",
+        "import lab.study",
         "from enc_plugin.datasets.prepare import prepare_cifar10",
     )
     printed = python("import enc_plugin" + ERRORS.replace("STATEMENTS", repr(statements)), ALL).splitlines()

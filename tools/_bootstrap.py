@@ -54,7 +54,7 @@ def one_line(tool: str):
 
 
 def _text(error: Exception) -> str:
-    from enc_plugin.finding import describe
+    from enc_plugin.refused import describe
 
     text = describe(error, 2000)
     # Errors that are written for users name the argument; of others, the type says more.

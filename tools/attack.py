@@ -5,8 +5,8 @@ import argparse
 import _bootstrap
 
 with _bootstrap.one_line("attack"):
-    from enc_plugin.attack_report import attack_checkpoints
     from enc_plugin.build import load_config
+    from enc_plugin.reports.attack import attack_checkpoints
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -6,7 +6,7 @@ import _bootstrap
 
 with _bootstrap.one_line("measure_gbr"):
     from enc_plugin.build import load_config
-    from enc_plugin.measure import describe, measure_checkpoints
+    from enc_plugin.reports.gbr import describe, measure_checkpoints
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

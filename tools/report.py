@@ -1,31 +1,22 @@
-"""Compare training runs on one HTML page that needs no other file, or write a study's pages from its results."""
+"""Compare training runs on one HTML page that needs no other file."""
 
 import argparse
 
 import _bootstrap
 
 with _bootstrap.one_line("report"):
-    from enc_plugin.report import write_report
-    from enc_plugin.study import write_study
+    from enc_plugin.reports.compare import write_report
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work_dirs", nargs="*", help="folders that tools/train.py wrote to, also of runs in progress")
+    parser.add_argument("work_dirs", nargs="+", help="folders that tools/train.py wrote to, also of runs in progress")
     parser.add_argument("--names", nargs="+", help="what the page calls the runs (default: the folders' names)")
     parser.add_argument("--out", default="report.html", help="page to write (default: %(default)s)")
     parser.add_argument("--title", default="ENC report", help="heading of the page (default: %(default)s)")
     parser.add_argument(
         "--no-norms", action="store_true", help="do not build the models and load checkpoints for norms of layers"
     )
-    parser.add_argument("--study", metavar="DIR", help="folder of a study (grid.py, results/): write its pages there")
-    parser.add_argument("--readme", metavar="FILE", help="with --study: rewrite the verdicts in this file")
     args = parser.parse_args()
-    if bool(args.study) == bool(args.work_dirs):
-        parser.error("give work dirs to compare, or --study DIR")
     with _bootstrap.one_line("report"):
-        if args.study:
-            for path in write_study(args.study, args.readme):
-                print(f"wrote {path}")
-        else:
-            print(write_report(args.work_dirs, args.out, args.names, args.title, norms=not args.no_norms))
-            print(f"report: {args.out}")
+        print(write_report(args.work_dirs, args.out, args.names, args.title, norms=not args.no_norms))
+        print(f"report: {args.out}")

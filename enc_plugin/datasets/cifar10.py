@@ -8,8 +8,8 @@ import mmcv
 from mmengine.registry import DATASETS
 from mmpretrain.datasets import BaseDataset
 
-from .._spread import spread
-from ..functional._checks import check_integer
+from ..functional.checks import check_integer
+from ..spread import spread
 from .digits import SPLITS
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

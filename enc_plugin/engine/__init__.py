@@ -1,17 +1,17 @@
 """mmengine parts, registered on mmengine's root registries."""
 
-from .. import _needs_mmengine  # noqa: F401
+from .. import needs_mmengine  # noqa: F401
 
 # isort: split
 from .amp import BFloat16OptimWrapper
 from .audit_hook import ENCAuditHook
 from .bn_eps_hook import BatchNormEpsHook
 from .checkpoint_hook import ENCCheckpointHook
+from .constructor import ENCOptimWrapperConstructor
 from .fgsm_hook import FGSMHook
 from .gbr_hook import GBRHook
-from .guard import ENCGuardHook
+from .guard_hook import ENCGuardHook
 from .monitor_hook import ENCMonitorHook
-from .optim import ENCOptimWrapperConstructor
 from .progress_hook import ProgressHook
 from .rng_hook import RNGStateHook
 from .runner import ENCRunner

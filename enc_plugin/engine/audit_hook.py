@@ -8,16 +8,16 @@ from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from ..convert import audit, enc_layers
-from ..eligible import refuse_weights_read_elsewhere
-from ..loading import enc_layers_of_plain_ones, why_not_plain
-from ..normalizable import check_normalizable
-from ..trace import RecordError, Trace, record
+from ..functional.normalizable import check_normalizable
+from ..measuring.untouched import unwrap
+from ..surgery.eligible import refuse_weights_read_elsewhere
+from ..surgery.loading import enc_layers_of_plain_ones, why_not_plain
+from ..surgery.trace import RecordError, Trace, record
 from .limits import warn_of_recomputation
 
 DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
@@ -108,10 +108,3 @@ def _traces(model: nn.Module, batch: Any) -> list[Trace]:
         except (RecordError, TypeError):
             continue
     return traces
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a (distributed) model wrapper, or the model itself."""
-    while is_model_wrapper(model):
-        model = model.module
-    return model

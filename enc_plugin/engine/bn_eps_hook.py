@@ -7,7 +7,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .audit_hook import unwrap
+from ..measuring.untouched import unwrap
 
 
 @HOOKS.register_module()

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
-from ..functional._checks import check_integer
 from ..functional.attack import LEAST_EPS, other_unit
-from .audit_hook import unwrap
-from .measure import untouched
-from .robustness import check_dataset, check_pixel_eps, measure_robustness
+from ..functional.checks import check_integer
+from ..measuring.robustness import check_dataset, check_pixel_eps, measure_robustness
+from ..measuring.untouched import untouched, unwrap
 from .validated import ValidatedNetworkHook, describe_weights, record
 from .watched import check_watched
 

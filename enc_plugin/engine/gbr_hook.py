@@ -11,11 +11,10 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
-from ..functional._checks import check_integer, check_seed, check_type
-from .audit_hook import unwrap
-from .gbr import check_options, input_unit, measure_gbr
-from .measure import statistics_note, untouched
-from .samples import FixedSamples, choose_samples, find_pipeline
+from ..functional.checks import check_integer, check_seed, check_type
+from ..measuring.gbr import check_options, input_unit, measure_gbr
+from ..measuring.samples import FixedSamples, choose_samples, find_pipeline
+from ..measuring.untouched import statistics_note, untouched, unwrap
 from .validated import ValidatedNetworkHook, describe_weights, record
 
 
@@ -49,7 +48,7 @@ class GBRHook(ValidatedNetworkHook):
     for the same weights. Every measurement uses the same probes, so that curves do not jitter. A value that is NaN or
     infinite is logged as such, with a warning.
 
-    The defaults follow from ``bench/gbr.py``: with 512 samples, one projection adds less than 2 % of standard error
+    The defaults follow from ``lab/bench/gbr.py``: with 512 samples, one projection adds less than 2 % of standard error
     (about as much as the choice of the samples) at a fifth of the time of ten classes; batches of 32 are as fast as
     larger ones.
 

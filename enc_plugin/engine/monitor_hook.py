@@ -15,7 +15,7 @@ from torch import Tensor
 from ..convert import enc_layers
 from ..functional.weights import num_rows
 from ..layers import ENCLayer
-from .audit_hook import unwrap
+from ..measuring.untouched import unwrap
 
 QUANTITIES = ("norm", "deviation", "angle", "effective_lr")
 

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from ..build import NO_SAMPLES
 from ..convert import enc_layers
-from ..finding import Refused, describe
 from ..layers import ENC_LAYERS
-from .batches import learns_nothing, sample_of
+from ..measuring.batches import learns_nothing, sample_of
+from ..refused import Refused, describe
 
 _IGNORED = -100  # the label that torch's cross entropy leaves out
 

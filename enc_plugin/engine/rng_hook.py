@@ -13,7 +13,7 @@ from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
-from .audit_hook import unwrap
+from ..measuring.untouched import unwrap
 from .generators import Generator, get_state, owned_generators, set_state
 
 

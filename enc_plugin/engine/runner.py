@@ -22,16 +22,16 @@ from torch.utils.data import DataLoader
 from ..build import make_dataset, require_file
 from ..checkpoint import find_damage, latest_checkpoint, replacing
 from ..convert import enc_layers
-from ..finding import Refused, describe
 from ..loadable import make_loadable
-from ..loading import Loading, check_trained_as
+from ..measuring.batches import on_all_ranks
+from ..measuring.untouched import unwrap
 from ..parts import part_class
-from ..startup_average import average_from_start
+from ..refused import Refused, describe
+from ..surgery.loading import Loading, check_trained_as
+from ..surgery.startup_average import average_from_start
 from .amp import without_cuda
-from .audit_hook import unwrap
-from .batches import on_all_ranks
 from .checkpoint_hook import ENCCheckpointHook
-from .guard import ENCGuardHook, check_loop, check_work_dir
+from .guard_hook import ENCGuardHook, check_loop, check_work_dir
 from .limits import check_distributed, refuse_strategy
 from .preflight import why_step_fails
 from .rng_hook import RNGStateHook
@@ -273,7 +273,7 @@ class ENCRunner(Runner):
 
         To train from, half of the tensors that have a place in the model have to fit it (a classifier of other classes
         may be left out); to validate or test, every tensor of the model has to be loaded, by the model's own hooks too
-        (:class:`~enc_plugin.loading.Loading`), and be of layers that compute the same.
+        (:class:`~enc_plugin.surgery.loading.Loading`), and be of layers that compute the same.
 
         Raises:
             ValueError: If the file is damaged, too little of it fits the model, or it holds NaN or Inf.

@@ -15,7 +15,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-from .audit_hook import unwrap
+from ..measuring.untouched import unwrap
 
 RECORD = "measurements.json"
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type
-from ._eval_mode import require_eval_mode
+from .checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type
+from .eval_mode import require_eval_mode
 
 MAX_STEPS = 10_000  # a slip of zeros would run for days
 LEAST_EPS = 0.5  # grey levels

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ._checks import check_floating_tensor, check_integer, check_number, check_type
+from .checks import check_floating_tensor, check_integer, check_number, check_type
 
 
 def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ._checks import check_number
+from .checks import check_number
 from .weights import check_variant, check_weight, enc_weight, is_centered, num_rows
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ._checks import check_class_numbers, check_floating_tensor, check_integer, check_type
-from ._reading import reading, refuse_random
+from .checks import check_class_numbers, check_floating_tensor, check_integer, check_type
+from .reading import reading, refuse_random
 
 OUTPUTS = {
     "logits": "what forward returns",

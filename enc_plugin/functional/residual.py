@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ._checks import check_integer, check_number, check_type
+from .checks import check_integer, check_number, check_type
 
 
 def residual_log_bound(

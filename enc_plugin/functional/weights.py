@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_floating_tensor, check_number
+from .checks import check_floating_tensor, check_number
 
 VARIANTS = {
     "fro": "eq. 20: the whole layer over its Frobenius norm",
@@ -124,8 +124,8 @@ def _by_formula(w: Tensor, variant: str, alpha: float | Tensor) -> Tensor:
     """:func:`enc_weight` in elementary operations, for compilers to fuse.
 
     They cannot fuse the kernels that are fastest on their own: those want rows one after the other in memory, where
-    compiled convolutions want channels last. ``bench/compiled.py`` has the difference, with timm's StdConv2d as such a
-    kernel.
+    compiled convolutions want channels last. ``lab/bench/compiled.py`` has the difference, with timm's StdConv2d as
+    such a kernel.
     """
     columns, rows = tuple(range(1, w.ndim)), num_rows(w, variant)
     if is_centered(variant):

@@ -7,8 +7,8 @@ from mmengine.registry import MODELS
 from mmpretrain.models.classifiers import ImageClassifier
 
 from ..convert import enc_layers, to_enc
-from ..functional._checks import check_type
-from ..normalizable import check_normalizable
+from ..functional.checks import check_type
+from ..functional.normalizable import check_normalizable
 from ..origin import UNKNOWN
 from .gbr_penalty import GBRImageClassifier
 

@@ -10,7 +10,7 @@ from mmpretrain.models.backbones.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torchvision.ops import drop_block2d
 
-from ..functional._checks import check_integer, check_number
+from ..functional.checks import check_integer, check_number
 from .backbones import ResNetCIFAR6n
 
 

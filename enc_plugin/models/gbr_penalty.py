@@ -8,7 +8,7 @@ from mmengine.registry import MODELS
 from mmpretrain.models.classifiers import ImageClassifier
 from torch import Tensor
 
-from ..functional._checks import check_integer, check_number, check_type
+from ..functional.checks import check_integer, check_number, check_type
 from ..functional.jacobian import gbr_penalty
 
 

@@ -10,7 +10,7 @@ from mmpretrain import get_model
 
 from enc_plugin.doctor import BROKEN, check_config
 from enc_plugin.engine.preflight import find_labels, rehearse
-from enc_plugin.finding import Refused, describe
+from enc_plugin.refused import Refused, describe
 
 DIGITS = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"
 

@@ -12,8 +12,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from enc_plugin.checkpoint import describe_weights
-from enc_plugin.measure import measure_checkpoints
-from enc_plugin.report import load_run, summary
+from enc_plugin.reports.compare import load_run, summary
+from enc_plugin.reports.gbr import measure_checkpoints
 
 GBR = dict(type="GBRHook", num_samples=16, projections=None)
 FGSM = dict(type="FGSMHook", eps=4)

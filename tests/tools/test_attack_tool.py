@@ -13,8 +13,8 @@ import torch
 from helpers import CONFIGS, ROOT, digits_config, scalars, train
 from matplotlib.image import imread
 
-from enc_plugin.attack_report import Attacked, AttackReport, _to_image, attack_checkpoints, draw_accuracy
-from enc_plugin.engine.robustness import Robustness
+from enc_plugin.measuring.robustness import Robustness
+from enc_plugin.reports.attack import Attacked, AttackReport, _to_image, attack_checkpoints, draw_accuracy
 
 NAMES = {"plain": "resnet8_1xb64", "ENC": "resnet8_enc-ws_1xb64"}
 

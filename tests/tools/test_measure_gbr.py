@@ -7,7 +7,7 @@ import torch
 from helpers import digits_config, run_command, scalars, train
 
 import enc_plugin
-from enc_plugin.measure import describe, measure_checkpoints
+from enc_plugin.reports.gbr import describe, measure_checkpoints
 
 
 @pytest.fixture(scope="module")

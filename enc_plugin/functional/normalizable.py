@@ -1,0 +1,117 @@
+"""Which weights an ENC equation can normalise: one rule for conversion, folding, loading and training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from .weights import imprecise_rows, is_centered, min_elements, num_rows
+
+
+def check_row_length(weight: Tensor, variant: str) -> None:
+    """Raise ``ValueError`` if the rows of ``weight`` are so short that ``variant`` keeps nothing but signs of them."""
+    elements = weight.numel() // num_rows(weight, variant)
+    if elements < min_elements(variant):
+        raise ValueError(f"weight: {_short_rows(weight, variant)}; {_way_out(weight, variant)} or leave it out of ENC")
+
+
+def _short_rows(weight: Tensor, variant: str) -> str:
+    elements = weight.numel() // num_rows(weight, variant)
+    count = "one element" if elements == 1 else f"{elements} elements"
+    becomes = "0 / 0" if is_centered(variant) and elements == 1 else "mere signs, which cannot train"
+    return f"shape {tuple(weight.shape)} has rows of {count}, which {variant!r} turns into {becomes}"
+
+
+def _way_out(weight: Tensor, variant: str) -> str:
+    fitting = [v for v in ("wn", "fro") if weight.numel() // num_rows(weight, v) >= min_elements(v)]
+    return f"convert it with variant={fitting[0]!r}," if fitting else "no variant can train it:"
+
+
+def check_normalizable(name: str, weight: Tensor, variant: str, kept: Tensor | None = None) -> None:
+    """Raise ``ValueError``, naming the layer and the way out, if ``variant`` cannot normalise ``weight``.
+
+    It is the one rule of :func:`enc_plugin.to_enc`, ``fold``, loading and the runner. It waits for the device.
+
+    Args:
+        name: Of the layer.
+        weight: Free weight, ``(out, in / groups, *kernel)``; of one on the meta device, the shape alone is checked.
+        variant: As in :func:`enc_plugin.functional.enc_weight`.
+        kept: Pruning mask shaped like ``weight``, or None.
+    """
+    exclude = f"leave it plain with exclude=[{name!r}]"
+    weight, rows = weight.detach(), num_rows(weight, variant)
+    if weight.numel() // rows < min_elements(variant):
+        raise ValueError(f"layer {name!r}: {_short_rows(weight, variant)}; {_way_out(weight, variant)} or {exclude}")
+    if weight.is_meta:
+        return  # its values are not known yet
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"layer {name!r}: its weight holds NaN or Inf; start from a finite checkpoint or initialisation"
+        )
+    if kept is not None:
+        _check_kept(name, kept, variant)
+    bad = imprecise_rows(weight, variant, kept)
+    if bad.any():
+        where = "its weight is" if rows == 1 else f"{int(bad.sum())} of its {rows} rows are"
+        what = _why_imprecise(weight.reshape(rows, -1)[bad], variant)
+        raise ValueError(
+            f"layer {name!r}: {where} {what}, which {variant!r} cannot normalise; "
+            f"initialise it with random values, or {exclude}"
+        )
+
+
+def check_all_normalizable(weights: Mapping[str, Tensor], variant: str) -> None:
+    """:func:`check_normalizable` of several layers by name; one error for all that it refuses."""
+    refused = {}
+    for name, weight in weights.items():
+        try:
+            check_normalizable(name, weight, variant)
+        except ValueError as error:
+            refused[name] = error
+    if not refused:
+        return
+    first = next(iter(refused.values()))
+    if len(refused) == 1:
+        raise first
+    raise ValueError(
+        f"{len(refused)} layers cannot be ENC. The first: {first}. To leave all of them plain: "
+        f"exclude={_patterns(refused, weights)}"
+    ) from first
+
+
+def _patterns(chosen: Collection[str], names: Collection[str]) -> list[str]:
+    """Few patterns that match all of ``chosen`` and nothing else of ``names``: numbers become ``*`` where they may."""
+    patterns = []
+    for name in chosen:
+        pattern = re.sub(r"\d+", "*", name)
+        exact = all(other in chosen for other in names if fnmatchcase(other, pattern))
+        patterns.append(pattern if exact else name)
+    return list(dict.fromkeys(patterns))
+
+
+def _why_imprecise(rows: Tensor, variant: str) -> str:
+    if not rows.any():
+        return "all zero (0 / 0)"
+    if is_centered(variant) and (rows.amax(1) == rows.amin(1)).all():
+        return "constant (0 / 0)"
+    largest = rows.abs().amax(1)
+    if ((largest > 1e-15) & (largest < 1e15)).all():
+        return "constant up to rounding"
+    return f"of a magnitude ({largest.min():.0e}) whose square {str(rows.dtype).removeprefix('torch.')} cannot hold"
+
+
+def _check_kept(name: str, kept: Tensor, variant: str) -> None:
+    """Refuse a pruning mask that leaves rows too short, or nothing at all."""
+    rows = num_rows(kept, variant)
+    count = kept.reshape(rows, -1).bool().sum(1)
+    short = ((count > 0) & (count < min_elements(variant))).sum().item()
+    what = f"leaves {short} of {rows} rows fewer than {min_elements(variant)} elements"
+    what = what if count.any() else "keeps nothing"
+    if short or not count.any():
+        raise ValueError(
+            f"layer {name!r}: its pruning mask {what}, so that {variant!r} has at most signs to normalise; prune less "
+            "of this layer, prune whole rows (prune.ln_structured), or undo it with prune.remove"
+        )

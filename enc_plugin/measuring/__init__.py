@@ -1,0 +1,1 @@
+"""Measurements of mmpretrain's models that leave no trace: samples, GBR, attacks."""

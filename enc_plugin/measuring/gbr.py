@@ -1,0 +1,182 @@
+"""GBR of an mmpretrain classifier on fixed training samples (eq. 18)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.model import BaseModel
+from torch import Tensor
+
+from ..functional.checks import check_integer, check_seed
+from ..functional.jacobian import check_output, check_projections, gbr
+from .samples import FixedSamples
+from .untouched import untouched
+
+SPACES = {
+    "normalized": "what the network receives, after the data_preprocessor",
+    "pixel": "pixels in 0..255, before the data_preprocessor",
+}
+
+
+@dataclass(frozen=True)
+class GBREstimate:
+    r"""Mean of :math:`\lVert \partial f(x) / \partial x \rVert_F^2` over samples, and what it rests on.
+
+    The unit is that of f squared over that of x squared: logits or probabilities over standard deviations of the
+    ``data_preprocessor`` (``space='normalized'``) or over 1/255 of the pixel range (``'pixel'``).
+    """
+
+    values: Tensor  # (N,) float64, in the order of the samples
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """The GBR; NaN or infinite if any sample's value is."""
+        return self.values.mean().item()
+
+    @property
+    def sem(self) -> float:
+        """Standard error of the mean, over samples and probes: each sample has its own, so one deviation has both."""
+        return (self.values.std() / math.sqrt(len(self.values))).item()
+
+    @property
+    def num_bad(self) -> int:
+        """Number of samples whose value is NaN or infinite."""
+        return int((~self.values.isfinite()).sum())
+
+
+def measure_gbr(
+    model: BaseModel,
+    samples: FixedSamples,
+    *,
+    output: str = "logits",
+    projections: int | None = None,
+    space: str = "normalized",
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> GBREstimate:
+    """Squared Jacobian norms of ``model`` in eval mode and float32; the run around it does not notice.
+
+    In a distributed run every rank has to call it. The ranks share out whole batches and join their values in one
+    reduction, so that any number of ranks gives the same result. With equal seeds, the same sample meets the same
+    probes in every measurement, so that what moves between two measurements is the network.
+
+    Args:
+        model: Classifier of mmpretrain, not wrapped.
+        samples: What is measured on.
+        output: ``'logits'``, ``'probs'`` or ``'label_prob'``, see :func:`enc_plugin.functional.gbr`.
+        projections: Random orthonormal output directions for each sample; None: exact.
+        space: What x is: ``'normalized'`` (what the network receives) or ``'pixel'`` (0..255, before normalisation).
+        seed: Of the directions.
+        progress: Called with the number of samples after each batch of this rank.
+
+    Returns:
+        The estimate, equal on all ranks.
+
+    Raises:
+        ValueError: If ``space`` is unknown, or the head predicts no probabilities where ``output`` asks for them.
+    """
+    check_space(space)
+    check_seed("seed", seed)
+    start = time.perf_counter()
+    device = next(model.parameters()).device
+    seeds = torch.randint(2**32, (len(samples),), generator=torch.Generator().manual_seed(int(seed)))
+    positions = torch.arange(len(samples)).split([len(batch) for batch in samples.batches])
+    values = torch.zeros(len(samples), dtype=torch.float64)
+    with untouched(model), torch.autocast(device.type, enabled=False):
+        forward = None
+        for number in samples.own:
+            pixels, labels = samples.batch(number)
+            if not len(pixels):
+                continue
+            x = pixels.to(device).float()
+            if space == "normalized":
+                x = _preprocess(model, x)
+            if forward is None:
+                forward, differentiated = _function(model, output, space, x)
+            if output == "label_prob" and labels is None:
+                raise ValueError("dataset: 'label_prob' needs one gt_label for each sample")
+            where = positions[number]
+            found = gbr(
+                forward,
+                x,
+                output=differentiated,
+                labels=None if labels is None else labels.to(device),
+                projections=projections,
+                seeds=seeds[where],
+                batch_size=len(x),
+            )
+            values[where] = found.double().cpu()
+            if progress is not None:
+                progress(len(x))
+    all_reduce(values)
+    return GBREstimate(values, time.perf_counter() - start)
+
+
+def input_unit(model: BaseModel, space: str) -> str:
+    """The unit of a GBR's x in words, which depends on whether the model normalises."""
+    if space == "pixel":
+        return "per squared gray level, 1/255 of the pixel range"
+    if getattr(model.data_preprocessor, "_enable_normalize", True):
+        return "per squared standard deviation of the input"
+    return "per squared unit of the network's input, which the data_preprocessor does not normalise"
+
+
+def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+    """What is differentiated for ``output``, as ``forward`` and ``output`` of :func:`enc_plugin.functional.gbr`.
+
+    Probabilities are those that the head predicts for ``x``, and not a softmax by assumption.
+    """
+
+    def run(mode: str) -> Callable[[Tensor], Tensor | list]:
+        return lambda x: model(_preprocess(model, x) if space == "pixel" else x, mode=mode)
+
+    def scores(x: Tensor) -> Tensor:
+        return torch.stack([sample.pred_score for sample in run("predict")(x)])
+
+    logits = run("tensor")
+    if output == "logits":
+        return logits, "logits"
+    head = type(getattr(model, "head", model)).__name__
+    try:
+        predicted = scores(x)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"output: {output!r} needs a head that predicts scores for each picture, which {head} does not "
+            f"({type(error).__name__}: {error}); measure 'logits'"
+        ) from error
+    given = logits(x)
+    is_softmax = given.shape == predicted.shape and torch.allclose(
+        given.softmax(1), predicted, rtol=1e-4, atol=1e-6, equal_nan=True
+    )
+    if is_softmax:
+        return logits, output
+    if output == "label_prob":
+        raise ValueError(
+            f"output: 'label_prob' is the softmax of the true class, but {head} predicts other scores than the softmax "
+            "of its logits; measure 'probs' (the scores that it predicts) or 'logits'"
+        )
+    return scores, "logits"
+
+
+def _preprocess(model: BaseModel, pixels: Tensor) -> Tensor:
+    return model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
+
+
+def check_options(output: str, projections: int | None, space: str, num_samples: int | None) -> None:
+    """Raise ``ValueError`` that names the option if a measurement could not be made with these."""
+    check_output(output)
+    check_projections(projections)
+    check_space(space)
+    check_integer("num_samples", num_samples, 2, none="all")  # two have a standard error
+
+
+def check_space(space: str) -> None:
+    """Raise ``ValueError`` unless ``space`` names what x is."""
+    if not isinstance(space, str) or space not in SPACES:
+        raise ValueError(f"space: expected one of {', '.join(map(repr, SPACES))}, got {space!r}")

@@ -1,0 +1,279 @@
+"""White-box robustness of an mmpretrain classifier, attacked in pixel units."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from mmengine.dist import all_gather_object, all_reduce, get_dist_info
+from mmengine.evaluator import Evaluator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..functional.attack import LEAST_EPS, MAX_STEPS, input_gradient, other_unit, pgd, sign_step
+from ..functional.checks import check_integer, check_number, check_seed
+from ..spread import spread
+from .samples import PIXEL_MAX, PixelSpan, WithoutReplacement
+from .untouched import untouched
+
+ZERO_GRAD_LIMIT = 0.01  # share of samples without any gradient above which the attack says little
+CHECKED_SAMPLES = 64
+PGD_MARGIN = 10.0  # percentage points that FGSM may leave above PGD
+
+
+class PixelClassifier(nn.Module):
+    """Logits of a classifier as a function of pixels: its ``data_preprocessor`` (mean, std, channel order) lies within.
+
+    Runs in float32 whatever autocast is active around it, as mmengine's validation does.
+
+    Args:
+        model: Classifier of mmpretrain: ``ENCImageClassifier``, ``ImageClassifier``, ``TimmClassifier``.
+
+    Shape:
+        ``(N, C, H, W)`` pixels in 0..255, as the pipeline's ``PackInputs`` delivers them -> ``(N, classes)`` logits.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.training = model.training  # train() would reach into the model and wake frozen layers
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalise as the model's data preprocessor does, then classify."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            inputs = self.model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
+            return self.model(inputs, mode="tensor")
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Top-1 accuracies in percent, per eps in 1/255 of the pixel range."""
+
+    num_samples: int
+    clean: float
+    fgsm: dict[float, float]
+    pgd: dict[float, float]
+    pgd_steps: int
+    zero_grad: float  # share of the samples whose gradient is zero at every pixel
+    seconds: float
+    left_out: int = 0  # samples that could not be read, beside num_samples
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against taking the accuracies as robustness, each with its usual cause."""
+        found = [f"eps: {other_unit(eps)}" for eps in self.fgsm if eps < LEAST_EPS][:1]
+        if self.left_out:
+            found.append(
+                f"{self.left_out} of {self.left_out + self.num_samples} samples cannot be read and are left out (the "
+                "dataset would take others by chance)"
+            )
+        if self.clean == 0:
+            found.append(
+                "clean accuracy is 0 %: the labels, the channel order or mean and std do not fit the checkpoint, or "
+                "it was not loaded; no attack says anything about such a model"
+            )
+        for attack, accuracies in (("FGSM", self.fgsm), (f"PGD-{self.pgd_steps}", self.pgd)):
+            above = {eps: accuracy for eps, accuracy in accuracies.items() if accuracy > self.clean}
+            if above:
+                eps, accuracy = max(above.items(), key=lambda item: item[1])
+                found.append(
+                    f"{attack} at eps {eps:g} raises the accuracy from {self.clean:.2f} to {accuracy:.2f} %: the "
+                    "gradient does not point to a larger loss (labels that do not fit, or masked gradients)"
+                )
+        if self.zero_grad > ZERO_GRAD_LIMIT:
+            found.append(
+                f"{self.zero_grad:.1%} of the samples have an all-zero gradient, so the attack leaves them as they are "
+                "(saturated softmax or masked gradients): the accuracy under attack is overrated"
+            )
+        both = [eps for eps in self.fgsm if eps in self.pgd]
+        if both and self.fgsm[max(both)] - self.pgd[max(both)] > PGD_MARGIN:
+            eps = max(both)
+            found.append(
+                f"at eps {eps:g} PGD-{self.pgd_steps} leaves {self.pgd[eps]:.2f} % and FGSM {self.fgsm[eps]:.2f} %: "
+                "FGSM overrates this model's robustness (the gradient at the image does not tell far enough); go by PGD"
+            )
+        return found
+
+
+def measure_robustness(
+    model: nn.Module,
+    dataset: Dataset,
+    eps: Sequence[float],
+    *,
+    num_samples: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    pgd_steps: int = 0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Robustness:
+    """Top-1 accuracy of ``model`` clean, under FGSM and, if asked for, under PGD, attacked in pixel space.
+
+    The attack is untargeted, uses the true labels, and moves pixels of 0..255 before the ``data_preprocessor``, within
+    0..255; adversarial pixels are not rounded to integers. The run around it goes on as if nothing had happened.
+
+    In a distributed run every rank has to call it. The ranks share out whole batches, which are the same for any
+    number of ranks, so that the result is too, to the last bit (arithmetic can depend on the shape of a batch).
+
+    Args:
+        model: Classifier of mmpretrain, not wrapped.
+        dataset: Yields ``dict(inputs=..., data_samples=...)`` as ``PackInputs`` makes it: pixels ``(C, H, W)`` in
+            0..255, and a ``gt_label``. Samples that it cannot read, and would replace by others, are left out.
+        eps: Budgets in 1/255 of the pixel range, above 0 and up to 255.
+        num_samples: How many samples, spread evenly over the dataset; None: all.
+        batch_size: Samples per batch.
+        num_workers: Processes that load.
+        pgd_steps: Gradients of PGD for each eps (:func:`enc_plugin.functional.pgd`, random start); 0: FGSM alone.
+        seed: Of PGD's random starts.
+        progress: Called after each batch with the numbers of batches that this rank has done and has to do.
+
+    Returns:
+        The accuracies, equal on all ranks.
+
+    Raises:
+        ValueError: If the pixels are not in 0..255, images differ in size within a batch, or there are no samples.
+    """
+    start = time.perf_counter()
+    eps = check_pixel_eps(eps)
+    for name, value, minimum in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        check_integer(name, value, minimum)
+    check_integer("pgd_steps", pgd_steps, 0, below=MAX_STEPS)
+    check_seed("seed", seed)
+    indices = spread(len(dataset), num_samples)
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    rank, world_size = get_dist_info()
+    own = range(rank, len(batches), world_size)
+    loader = DataLoader(
+        WithoutReplacement(dataset),
+        batch_sampler=[batches[i] for i in own],
+        num_workers=num_workers,
+        collate_fn=collate_pixels,
+        generator=torch.Generator(),  # else the loader would draw from the global one
+    )
+    classify = PixelClassifier(model)
+    device = next(model.parameters()).device
+
+    # Rows: whether it was read, label, zero gradient, clean prediction, prediction per attack. Each rank fills its
+    # columns, others stay 0.
+    attacks = len(eps) * (2 if pgd_steps else 1)
+    table = torch.zeros(4 + attacks, len(indices), dtype=torch.int64)
+    spans = []
+
+    def attack(pixels: Tensor, labels: Tensor, number: int) -> Tensor:
+        gradient, logits = input_gradient(classify, pixels, labels)
+        adversarial = [sign_step(pixels, gradient, e, lower=0.0, upper=PIXEL_MAX) for e in eps]
+        if pgd_steps:
+            # Seeded by the batch and not carried on, so that the ranks draw what a single process would.
+            for e in eps:
+                generator = torch.Generator(device).manual_seed(int(seed) * len(batches) + number)
+                options = dict(steps=pgd_steps, generator=generator, upper=PIXEL_MAX)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "eps: .*half a grey level")  # it is among the result's warnings
+                    adversarial.append(pgd(classify, pixels, labels, e, **options))
+        read = torch.ones_like(labels)
+        rows = [read, labels, ~_nonzero(gradient), logits.argmax(1), *(classify(x).argmax(1) for x in adversarial)]
+        return torch.stack([row.long() for row in rows])
+
+    with untouched(classify):
+        for done, (i, (pixels, labels)) in enumerate(zip(own, loader, strict=True), 1):
+            if len(labels):
+                spans.append(PixelSpan.of(pixels))
+                rows = attack(pixels.to(device).float(), labels.to(device), i)
+                table[:, i * batch_size : i * batch_size + len(labels)] = rows.cpu()
+            if progress is not None:
+                progress(done, len(own))
+    all_reduce(table)
+    PixelSpan.join([span for part in all_gather_object(spans) for span in part]).check()
+
+    table = table[1:, table[0] == 1]
+    if not table.shape[1]:
+        raise ValueError(f"dataset: none of the {len(indices)} chosen samples can be read")
+    labels, zero, clean, *attacked = table
+    accuracies = [_accuracy(predicted, labels) for predicted in attacked]
+    return Robustness(
+        num_samples=len(labels),
+        clean=_accuracy(clean, labels),
+        fgsm=dict(zip(eps, accuracies, strict=False)),
+        pgd=dict(zip(eps, accuracies[len(eps) :], strict=False)),
+        pgd_steps=pgd_steps,
+        zero_grad=zero.double().mean().item(),
+        seconds=time.perf_counter() - start,
+        left_out=len(indices) - len(labels),
+    )
+
+
+def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:
+    """``eps`` as a list; an error unless it holds different numbers above 0 and up to 255."""
+    expected = "different numbers above 0, in 1/255 of the pixel range"
+    if isinstance(eps, (str, bytes)) or not isinstance(eps, (Real, Sequence)):
+        raise TypeError(f"eps: expected {expected}, got {eps!r}")
+    values = [eps] if isinstance(eps, Real) else list(eps)
+    for value in values:
+        check_number("eps", value, expected, lambda number: True)
+    if not values or len(set(values)) < len(values) or not all(0 < value <= PIXEL_MAX for value in values):
+        raise ValueError(f"eps: expected {expected} (at most 255), got {eps!r}")
+    return values
+
+
+def collate_pixels(samples: Sequence[dict | None]) -> tuple[Tensor, Tensor]:
+    """Pixels ``(N, C, H, W)`` in their own dtype and labels ``(N,)`` of packed samples, without those that are None.
+
+    Raises:
+        ValueError: If sizes differ, a pixel is out of the range, or a sample has no single label.
+    """
+    samples = [sample for sample in samples if sample is not None]
+    if not samples:
+        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    inputs = [sample["inputs"] for sample in samples]
+    shapes = {tuple(x.shape) for x in inputs}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"dataset: expected images of one size, got {', '.join(map(str, sorted(shapes)))}; resize or crop them "
+            "in the test pipeline, or use batch_size=1"
+        )
+    pixels = torch.stack(inputs)
+    PixelSpan.of(pixels).check(whole=False)
+    labels = [sample["data_samples"].get("gt_label") for sample in samples]
+    if any(label is None or label.numel() != 1 for label in labels):
+        raise ValueError("dataset: expected one gt_label for each sample; attacks use the true label")
+    return pixels, torch.cat(labels)
+
+
+def check_dataset(dataset: Dataset, num_samples: int | None) -> None:
+    """Raise ``ValueError`` if some of the samples that an attack would meet show that it cannot be made.
+
+    Looked at are at most 64 of them, spread over the dataset: one picture, which may be black, does not tell the range.
+    """
+    chosen = spread(len(dataset), num_samples)
+    looked_at = [chosen[i] for i in spread(len(chosen), CHECKED_SAMPLES)]
+    source = WithoutReplacement(dataset)
+    spans = [PixelSpan.of(collate_pixels([source[index]])[0]) for index in looked_at]
+    PixelSpan.join(spans).check()
+
+
+def _nonzero(gradient: Tensor) -> Tensor:
+    """Whether each sample's gradient moves any pixel, ``(N,)``; NaN moves none."""
+    return (gradient.nan_to_num(nan=0.0) != 0).flatten(1).any(1)
+
+
+def _accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy in percent by mmpretrain's metric, from predictions that every rank holds in full."""
+    from mmpretrain.evaluation import Accuracy  # here: the hooks register with mmengine alone
+
+    rank, world_size = get_dist_info()
+    count = len(labels)
+    # The evaluator takes the ranks' results in turn and drops what exceeds the count: pad the last turn.
+    own = [min(turn * world_size + rank, count - 1) for turn in range(math.ceil(count / world_size))]
+    evaluator = Evaluator(Accuracy(topk=(1,), collect_device="gpu"))  # 'cpu' would go through files
+    evaluator.process(
+        [
+            {"pred_label": torch.tensor([p]), "gt_label": torch.tensor([t])}
+            for p, t in zip(predicted[own].tolist(), labels[own].tolist(), strict=True)
+        ]
+    )
+    return evaluator.evaluate(count)["accuracy/top1"]

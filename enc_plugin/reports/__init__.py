@@ -1,0 +1,1 @@
+"""Tables, figures and pages that are made of runs and checkpoints."""

@@ -1,0 +1,152 @@
+r"""The weights that the bound is about: at test time a batch norm folds into the layer in front of it, ``W_eff``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.bounds import bound_chain
+from ..layers import ENCLayer, batch_norm_affine
+from ..table import format_table
+from .flow import norms_that_fold
+from .trace import LAYERS, RecordError, record
+from .used_weight import UnclearWeightError, UsedWeight, used_weight
+
+
+@dataclass(frozen=True)
+class FoldedRow:
+    """One layer with the batch norms behind it folded in."""
+
+    name: str
+    type: str
+    norms: tuple[str, ...]  # names of the batch norms, in the order in which they run
+    sq_norm: float  # ||W_eff||_F^2, of the kernel for a convolution
+    map_sq_norm: float | None  # of the linear map on the given inputs; None: not asked for, or not known
+
+
+class FoldedAudit(list[FoldedRow]):
+    """Table of :class:`FoldedRow`, a row for each layer that ran, in module order; ``print`` it.
+
+    Attributes:
+        unfolded: Batch norms that fold into no layer (behind a concatenation, a pooling, an activation), by name. Each
+            is a linear layer of its own in eq. 17, which the chains below leave out.
+        skipped: Layers that the forward pass did not reach, by name.
+        unclear: Layers that are no linear map of their input (an activation in the layer, a normalised input), with the
+            reason, by name. Their norms are NaN, and so are the chains.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unfolded: list[str] = []
+        self.skipped: list[str] = []
+        self.unclear: dict[str, str] = {}
+
+    @property
+    def kernel_chain(self) -> dict[str, float]:
+        """:func:`enc_plugin.functional.bound_chain` of the kernels' norms, those that weight decay and ENC see."""
+        return bound_chain(row.sq_norm for row in self)
+
+    @property
+    def map_chain(self) -> dict[str, float] | None:
+        """:func:`enc_plugin.functional.bound_chain` of the linear maps' norms, those of eq. 17; None without inputs."""
+        norms = [row.map_sq_norm for row in self]
+        return None if None in norms else bound_chain(norms)
+
+    @property
+    def slack(self) -> float:
+        """Logarithm of mean power over product of the kernels' norms: 0 where all are equal, as under ENC's eq. 19."""
+        return self.kernel_chain["log_mean_power"] - self.kernel_chain["log_product"]
+
+    @property
+    def map_slack(self) -> float | None:
+        """:attr:`slack` of the linear maps' norms; None without inputs."""
+        chain = self.map_chain
+        return None if chain is None else chain["log_mean_power"] - chain["log_product"]
+
+    def __str__(self) -> str:
+        with_maps = any(row.map_sq_norm is not None for row in self)
+        rows = []
+        for row in self:
+            cells = [row.name, row.type, ", ".join(row.norms) or "-", f"{row.sq_norm:.6g}"]
+            rows.append([*cells, "-" if row.map_sq_norm is None else f"{row.map_sq_norm:.6g}"] if with_maps else cells)
+        head = ["layer", "type", "folded batch norms", "||W_eff||^2", "map ||W_eff||^2"]
+        text = [format_table(head if with_maps else head[:4], rows)]
+        if self:
+            text.append(f"AM-GM slack, log mean power - log product: {self.slack:.4g} (kernels)")
+            if self.map_slack is not None:
+                text[-1] += f", {self.map_slack:.4g} (linear maps)"
+        if self.unfolded:
+            text.append(f"{len(self.unfolded)} batch norms fold into no layer: {_shorten(self.unfolded)}")
+        if self.skipped:
+            text.append(f"{len(self.skipped)} layers did not run: {_shorten(self.skipped)}")
+        text += [f"no norm: {name} ({why})" for name, why in self.unclear.items()]
+        return "\n".join(text)
+
+
+@torch.no_grad()
+def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
+    r"""Norms of the weights that a network has at test time, :math:`W_\mathrm{eff} = \mathrm{diag}(\gamma/\sigma) W`.
+
+    A batch norm folds into a layer if it reads the layer's output and nothing else does: found by running the network
+    once in eval mode, so that neither names nor the order of registration matter. A layer counts with the weight that
+    it computes with, which is observed too: the effective one of ENC layers, standardized, normalised or pruned ones of
+    other layers. Post-norms are included. The model is only read.
+
+    Args:
+        model: Any ``nn.Module`` with ``Conv1d/2d/3d`` and ``Linear`` layers, ENC or plain.
+        inputs: A batch that the model takes, for the norms of convolutions as linear maps on inputs of its size. None:
+            a batch is made up to find the batch norms, and kernel norms alone are listed.
+
+    Returns:
+        The table; norms are summed in float64.
+
+    Raises:
+        ValueError: If the network does not run on a batch that was made up for it.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    # A layer counts with all that it does: with its post-norm, and with layers and norms that it is made of (adapters).
+    inside = {module for layer in layers.values() for module in layer.modules() if module is not layer}
+    layers = {name: layer for name, layer in layers.items() if layer not in inside}
+    if not layers:
+        return FoldedAudit()
+    try:
+        trace = record(model, inputs)
+    except RecordError as error:
+        raise ValueError(
+            f"inputs: the network is run once to find the batch norm behind each layer, and {error}"
+        ) from error
+
+    table = FoldedAudit()
+    names = {module: name for name, module in model.named_modules()}
+    folded: set[nn.Module] = set()
+    for name, layer in layers.items():
+        if layer not in trace.calls:
+            table.skipped.append(name)
+            continue
+        norms = norms_that_fold(trace, layer)
+        if isinstance(layer, ENCLayer) and layer.enc_norm is not None:
+            norms.insert(0, layer.enc_norm)
+        folded.update(norms)
+        sq_gain = 1.0
+        for norm in norms:
+            sq_gain = sq_gain * batch_norm_affine(norm)[0].square()
+        try:
+            used = used_weight(layer, trace.calls[layer][0].input.shape, with_map=inputs is not None)
+        except UnclearWeightError as error:
+            table.unclear[name] = str(error)
+            used = UsedWeight(torch.tensor([math.nan]), torch.tensor([math.nan]))
+        map_sq_norm = None
+        if inputs is not None and used.map_rows is not None:
+            map_sq_norm = (used.map_rows * sq_gain).sum().item()
+        sq_norm = (used.rows * sq_gain).sum().item()
+        table.append(FoldedRow(name, type(layer).__name__, tuple(names[norm] for norm in norms), sq_norm, map_sq_norm))
+    ran = {trace.norm_of(op) for op in trace.ops} - inside
+    table.unfolded = [name for name, module in model.named_modules() if module in ran - folded]
+    return table
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,133 @@
+"""What became of a checkpoint that a network has loaded, observed at the network instead of guessed from names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from ..layers import ENCLayer
+from ..origin import KEY, differences, saved_settings
+from ..reparametrized import WEIGHT_KEYS
+
+
+class Loading:
+    """What a load does to ``model``: made before it, asked after it.
+
+    Models and their load hooks rename keys, interpolate position embeddings and fill in what old checkpoints lack, so a
+    comparison of keys and shapes beforehand is wrong. A tensor is loaded if it has been written to (torch counts that)
+    or replaced.
+
+    Args:
+        model: The network, with or without a wrapper around it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        before = _tensors(model)
+        self._before = {name: (tensor, tensor._version) for name, tensor in before.items()}
+        # Some buffers (masks) are infinite on purpose.
+        self._not_finite = set(_not_finite(before.items()))
+
+    @property
+    def loaded(self) -> dict[str, Tensor]:
+        """The tensors that were loaded, by their keys in state dicts."""
+        return {
+            name: tensor
+            for name, tensor in _tensors(self._model).items()
+            if tensor is not self._before[name][0] or tensor._version != self._before[name][1]
+        }
+
+    @property
+    def left(self) -> list[str]:
+        """The keys whose tensors are as they were."""
+        loaded = self.loaded
+        return [name for name in self._before if name not in loaded]
+
+    @property
+    def broken(self) -> list[str]:
+        """The keys whose tensors have become NaN or infinite."""
+        return [name for name in _not_finite(self.loaded.items()) if name not in self._not_finite]
+
+
+def enc_layers_of_plain_ones(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Layers of a checkpoint that are ENC there and plain in ``model``, which would compute with the free weights."""
+    own = {key.removeprefix("module.") for key in model.state_dict()}
+    prefixes = {name: f"{name}." if name else "" for name in saved_settings(state_dict)}
+    return [
+        name
+        for name, prefix in prefixes.items()
+        if prefix + KEY not in own and any(prefix + key in own for key in WEIGHT_KEYS)
+    ]
+
+
+def check_trained_as(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a layer of ``model`` computes something else than where its loaded weights come from.
+
+    Training may start from such weights (a warning says so), but to measure the network would be an error.
+    """
+    for name, layer in model.named_modules():
+        saved = layer.loaded_settings if isinstance(layer, ENCLayer) else None
+        if saved == {}:
+            raise ValueError(
+                f"checkpoint: its layer {name!r} is of a plain network, and this model's is ENC, which computes "
+                "something else; use the plain config, or keep the function of plain weights: enc=dict(preserve=True)"
+            )
+        if saved and differences(saved, layer.enc_settings):
+            raise ValueError(
+                f"checkpoint: its layer {name!r} was trained with {_show(saved)}, the config's has "
+                f"{_show(layer.enc_settings)}; use the config of the training run (a copy is in its work_dir)"
+            )
+
+
+def load_trained(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a trained network strictly, to measure or fold it.
+
+    Args:
+        model: Takes the weights.
+        state_dict: Of the same network.
+
+    Raises:
+        ValueError: If a tensor of either is missing in the other or has another shape, if a layer is plain in one and
+            ENC in the other, or of other settings, or if NaN or Inf is loaded.
+    """
+    plain = enc_layers_of_plain_ones(model, state_dict)
+    if plain:
+        raise ValueError(f"checkpoint: {why_not_plain(plain)}")
+    loading = Loading(model)
+    try:
+        # Strictly: what a missing key leaves untrained would be measured as if it had been trained.
+        model.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"checkpoint: it does not fit the config: {text[:400]}") from error
+    broken = loading.broken
+    if broken:
+        raise ValueError(f"checkpoint: it holds NaN or Inf in {len(broken)} tensors: {broken[0]!r}, ...")
+    check_trained_as(model)
+
+
+def why_not_plain(layers: list[str]) -> str:
+    """The reason why :func:`enc_layers_of_plain_ones` cannot be loaded, and the way out."""
+    return (
+        f"{len(layers)} of its layers are ENC where this model's are plain ({layers[0]!r}, ...), and would give other "
+        "outputs; use the config that it was trained with (a copy is in its work_dir), or fold it first, with that "
+        "config: python tools/fold.py CONFIG CHECKPOINT OUT"
+    )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    # Batch norms load a counter of batches from themselves where an old checkpoint has none.
+    passed_over = (KEY, "num_batches_tracked")
+    state = model.state_dict(keep_vars=True)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.endswith(passed_over)}
+
+
+def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            yield name
+
+
+def _show(settings: Mapping) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())

@@ -1,0 +1,74 @@
+"""What stays plain in a converted network, and why; and a word of it where that is most of the network."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..layers import ENCLayer, enc_class
+
+
+def plain_weights(model: nn.Module, problems: Mapping[str, str]) -> dict[str, str]:
+    """What keeps a matrix-like weight of its own and is no ENC layer, with the reason.
+
+    Layers go by their names. Other modules may own several matrices, so these go by the parameters' names; gains and
+    tokens, which have no more than one dimension above 1, are no matrices.
+
+    Args:
+        model: The converted network.
+        problems: Layers that cannot be ENC, by name, with the reason.
+    """
+    plain = {}
+    for name, module in model.named_modules():
+        if name in problems:
+            plain[name] = problems[name]
+        if isinstance(module, ENCLayer) or any(f"{name}.".startswith(f"{layer}.") for layer in problems):
+            continue  # parts of a layer that cannot be ENC, such as its parametrizations, are named with it
+        if enc_class(type(module)) is not None:
+            plain[name] = "left out by include / exclude"
+        else:
+            plain |= _own_matrices(name, module)
+    return plain
+
+
+def _own_matrices(name: str, module: nn.Module) -> dict[str, str]:
+    owner = type(module).__name__
+    found = {}
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if isinstance(parameter, nn.UninitializedParameter) or sum(size > 1 for size in parameter.shape) < 2:
+            continue
+        if leaf == "weight":
+            found[name] = f"{owner} has no ENC layer"
+        else:
+            shape = "x".join(map(str, parameter.shape))
+            found[f"{name}.{leaf}" if name else leaf] = f"{shape} parameter of {owner} itself, of none of its layers"
+    return found
+
+
+def describe_plain_majority(model: nn.Module, problems: Mapping[str, str]) -> str:
+    """How much of a converted network is plain because it cannot be ENC; empty if that is less than half.
+
+    Args:
+        model: The converted network.
+        problems: Its layers that cannot be ENC, by name, with the reason.
+    """
+    modules = dict(model.named_modules())
+    plain = sum(_num_weights(modules[name]) for name in problems)
+    layers = [module for module in modules.values() if isinstance(module, ENCLayer)]
+    total = plain + sum(map(_num_weights, layers))
+    if plain <= total / 2:
+        return ""
+    reasons = "; ".join(
+        f"{why} ({count} layer{'s' * (count > 1)})" for why, count in Counter(problems.values()).most_common(3)
+    )
+    return (
+        f"{len(problems)} of {len(problems) + len(layers)} layers of {type(model).__name__} stay plain, "
+        f"{plain / total:.0%} of their weights, and the constraint does not hold for them: {reasons}"
+    )
+
+
+def _num_weights(layer: nn.Module) -> int:
+    parameters = layer.parameters()
+    return sum(p.numel() for p in parameters if not isinstance(p, nn.UninitializedParameter) and p.ndim > 1)

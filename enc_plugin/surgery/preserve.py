@@ -1,0 +1,134 @@
+"""Keeping a trained network's function under ENC: the scale that a layer loses goes into the batch norm behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from ..functional.weights import is_centered, num_rows
+from ..layers import ENCLayer
+from .example import with_values
+from .flow import Scales
+from .trace import Trace, plain_forward, untouched
+
+
+@dataclass(frozen=True)
+class Preservation:
+    """What keeping the function came to.
+
+    Attributes:
+        output_change: Relative change of the outputs in eval mode, ``||new - old|| / ||old||``, on the example.
+        removed_mean: Per layer the share of ``||W||_F^2`` that its variant removes with the mean; 0 for eq. 20 and 21.
+    """
+
+    output_change: float
+    removed_mean: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"preserve: the outputs change by {self.output_change:.1e} (relative, eval mode, on the example)"
+        if any(self.removed_mean.values()):
+            name = max(self.removed_mean, key=self.removed_mean.__getitem__)
+            average = sum(self.removed_mean.values()) / len(self.removed_mean)
+            text += (
+                f"; the removed means are {average:.2%} of ||W||^2 on average, at most {self.removed_mean[name]:.2%} "
+                f"({name})"
+            )
+        return text
+
+
+class Plan:
+    """Where the scale of every layer of ``model`` can go.
+
+    Args:
+        model: The network, ENC or not yet; it is left as it was.
+        layers: The layers that are (or will be) ENC, by name.
+        owns_norm: The layers that have a post-norm of their own, which takes the scale.
+        trace: A recorded pass of the network.
+
+    Raises:
+        ValueError: If the output of a layer reaches something other than batch norms with running statistics; the layer
+            and the operator are named.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], owns_norm: set[nn.Module], trace: Trace):
+        self.model, self.layers = model, layers
+        self.example = with_values(trace.example, model)
+        scales = Scales(trace, [layer for layer in layers.values() if layer not in owns_norm])
+        self.readers = scales.readers
+        problems = [f"{name!r} ({scales.leaks[layer]})" for name, layer in layers.items() if layer in scales.leaks]
+        if problems:
+            shown = ", ".join(problems[:5]) + (", ..." if len(problems) > 5 else "")
+            raise ValueError(
+                f"preserve: the scale of {len(problems)} layer(s) cannot go into a batch norm: {shown}; leave them "
+                "plain (exclude=...), or give them a batch norm of their own (post_norm=True)"
+            )
+        with plain_forward(layers.values()):
+            self.outputs = self._run()
+
+    def _run(self) -> Tensor:
+        args, kwargs = self.example
+        with untouched(self.model), torch.no_grad():
+            return _flat(self.model(*args, **kwargs))
+
+    @torch.no_grad()
+    def apply(self) -> Preservation:
+        """Move the scales, once the layers are ENC, and measure what has changed."""
+        removed = {}
+        for name, layer in self.layers.items():
+            scale, removed[name] = _row_scale(layer)
+            if layer.enc_norm is not None:
+                _fill_post_norm(layer, scale)
+            else:
+                if layer.bias is not None:
+                    layer.bias.copy_(layer.bias.double() * scale)
+                for norm, positions, channels in self.readers.get(layer, ()):
+                    _absorb(norm, positions.to(scale.device), scale[channels.to(scale.device)])
+            layer.loaded_settings = layer.enc_settings
+        outputs = self._run()
+        change = (outputs - self.outputs).norm() / self.outputs.norm()
+        return Preservation(change.item(), removed)
+
+
+def _row_scale(layer: ENCLayer) -> tuple[Tensor, float]:
+    """``(m,)`` factors s in ``What_j = s_j (W_j - mean)``, and the mean's share of ``||W||^2``."""
+    rows = num_rows(layer.weight, layer.enc_variant)
+    w = layer.weight.double().reshape(rows, -1)
+    centered = w - w.mean(1, keepdim=True) if is_centered(layer.enc_variant) else w
+    what = layer.effective_weight.double().reshape(rows, -1)
+    scale = what.norm(dim=1) / centered.norm(dim=1)
+    share = (1 - centered.square().sum() / w.square().sum()).clamp(min=0).item()
+    return scale.expand(layer.weight.shape[0]), share if is_centered(layer.enc_variant) else 0.0
+
+
+def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
+    """Let ``norm`` give the same outputs in eval mode for inputs that have become ``scale`` times what they were."""
+    var = norm.running_var[channels].double()
+    new_var = scale.square() * var
+    if norm.weight is not None:
+        # The statistics become those that training will find; the gain takes what eps does to small variances.
+        gain = ((new_var + norm.eps) / (var + norm.eps)).sqrt() / scale
+        norm.weight[channels] = (norm.weight[channels].double() * gain).to(norm.weight.dtype)
+    else:
+        new_var = (scale.square() * (var + norm.eps) - norm.eps).clamp(min=0)
+    norm.running_var[channels] = new_var.to(norm.running_var.dtype)
+    norm.running_mean[channels] = (norm.running_mean[channels].double() * scale).to(norm.running_mean.dtype)
+
+
+def _fill_post_norm(layer: ENCLayer, scale: Tensor) -> None:
+    """Let the post-norm undo ``scale`` in eval mode; its statistics are those of white inputs of unit variance."""
+    norm = layer.enc_norm
+    var = layer.effective_weight.double().flatten(1).square().sum(1)
+    bias = torch.zeros_like(var) if layer.bias is None else layer.bias.double()
+    norm.running_mean.copy_(bias)
+    norm.running_var.copy_(var)
+    norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt() / scale)
+    norm.bias.copy_(bias)
+
+
+def _flat(outputs) -> Tensor:
+    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    return torch.cat([t.detach().double().flatten() for t in tensors])

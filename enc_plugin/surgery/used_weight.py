@@ -1,0 +1,245 @@
+"""The weight that a layer computes with, found by running the layer.
+
+Many layers do not use ``weight`` as it is: standardization, weight norm, spectral norm, pruning, adapters. Some pad in
+their forward pass and not through their attribute ``padding``. What they do is observed: a layer in eval mode is an
+affine map, and its linear part is read from the convolution that ran, or from the layer's answers to known inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..functional.bounds import map_rows_sq_norm
+from ..layers import ENCLayer
+from .trace import untouched
+
+_MAX_ELEMENTS = 2**23  # of one batch of probes
+_MAX_OUTPUTS = 4096  # of a layer whose Jacobian is taken row by row
+
+
+class UnclearWeightError(ValueError):
+    """A layer is no linear map of its input, or does not run on its own."""
+
+
+@dataclass(frozen=True)
+class UsedWeight:
+    """Squared norms of a layer's linear part in eval mode, its own batch norm (post-norm) left out.
+
+    Attributes:
+        rows: ``(out,)`` float64: of the kernel or matrix, for each output channel.
+        map_rows: ``(out,)`` float64: of the linear map on inputs of the given size; None if it is not known.
+    """
+
+    rows: Tensor
+    map_rows: Tensor | None
+
+
+@torch.no_grad()
+def used_weight(layer: nn.Module, shape: torch.Size, with_map: bool = True) -> UsedWeight:
+    """Measure the weight that a convolution or linear layer, ENC or plain, computes with.
+
+    The layer runs a few times on inputs of one sample. It is left as it was.
+
+    Args:
+        layer: ``nn.Conv1d/2d/3d``, ``nn.Linear`` or a subclass.
+        shape: Of the layer's input in the network, with or without the batch dimension.
+        with_map: Whether to measure the linear map too, which takes further runs for convolutions.
+
+    Raises:
+        UnclearWeightError: If the layer is no affine map of its input, or does not run on its own.
+    """
+    is_linear = isinstance(layer, nn.Linear)
+    # Not by the weight: in train mode, each look at one that is made by spectral norm changes it.
+    batched = len(shape) > (1 if is_linear else len(layer.kernel_size) + 1)
+    sample = (1, *(shape[1:] if batched else shape))
+    with untouched(layer), _without_post_norm(layer):
+        try:
+            return _of_matrix(layer, sample) if is_linear else _of_kernel(layer, sample, with_map)
+        except UnclearWeightError:
+            raise
+        except Exception as error:  # layers of any kind: sparse inputs, further arguments, ...
+            raise UnclearWeightError(f"{type(layer).__name__} does not run on its own: {error}") from error
+
+
+@contextmanager
+def _without_post_norm(layer: nn.Module) -> Iterator[None]:
+    name = getattr(layer, "_enc_norm_name", None)
+    if isinstance(layer, ENCLayer):
+        layer._enc_norm_name = None
+    try:
+        yield
+    finally:
+        if isinstance(layer, ENCLayer):
+            layer._enc_norm_name = name
+
+
+def _random(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))  # leaves the global random state alone
+    return noise.to(layer.weight.device, layer.weight.dtype)
+
+
+def _are_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether the two agree, by their norms; NaN agrees with nothing."""
+    a, b = a.double(), b.double()
+    return a.shape == b.shape and bool((a - b).norm() <= tolerance * b.norm())
+
+
+def _not_linear(layer: nn.Module) -> UnclearWeightError:
+    return UnclearWeightError(f"{type(layer).__name__} is no linear map of its input (an activation or a norm in it?)")
+
+
+def _of_matrix(layer: nn.Linear, sample: tuple[int, ...]) -> UsedWeight:
+    x = _random(layer, sample)
+    zero = layer(torch.zeros_like(x))
+    out = layer(x) - zero
+    eps = torch.finfo(out.dtype).eps
+    weight = layer.effective_weight if isinstance(layer, ENCLayer) else layer.weight
+    if not _are_close(nn.functional.linear(x, weight), out, 30 * eps):
+        weight = _answers_to_units(layer, sample)
+        if not _are_close(nn.functional.linear(x.double(), weight), out, 3 * eps**0.5):
+            raise _not_linear(layer)
+    rows = weight.double().square().sum(1)
+    return UsedWeight(rows, rows * math.prod(sample[1:-1]))
+
+
+def _answers_to_units(layer: nn.Linear, sample: tuple[int, ...]) -> Tensor:
+    """``(out, in)`` float64: the answers to the unit vectors, less the answer to zero."""
+    columns, inputs = [], layer.in_features
+    between = (1,) * (len(sample) - 2)
+    for units in torch.arange(inputs, device=layer.weight.device).split(max(1, _MAX_ELEMENTS // inputs)):
+        x = nn.functional.one_hot(units, inputs).to(layer.weight.dtype).reshape(len(units), *between, inputs)
+        columns.append((layer(x) - layer(torch.zeros_like(x))).double().reshape(len(units), -1))
+    return torch.cat(columns).T
+
+
+def _of_kernel(layer: nn.Module, sample: tuple[int, ...], with_map: bool) -> UsedWeight:
+    x = _random(layer, sample)
+    ran, zero_ran = _Convolution(), _Convolution()
+    with ran:
+        out = layer(x)
+    with zero_ran:
+        zero = layer(torch.zeros_like(x))
+    out = out - zero
+    if ran.is_same_as(zero_ran) and _are_close(ran.linear_part(zero_ran), out, 30 * torch.finfo(out.dtype).eps):
+        kernel = ran.weight.double()
+        reads = _pixels_read(layer, sample, ran, zero_ran) if with_map else None
+        by_map = None if reads is None else map_rows_sq_norm(kernel, reads)
+        return UsedWeight(kernel.flatten(1).square().sum(1), by_map)
+    return _of_jacobian(layer, x, out, zero, with_map)
+
+
+class _Convolution(TorchDispatchMode):
+    """Keeps the arguments of the convolutions that run, of which there has to be one."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "convolution":
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def input(self) -> Tensor:
+        return self.calls[0][0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.calls[0][1]
+
+    @property
+    def geometry(self) -> tuple:
+        """Stride, padding, dilation, transposed, output padding, groups."""
+        return self.calls[0][3:]
+
+    def is_same_as(self, other: _Convolution) -> bool:
+        """Whether one convolution ran both times, with the same weight: none that depends on the input."""
+        return len(self.calls) == len(other.calls) == 1 and torch.equal(self.weight, other.weight)
+
+    def linear_part(self, zero: _Convolution) -> Tensor:
+        """What the convolution makes of its input, less its input for zero (a padding that is not 0)."""
+        return torch.convolution(self.input - zero.input, self.weight, None, *self.geometry)
+
+
+def _pixels_read(layer: nn.Module, sample: tuple[int, ...], ran: _Convolution, zero: _Convolution):
+    """For each dimension ``(outputs, taps)``: the input's pixel that a tap meets, -1 where it meets padding.
+
+    None if the input of the convolution is not made of the layer's input's pixels.
+    """
+    size = sample[2:]
+    marked = _Convolution()
+    with marked:  # one sample for each dimension, with pixels that say where they are, from 1
+        places = torch.meshgrid(*(torch.arange(1, n + 1) for n in size), indexing="ij")
+        x = torch.stack(places)[:, None].expand(-1, sample[1], *size)
+        layer(x.to(layer.weight.device, layer.weight.dtype))
+    places = (marked.input - zero.input)[:, 0].double().cpu()
+    dims = range(len(size))
+    sources = [places[d].movedim(d, 0).reshape(places.shape[1 + d], -1).amax(1).round().long() - 1 for d in dims]
+    if not _are_close(_take(_random(layer, sample), sources), ran.input - zero.input, 1e-6):
+        return None
+    stride, padding, dilation = ran.geometry[:3]
+    reads = []
+    for d, source in enumerate(sources):
+        taps = ran.weight.shape[2 + d]
+        outputs = (len(source) + 2 * padding[d] - dilation[d] * (taps - 1) - 1) // stride[d] + 1
+        at = torch.arange(outputs)[:, None] * stride[d] - padding[d] + torch.arange(taps) * dilation[d]
+        inside = (at >= 0) & (at < len(source))
+        reads.append(torch.where(inside, source[at.clamp(0, len(source) - 1)], -1))
+    return reads
+
+
+def _take(x: Tensor, sources: list[Tensor]) -> Tensor:
+    """The pixels of ``x`` at ``sources`` along each dimension, 0 where it is -1."""
+    for d, source in enumerate(sources):
+        source = source.to(x.device)
+        taken = x.index_select(2 + d, source.clamp(0, x.shape[2 + d] - 1))
+        x = taken * (source >= 0).reshape([-1 if e == d else 1 for e in range(len(sources))])
+    return x
+
+
+def _of_jacobian(layer: nn.Module, x: Tensor, out: Tensor, zero: Tensor, with_map: bool) -> UsedWeight:
+    """Of a layer that is more than one convolution (adapters, a factor behind it): rows of its Jacobian."""
+    tolerance = 3 * torch.finfo(out.dtype).eps ** 0.5
+    other = x.flip(1, 2)
+    sum_of_two = layer(x + 2 * other) - zero
+    if not _are_close(out + 2 * (layer(other) - zero), sum_of_two, tolerance):
+        raise _not_linear(layer)
+    reach = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    size = [3 * r + 2 * s for r, s in zip(reach, layer.stride, strict=True)]
+    probe = x.new_zeros(1, x.shape[1], *size)
+    grid = layer(probe).shape[2:]
+    center = [n // 2 for n in grid]
+    rows, beside = (_jacobian_rows(layer, probe, [place]) for place in (center, [n - 1 for n in center]))
+    if not _are_close(rows, beside, tolerance):
+        raise UnclearWeightError(f"{type(layer).__name__} computes with other weights at other places")
+    by_map = None
+    if with_map and out[0].numel() <= _MAX_OUTPUTS:
+        places = torch.cartesian_prod(*(torch.arange(n) for n in out.shape[2:])).reshape(-1, out.ndim - 2)
+        by_map = _jacobian_rows(layer, x, places.tolist())
+    return UsedWeight(rows, by_map)
+
+
+def _jacobian_rows(layer: nn.Module, x: Tensor, places: list[list[int]]) -> Tensor:
+    """``(out,)`` float64: for each channel the squared norms of the outputs' gradients, summed over ``places``."""
+    channels = layer(x).shape[1]
+    wanted = [(channel, place) for channel in range(channels) for place in places]
+    sums = torch.zeros(channels, dtype=torch.float64, device=x.device)
+    count = max(1, _MAX_ELEMENTS // x.numel())
+    for start in range(0, len(wanted), count):
+        part = wanted[start : start + count]
+        with torch.enable_grad():
+            inputs = x.detach().repeat(len(part), *(1,) * (x.ndim - 1)).requires_grad_()
+            out = layer(inputs)
+            total = sum(out[(i, channel, *place)] for i, (channel, place) in enumerate(part))
+            (grad,) = torch.autograd.grad(total, inputs)
+        which = torch.tensor([channel for channel, _ in part], device=x.device)
+        sums.index_add_(0, which, grad.double().flatten(1).square().sum(1))
+    return sums

@@ -1,0 +1,40 @@
+"""Run the benchmarks, one section after the other; write <section>.json, .png and README.md in lab/results/bench."""
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+
+BENCH = Path(__file__).parent
+
+
+def sections() -> list[str]:
+    """Names of the modules here that have a ``run() -> dict``."""
+    return sorted(path.stem for path in BENCH.glob("*.py") if "\ndef run(" in path.read_text())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m lab.bench", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=sections(), help="sections to run (default: all)")
+    parser.add_argument("--rounds", type=int, help="rounds of each timing (default: the section's own)")
+    parser.add_argument("--readme", action="store_true", help="run nothing: write charts and README.md anew")
+    parser.add_argument("--list", action="store_true", help="name the sections and stop")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(sections()))
+        sys.exit()
+    import torch
+
+    from .harness import RESULTS, draw, readme, save
+
+    torch.set_num_threads(1)  # figures are for one thread; sections may say otherwise
+    options = {} if args.rounds is None else {"rounds": args.rounds}
+    for name in [] if args.readme else args.only or sections():
+        start = time.perf_counter()
+        path = save(name, importlib.import_module(f"lab.bench.{name}").run(**options))
+        print(f"{name}: {path} ({time.perf_counter() - start:.0f} s)", flush=True)
+    if args.readme:
+        for path in RESULTS.glob("*.json"):
+            draw(path.stem)
+    (RESULTS / "README.md").write_text(readme())

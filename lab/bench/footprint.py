@@ -1,0 +1,88 @@
+"""What a training step of ResNet-50 adds over plain, whatever the machine: ATen calls and memory kept for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from enc_plugin.surgery.startup_average import drop_averages
+
+from .harness import goal
+from .rivals import converted, resnet50
+
+
+class CallCount(TorchDispatchMode):
+    """Counts the ATen calls within the block; views are free and do not count."""
+
+    FREE = ("view", "reshape", "detach", "t.default", "expand", "unsqueeze", "permute", "transpose", "alias")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += not func.__name__.startswith(self.FREE) and "view" not in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def footprint(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, int, int]:
+    """ATen calls of forward and of backward, and bytes kept between them (parameters included, each storage once)."""
+    drop_averages(model)  # they end after the first ten steps
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # alive, so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CallCount() as forward:
+        loss = cross_entropy(model(images), labels)
+    size = sum(storage.nbytes() for storage in kept.values())
+    with CallCount() as backward:
+        loss.backward()
+    return forward.calls, backward.calls, size
+
+
+class Logits(nn.Module):
+    """An mmpretrain classifier as the function from images to logits that it is."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.head.fc(self.model.extract_feat(images)[0])
+
+
+def run(rounds: int = 1, batch: int = 4, size: int = 64) -> dict:
+    """Count once; ``rounds`` changes nothing."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    found = {}
+    for name, model in converted(resnet50()).items():
+        found[name] = footprint(Logits(model).train(), images, labels)
+        if name == "plain":
+            weights = [p for p in model.parameters() if p.ndim > 1]
+    elements = sum(4 * p.numel() for p in weights)
+    forward, backward, plain = found["plain"]
+    counts = {
+        name: {
+            "calls_a_layer_forward": (row[0] - forward) / len(weights),
+            "calls_a_layer_backward": (row[1] - backward) / len(weights),
+            "kept_for_backward_over_plain_in_weights": (row[2] - plain) / elements,
+        }
+        for name, row in found.items()
+    }
+    kept = "kept_for_backward_over_plain_in_weights"
+    return {
+        "what": f"ResNet-50, batch {batch}, {size} x {size}: calls and memory over plain, a layer",
+        "counts": counts,
+        # The classifier's batch norm and the row statistics come to 0.002 of the weights.
+        "goals": [
+            goal(f"{name}: memory over plain, in weights", row[kept], 1.01)
+            for name, row in counts.items()
+            if name.startswith("ENC")
+        ],
+    }

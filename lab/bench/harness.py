@@ -1,0 +1,184 @@
+"""Interleaved timing: A B C ... A B C ..., so that a machine whose speed drifts slows all candidates alike."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from scipy.stats import quantile_test
+
+from lab import RESULTS as ALL
+from lab.provenance import provenance
+
+RESULTS = ALL / "bench"
+
+
+def interleave(candidates: dict[str, Callable[[], object]], rounds: int = 7, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call: every candidate runs once in each of ``rounds`` rounds; ``warmup`` rounds do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(warmup + rounds):
+        for name, call in candidates.items():
+            gc.collect()
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+            if i >= warmup:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
+    """Per candidate: median seconds, and the median round-by-round ratio to ``reference`` with its 95 % interval.
+
+    The interval is that of order statistics, whatever the distribution; below six rounds, which have none at 95 %, it
+    is from the smallest to the largest ratio. Those two are in the table, too.
+    """
+    table = {}
+    for name, times in seconds.items():
+        pairs = [t / r for t, r in zip(times, seconds[reference], strict=True)]
+        low, high = quantile_test(pairs, q=1.0, p=0.5).confidence_interval(0.95)
+        table[name] = {
+            "seconds": statistics.median(times),
+            "ratio": statistics.median(pairs),
+            "ratio_low": min(pairs) if math.isnan(low) else float(low),
+            "ratio_high": max(pairs) if math.isnan(high) else float(high),
+            "ratio_min": min(pairs),
+            "ratio_max": max(pairs),
+            "rounds": len(times),
+        }
+    return table
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on: processor, threads, versions, and the commit (with ``-dirty`` if files differ)."""
+    found = provenance(RESULTS.parent)
+    return {
+        "cpu": found["processor"],
+        "commit": found["commit"],
+        "threads": found["threads"],
+        "torch": torch.__version__,
+        "python": found["python"],
+    }
+
+
+def goal(what: str, found: float | dict[str, float], at_most: float, at_least: float = 0.0) -> dict[str, object]:
+    """A line of the table of goals: ``found``, a row of :func:`ratios` or a count, lies in ``at_least..at_most``."""
+    if not isinstance(found, dict):
+        found = dict.fromkeys(("ratio", "ratio_low", "ratio_high"), found)
+    value, low, high = (found[key] for key in ("ratio", "ratio_low", "ratio_high"))
+    return {"what": what, "value": value, "low": low, "high": high, "at_least": at_least, "at_most": at_most}
+
+
+def verdict(row: dict) -> str:
+    """Whether a goal holds: ``yes`` or ``no`` if its whole interval says so."""
+    if row["at_least"] <= row["low"] and row["high"] <= row["at_most"]:
+        return "yes"
+    return "**no**" if row["low"] > row["at_most"] or row["high"] < row["at_least"] else "within the noise"
+
+
+def save(section: str, result: dict) -> Path:
+    """Write ``<section>.json``, with the machine beside the figures, and the bar chart ``<section>.png``."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{section}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=1, sort_keys=False) + "\n")
+    draw(section)
+    return path
+
+
+def tables(result: dict, name: str = "") -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """All tables of :func:`ratios` within a result, each with its name, such as ``exact, to enc_plugin``."""
+    for key, value in result.items():
+        if isinstance(value, dict) and value:
+            title = f"{name}, {key}" if name else key
+            if all(isinstance(row, dict) and "ratio_min" in row for row in value.values()):
+                yield title.replace("_", " "), value
+            else:
+                yield from tables(value, title)
+
+
+def draw(section: str) -> None:
+    """Write ``<section>.png``: a panel of bars for each table, with whiskers over the 95 % interval of the median."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = list(tables(json.loads((RESULTS / f"{section}.json").read_text())))
+    if not found:
+        return
+    heights = [0.3 * len(rows) + 0.9 for _, rows in found]
+    figure, axes = plt.subplots(
+        len(found), 1, figsize=(8, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for (title, rows), ax in zip(found, axes[:, 0], strict=True):
+        values = [row["ratio"] for row in rows.values()]
+        spread = [
+            [r["ratio"] - r["ratio_low"] for r in rows.values()],
+            [r["ratio_high"] - r["ratio"] for r in rows.values()],
+        ]
+        colors = ["#0072B2" if "enc" in name.lower() else "#999999" for name in rows]  # ENC in blue, others in grey
+        ax.barh(list(rows), values, color=colors, xerr=spread, ecolor="#333333", capsize=2, height=0.7)
+        ax.axvline(1, color="#D55E00", linewidth=1, linestyle="--")
+        ax.invert_yaxis()
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.tick_params(labelsize=8)
+    axes[-1, 0].set_xlabel("time, ratio to the reference (median; whiskers: its 95 % interval)")
+    figure.savefig(RESULTS / f"{section}.png", dpi=100)
+    plt.close(figure)
+
+
+def readme() -> str:
+    """Text of the results' README: the goals, and the tables and charts of all sections, from the JSON files alone."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python -m lab.bench --readme` from the JSON files here. Ratios are medians of interleaved",
+        "rounds (A B C ... A B C ...), with 95 % intervals of the median (below six rounds: all rounds); below 1 is",
+        "faster. A goal holds, or does not, if the whole interval says so.",
+        "",
+        "## Goals",
+        "",
+        "| section | what | measured | goal | holds |",
+        "|---|---|---|---|---|",
+    ]
+    for section, result in results.items():
+        for row in result.get("goals", []):
+            wanted = f"at most {row['at_most']:g}"
+            if row["at_least"]:
+                wanted = f"{row['at_least']:g} to {row['at_most']:g}"
+            measured = f"{row['value']:.3f}"
+            if row["low"] < row["high"]:
+                measured += f" [{row['low']:.3f}, {row['high']:.3f}]"
+            lines.append(f"| {section} | {row['what']} | {measured} | {wanted} | {verdict(row)} |")
+    for section, result in results.items():
+        on = result["machine"]
+        lines += ["", f"## {section}", ""]
+        machine_text = f"{on['cpu']}, {on['threads']} thread, torch {on['torch']}, commit {on.get('commit', 'unknown')}"
+        lines.append(f"{result.get('what', 'Several measurements')}. {machine_text}; [figures]({section}.json).")
+        for title, rows in tables(result):
+            lines += ["", f"**{title}**", "", "| | ms | ratio | rounds |", "|---|---|---|---|"]
+            for name, row in rows.items():
+                spread = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+                ms = f"{row['seconds'] * 1e3:.1f}"
+                lines.append(f"| {name} | {ms} | {row['ratio']:.3f} {spread} | {row['rounds']} |")
+        counts = result.get("counts")
+        if counts:
+            columns = list(next(iter(counts.values())))
+            lines += [
+                "",
+                "| | " + " | ".join(c.replace("_", " ") for c in columns) + " |",
+                "|---" * (len(columns) + 1) + "|",
+            ]
+            lines += [
+                f"| {name} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |" for name, row in counts.items()
+            ]
+        if any(tables(result)):
+            lines += ["", f"![Ratios of {section}]({section}.png)"]
+    return "\n".join(lines) + "\n"

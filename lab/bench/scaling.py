@@ -1,0 +1,68 @@
+"""How the time of GBR grows with classes, projections, samples and processes: ResNet-20 (CIFAR), batch 8."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from functools import partial
+
+import torch
+from mmpretrain.models import build_classifier
+from torch import nn
+
+import enc_plugin  # noqa: F401
+from enc_plugin.functional import gbr
+
+from .harness import interleave, ratios
+
+SAMPLES, BATCH = 16, 8
+
+
+def network(classes: int = 10) -> nn.Module:
+    return build_classifier(
+        dict(
+            type="ImageClassifier",
+            backbone=dict(type="ResNetCIFAR6n", depth=20),
+            neck=dict(type="GlobalAveragePooling"),
+            head=dict(type="LinearClsHead", num_classes=classes, in_channels=64),
+        )
+    ).eval()
+
+
+def measure(model: nn.Module, samples: int = SAMPLES, projections: int | None = None) -> None:
+    gbr(model, torch.randn(samples, 3, 32, 32), projections=projections, batch_size=BATCH)
+
+
+def _start() -> None:
+    global _model
+    torch.set_num_threads(1)
+    _model = network()
+
+
+def _share(samples: int) -> int:
+    measure(_model, samples)
+    return os.getpid()
+
+
+def run(rounds: int = 7) -> dict:
+    """All four; about a minute on quiet cores."""
+    torch.manual_seed(0)
+    model = network()
+    by_classes = {f"{c} classes": partial(measure, network(c)) for c in (10, 20, 40, 80)}
+    by_samples = {f"{n} samples": lambda n=n: measure(model, n) for n in (8, 16, 32, 64)}
+    by_projections = {"exact": lambda: measure(model)}
+    by_projections |= {f"{p} projections": lambda p=p: measure(model, projections=p) for p in (1, 2, 5, 10)}
+    result: dict = {
+        "what": f"GBR, ResNet-20 (CIFAR), 32 x 32, {SAMPLES} samples unless said otherwise",
+        "to_10_classes": ratios(interleave(by_classes, rounds), "10 classes"),
+        "to_8_samples": ratios(interleave(by_samples, rounds), "8 samples"),
+        "to_exact": ratios(interleave(by_projections, rounds), "exact"),
+    }
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, _start) as one, spawn.Pool(2, _start) as two:
+        by_processes = {
+            "1 process": lambda: one.map(_share, [4 * SAMPLES], chunksize=1),
+            "2 processes": lambda: two.map(_share, [2 * SAMPLES] * 2, chunksize=1),
+        }
+        result["to_1_process"] = ratios(interleave(by_processes, rounds), "1 process")
+    return result

@@ -1,0 +1,51 @@
+"""Carry out the study: every run of the declared grid that has no result yet, several side by side."""
+
+import argparse
+import sys
+
+import _bootstrap
+
+from lab import RESULTS, ROOT
+
+if __name__ == "__main__":
+    with _bootstrap.one_line("study"):
+        from lab import study
+        from lab.study.plan import own_command
+
+    parser = argparse.ArgumentParser(prog="python -m lab.study", description=__doc__)
+    parser.add_argument("grid", nargs="?", default=str(study.CELLS), help="default: lab/study/cells.py")
+    parser.add_argument("--results", default=str(RESULTS / "study"), help="default: lab/results/study")
+    parser.add_argument("--work-dir", default="work_dirs/study", help="checkpoints and logs (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="ARENA[/CELL]", help="patterns of arenas or cells (default: all)")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each (default: %(default)s)")
+    parser.add_argument("--retry-failed", action="store_true", help="do failed runs again")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and stop")
+    parser.add_argument("--run", metavar="ID", help="carry out this one run, in this process")
+    parser.add_argument("--pages", action="store_true", help="run nothing: write the pages from the results")
+    parser.add_argument("--readme", metavar="FILE", help="with --pages: rewrite the verdicts in this file")
+    args = parser.parse_args()
+    with _bootstrap.one_line("study"):
+        if args.pages:
+            for path in study.write_study(args.results, args.readme, args.grid):
+                print(f"wrote {path}")
+            sys.exit()
+        runs = study.load_grid(args.grid).runs(args.only)
+    folder = study.runs_folder(args.results)
+    if args.run is not None:
+        chosen = [run for run in runs if run.id == args.run]
+        if not chosen:
+            sys.exit(f"study: the grid has no run {args.run!r}")
+        sys.exit(study.execute(chosen[0], folder, args.work_dir, ROOT)["status"] == "failed")
+    print(study.describe_plan(runs, folder), flush=True)
+    if not args.dry_run:
+        failed = study.run_all(
+            runs,
+            folder,
+            own_command(args.grid, args.results, args.work_dir),
+            args.work_dir,
+            workers=args.workers,
+            threads=args.threads,
+            retry_failed=args.retry_failed,
+        )
+        sys.exit(1 if failed else 0)

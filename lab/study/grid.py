@@ -1,0 +1,181 @@
+"""The declared grid of a study: arenas (data and schedule), cells (a config and changes to it) and seeds."""
+
+from __future__ import annotations
+
+import copy
+import os.path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+from mmengine.config import Config
+
+CELLS = Path(__file__).with_name("cells.py")  # the committed grid
+
+_ARENA_NEEDS = {"title", "config", "images", "epochs"}
+_ARENA_KEYS = _ARENA_NEEDS | {"overrides", "pgd"}
+_CELL_KEYS = {"title", "seeds", "overrides", "gauge"}
+
+# Networks with a batch norm behind every layer but perhaps the classifier train alike within a class (docs/gauge.md).
+GAUGES = ("row means kept", "row means kept + classifier BN", "row means removed", "row means removed + classifier BN")
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Data and schedule that the cells of one part of the grid share.
+
+    Attributes:
+        title: What reports call it.
+        config: Path of the config, relative to the root of the project.
+        images: Training images an epoch.
+        epochs: Epochs a run.
+        overrides: Changes to the config, dotted keys as for ``--cfg-options``.
+        pgd: Attack on all test images of a trained network, ``dict(eps=[...], steps=...)``, eps in 1/255; None: none.
+    """
+
+    name: str
+    title: str
+    config: str
+    images: int
+    epochs: int
+    overrides: dict = field(default_factory=dict)
+    pgd: dict | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one arena: what it changes in the arena's config, and the seeds it runs with.
+
+    Attributes:
+        gauge: The class of :data:`GAUGES` whose members train alike, under the arena's own decay, learning rate and
+            augmentation; None: none.
+    """
+
+    arena: Arena
+    name: str
+    title: str
+    seeds: tuple[int, ...]
+    overrides: dict = field(default_factory=dict)
+    gauge: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of the grid: a cell and a seed."""
+
+    cell: Cell
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """``arena/cell-seedN``: the run's name, and the path of its result below the results' folder."""
+        return f"{self.cell.arena.name}/{self.cell.name}-seed{self.seed}"
+
+    @property
+    def overrides(self) -> dict:
+        """The arena's changes to the config, then the cell's, then the seed."""
+        return {**self.cell.arena.overrides, **self.cell.overrides, "randomness": {"seed": self.seed}}
+
+    def config(self, root: str | Path = ".") -> Config:
+        """The whole config; ``root`` is the folder that the arena's path starts from."""
+        cfg = copy.deepcopy(_read(Path(root, self.cell.arena.config).resolve()))
+        cfg.merge_from_dict(self.overrides)
+        return cfg
+
+
+@cache
+def _read(path: Path) -> Config:
+    """A config file, read once a process: mmengine reads all of mmpretrain's model index for each stock base."""
+    return Config.fromfile(path)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All cells of a study, by arena, in the order of the file."""
+
+    arenas: dict[str, Arena]
+    cells: dict[str, list[Cell]]
+
+    def runs(self, only: Iterable[str] | None = None) -> list[PlannedRun]:
+        """The runs in the order in which they are worth doing: arena by arena, the seeds of all cells in turn.
+
+        Args:
+            only: Patterns ``arena`` or ``arena/cell`` (shell-style); None: everything.
+
+        Raises:
+            ValueError: If a pattern matches no cell.
+        """
+        chosen = {name: list(cells) for name, cells in self.cells.items()}
+        if only is not None:
+            matched = {pattern: self._matching(pattern) for pattern in only}
+            for pattern, cells in matched.items():
+                if not cells:
+                    names = [f"{cell.arena.name}/{cell.name}" for cells in self.cells.values() for cell in cells]
+                    raise ValueError(f"only: {pattern!r} matches no cell; the cells are {', '.join(names)}")
+            wanted = {id(cell) for cells in matched.values() for cell in cells}
+            chosen = {name: [cell for cell in cells if id(cell) in wanted] for name, cells in chosen.items()}
+        runs = []
+        for cells in chosen.values():
+            for turn in range(max((len(cell.seeds) for cell in cells), default=0)):
+                runs += [PlannedRun(cell, cell.seeds[turn]) for cell in cells if turn < len(cell.seeds)]
+        return runs
+
+    def _matching(self, pattern: str) -> list[Cell]:
+        return [
+            cell
+            for cells in self.cells.values()
+            for cell in cells
+            if fnmatchcase(cell.arena.name, pattern) or fnmatchcase(f"{cell.arena.name}/{cell.name}", pattern)
+        ]
+
+
+def load_grid(path: str | Path) -> Grid:
+    """Read a grid from a config file that sets ``arenas`` and ``cells``.
+
+    Args:
+        path: Python file: ``arenas = dict(name=dict(title, config, images, epochs, overrides, pgd))``
+            and
+            ``cells = dict(arena={name: dict(title, seeds, overrides, gauge)})``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a part is missing, unknown or repeated; names the arena and cell.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"grid: there is no file {path}")
+    content = Config.fromfile(path).to_dict()
+    for part in ("arenas", "cells"):
+        if not content.get(part):
+            raise ValueError(f"grid: {path} sets no {part}")
+    arenas = {}
+    for name, settings in content["arenas"].items():
+        _check_keys(f"arena {name!r}", settings, _ARENA_KEYS, _ARENA_NEEDS)
+        arenas[name] = Arena(name, **settings)
+    cells: dict[str, list[Cell]] = {}
+    for arena, members in content["cells"].items():
+        if arena not in arenas:
+            raise ValueError(f"grid: cells are given for the arena {arena!r}; the arenas are {', '.join(arenas)}")
+        cells[arena] = [_cell(arenas[arena], name, settings) for name, settings in members.items()]
+    return Grid(arenas, cells)
+
+
+def _cell(arena: Arena, name: str, settings: dict) -> Cell:
+    _check_keys(f"cell '{arena.name}/{name}'", settings, _CELL_KEYS, {"title", "seeds"})
+    seeds: Sequence[int] = settings["seeds"]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: cell '{arena.name}/{name}' needs different seeds, at least one, got {seeds!r}")
+    if "/" in name:
+        raise ValueError(f"grid: cell names become file names, {name!r} holds a '/'")
+    gauge = settings.get("gauge")
+    if gauge is not None and gauge not in GAUGES:
+        raise ValueError(f"gauge: cell '{arena.name}/{name}': expected one of {', '.join(GAUGES)}, got {gauge!r}")
+    return Cell(arena, name, settings["title"], tuple(seeds), settings.get("overrides", {}), gauge)
+
+
+def _check_keys(what: str, settings: dict, known: set[str], needed: set[str]) -> None:
+    if unknown := set(settings) - known:
+        raise ValueError(f"grid: {what} sets {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+    if missing := needed - set(settings):
+        raise ValueError(f"grid: {what} lacks {', '.join(sorted(missing))}")

@@ -1,0 +1,159 @@
+"""What a study measures of a trained network: losses, margins, robustness, norms and the bounds that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from mmengine.registry import DATASETS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from enc_plugin.convert import audit
+from enc_plugin.functional import map_spectral_norm, residual_log_bound
+from enc_plugin.measuring.robustness import PixelClassifier, collate_pixels, measure_robustness
+from enc_plugin.measuring.samples import find_pipeline
+from enc_plugin.measuring.untouched import untouched, unwrap
+from enc_plugin.spread import spread
+from enc_plugin.surgery.folded import FoldedAudit
+
+_GAP_SAMPLES = 5000
+
+
+def measure(runner: Runner, pgd: dict | None = None) -> dict:
+    """Everything that is measured once a run has been trained.
+
+    Args:
+        runner: The runner, after training.
+        pgd: ``dict(eps=[...], steps=...)`` of the attack on all test images, eps in 1/255; None: no PGD.
+
+    Returns:
+        ``{split}_loss`` (nats), ``{split}_top1`` (%), ``{split}_margin`` (median over the samples) and
+        ``{split}_samples`` of training and test images as they are, without augmentation; ``pgd<steps>/top1_eps<E>``
+        (%); and ``norms``.
+    """
+    model = unwrap(runner.model)
+    found = {}
+    for split in ("train", "test"):
+        found |= {f"{split}_{key}": value for key, value in evaluate(model, _dataset(runner, split)).items()}
+    if pgd is not None:
+        attacked = measure_robustness(model, _dataset(runner, "test"), pgd["eps"], pgd_steps=pgd["steps"])
+        found |= {f"pgd{pgd['steps']}/top1_eps{eps:g}": top1 for eps, top1 in attacked.pgd.items()}
+    return {**found, "norms": norms(model, _dataset(runner, "test"))}
+
+
+def _dataset(runner: Runner, split: str) -> Dataset:
+    """The whole test set, or up to 5,000 training images spread evenly over the set under the test pipeline."""
+    if split == "test":
+        return runner.val_dataloader.dataset
+    config = dict(runner.cfg.train_dataloader.dataset)
+    config["pipeline"] = find_pipeline(runner.cfg.val_dataloader.dataset)
+    dataset = DATASETS.build(config)
+    return Subset(dataset, spread(len(dataset), _GAP_SAMPLES))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """Mean cross entropy (nats), top-1 (%), median margin and number of the samples.
+
+    The margin of a sample is the logit of its class less the largest other one: it is negative for an error, and has
+    the scale of the logits, as the root of the GBR has.
+    """
+    loss = correct = 0.0
+    margins = []
+    with untouched(model):
+        classify = PixelClassifier(model)
+        for pixels, labels in DataLoader(dataset, batch_size=250, collate_fn=collate_pixels):
+            logits = classify(pixels.float()).double()
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            correct += (logits.argmax(1) == labels).sum().item()
+            margins.append(margin(logits, labels))
+    margins = torch.cat(margins)
+    count = len(margins)
+    return {
+        "loss": loss / count,
+        "top1": 100 * correct / count,
+        "margin": margins.quantile(0.5).item(),
+        "samples": count,
+    }
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the true class less the largest other one, ``(N,)``, of ``(N, C)`` logits."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], -math.inf)
+    return own - others.amax(1)
+
+
+def norms(model: nn.Module, dataset: Dataset) -> dict:
+    """Norms of free weights and of the weights with batch norms folded in, and the bounds on the GBR that they give."""
+    images = torch.stack([dataset[i]["inputs"] for i in range(2)])
+    inputs = model.data_preprocessor({"inputs": images}, training=False)["inputs"]
+    with untouched(model):
+        folded: FoldedAudit = audit(model, folded=True, inputs=inputs)
+        residual = residual_bound(model, folded, inputs)
+    weights = [m.weight.detach().double() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    found = {
+        "sum_sq_free": sum(w.square().sum().item() for w in weights),
+        "layers": len(folded),
+        "unfolded": len(folded.unfolded),
+        "kernel_log_product": folded.kernel_chain["log_product"],
+        "sq_norms": [row.sq_norm for row in folded],
+        "residual_log_bound": residual,
+    }
+    if folded.map_chain is not None:
+        found["map_log_product"] = folded.map_chain["log_product"]
+    rows = audit(model)
+    if rows:
+        found["enc_max_deviation"] = rows.max_deviation
+    return found
+
+
+def residual_bound(model: nn.Module, folded: FoldedAudit, inputs: Tensor) -> float:
+    """Logarithm of the bound on the GBR of a CIFAR ResNet of mmpretrain (:func:`residual_log_bound`).
+
+    Args:
+        model: Classifier in eval mode, with a ``ResNet_CIFAR`` backbone and a linear head.
+        folded: Its audit, with the norms of the linear maps on ``inputs``.
+        inputs: A batch, normalised.
+    """
+    backbone = model.backbone
+    sizes = _input_shapes(model, [backbone.conv1, *_blocks(backbone)], inputs)
+    map_norm = {row.name: math.sqrt(row.map_sq_norm) for row in folded}
+    names = {module: name for name, module in model.named_modules()}
+    stem = map_spectral_norm(nn.Sequential(backbone.conv1, backbone.norm1), inputs.new_zeros(sizes[backbone.conv1]))
+    blocks = []
+    for block in _blocks(backbone):
+        shortcut = 1.0
+        if block.downsample is not None:
+            shortcut = map_spectral_norm(block.downsample, inputs.new_zeros(sizes[block]))
+        branch = [
+            norm
+            for name, norm in map_norm.items()
+            if name.startswith(f"{names[block]}.") and not name.startswith(f"{names[block]}.downsample")
+        ]
+        blocks.append((shortcut, branch))
+    classifier = next(norm for name, norm in map_norm.items() if name.startswith("head."))
+    return residual_log_bound(classifier**2, stem, blocks)
+
+
+def _blocks(backbone: nn.Module) -> list[nn.Module]:
+    return [block for name in backbone.res_layers for block in getattr(backbone, name)]
+
+
+def _input_shapes(model: nn.Module, modules: Sequence[nn.Module], inputs: Tensor) -> dict[nn.Module, torch.Size]:
+    """Shape of what each module is given for one sample of ``inputs``, a batch of one."""
+    shapes = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda m, args: shapes.__setitem__(m, torch.Size([1, *args[0].shape[1:]])))
+        for module in modules
+    ]
+    try:
+        with torch.no_grad():
+            model(inputs, mode="tensor")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes

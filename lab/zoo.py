@@ -1,0 +1,200 @@
+"""Tables of the configs: parameters and GFLOPs measured from the built models, into the READMEs and the metafile."""
+
+from __future__ import annotations
+
+from enc_plugin import needs_mmpretrain  # noqa: F401
+
+# isort: split
+import argparse
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from mmengine.analysis import get_model_complexity_info
+from mmengine.config import Config
+from torch import nn
+
+from enc_plugin.build import build_model, load_config
+from enc_plugin.convert import enc_layers, fold
+from lab import ROOT
+
+PAPER = {"Title": "Generalization Bound Regularizer: A Unified Perspective for Understanding Weight Decay"}
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Size of one network: parameters, and multiply-adds of one image as mmengine counts them."""
+
+    params: int
+    flops: int
+
+
+def complexity(model: nn.Module, side: int = 224) -> Complexity:
+    """Size of ``model`` for an image of ``side`` x ``side`` pixels.
+
+    Args:
+        model: Any ``nn.Module`` that takes images ``(1, 3, side, side)``.
+        side: Height and width of the image, in pixels.
+    """
+    model.eval()
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the counter names each operator and module that it does not count
+    try:
+        counts = get_model_complexity_info(
+            model, inputs=torch.zeros(1, 3, side, side), show_table=False, show_arch=False
+        )
+    finally:
+        logging.disable(previous)
+    return Complexity(int(counts["params"]), int(counts["flops"]))
+
+
+class Measured:
+    """Complexity of configs, each network measured once.
+
+    :meth:`trained` is the network that the config builds, :meth:`folded` the plain one that :func:`enc_plugin.fold`
+    makes of it for use after training (the same network if it has no ENC layers).
+    """
+
+    def __init__(self):
+        self._configs: dict[Path, tuple[Complexity, Complexity]] = {}
+        self._networks: dict[str, tuple[Complexity, Complexity]] = {}
+
+    def trained(self, path: Path) -> Complexity:
+        """Complexity of the network that the config at ``path`` trains."""
+        return self._measure(path)[0]
+
+    def folded(self, path: Path) -> Complexity:
+        """Complexity of the network that remains after training."""
+        return self._measure(path)[1]
+
+    def _measure(self, path: Path) -> tuple[Complexity, Complexity]:
+        path = path.resolve()
+        if path not in self._configs:
+            self._configs[path] = self._measure_network(load_config(path))
+        return self._configs[path]
+
+    def _measure_network(self, config: Config) -> tuple[Complexity, Complexity]:
+        # Losses and augmentations differ between configs of one network.
+        network = {key: value for key, value in config.model.to_dict().items() if key != "train_cfg"}
+        network["head"] = {key: value for key, value in network.get("head", {}).items() if key != "loss"}
+        key = json.dumps(network, sort_keys=True, default=str)
+        if key not in self._networks:
+            model = build_model(config).eval()
+            trained = complexity(model)
+            folded = complexity(fold(model)) if next(enc_layers(model), None) is not None else trained
+            self._networks[key] = trained, folded
+        return self._networks[key]
+
+
+COLUMNS = {
+    "params (M)": lambda measured, path: f"{measured.trained(path).params / 1e6:.2f}",
+    "GFLOPs": lambda measured, path: f"{measured.trained(path).flops / 1e9:.3f}",
+    "params, folded (M)": lambda measured, path: f"{measured.folded(path).params / 1e6:.2f}",
+    "GFLOPs, folded": lambda measured, path: f"{measured.folded(path).flops / 1e9:.3f}",
+}
+
+
+def fill_tables(text: str, folder: Path, measured: Measured) -> str:
+    """Fill the measured columns (:data:`COLUMNS`) of all Markdown tables in ``text``.
+
+    Args:
+        text: A README. Tables with a column ``config`` whose cells link to config files get their other columns filled.
+        folder: Where the links start.
+        measured: Where the numbers come from.
+
+    Returns:
+        The text with these cells replaced, everything else as it was.
+    """
+    head: list[str] = []
+    lines = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            head = []
+        elif not head:
+            head = cells
+        elif "config" in head and (link := re.search(r"\((\S+\.py)\)", cells[head.index("config")])):
+            path = folder / link[1]
+            for column in set(head) & set(COLUMNS):
+                cells[head.index(column)] = COLUMNS[column](measured, path)
+            line = f"| {' | '.join(cells)} |"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def imagenet_configs(configs: Path) -> Iterator[Path]:
+    """The ImageNet configs below ``configs``, Table 4 first; a name that comes twice (an alias) only once."""
+    seen = set()
+    for path in [*sorted(configs.glob("*.py")), *sorted(configs.glob("[tf]*/*.py"))]:
+        if path.stem not in seen:
+            seen.add(path.stem)
+            yield path
+
+
+def metafile(configs: Path, measured: Measured) -> str:
+    """Text of ``configs/metafile.yml``, by which mmpretrain's model list and MIM find the configs.
+
+    Args:
+        configs: The folder of the configs.
+        measured: Where the numbers come from.
+
+    Returns:
+        YAML. There are no trained weights, hence no results: the paper's are in the READMEs.
+    """
+    collection = {
+        "Name": "ENC",
+        "Metadata": {
+            "Training Data": "ImageNet-1k",
+            "Training Techniques": ["SGD with Momentum", "Weight Decay", "Equivalent Norm Constraint"],
+            "Epochs": 100,
+            "Batch Size": 256,
+        },
+        "Paper": PAPER,
+        "README": "configs/README.md",
+    }
+    models = [
+        {
+            "Name": path.stem,
+            "Metadata": {"FLOPs": measured.folded(path).flops, "Parameters": measured.folded(path).params},
+            "In Collection": "ENC",
+            "Results": [{"Task": "Image Classification", "Dataset": "ImageNet-1k", "Metrics": {}}],
+            "Config": f"configs/{path.relative_to(configs).as_posix()}",
+        }
+        for path in imagenet_configs(configs)
+    ]
+    comment = "# Written by python -m lab.zoo: sizes are measured from the built models, folded.\n"
+    return comment + yaml.safe_dump({"Collections": [collection], "Models": models}, sort_keys=False, width=120)
+
+
+def update(configs: Path, write: bool = True) -> list[Path]:
+    """Bring the READMEs and the metafile below ``configs`` up to date.
+
+    Args:
+        configs: The folder of the configs.
+        write: False only tells what would change.
+
+    Returns:
+        The files that changed, or would.
+    """
+    measured = Measured()
+    texts = {path: fill_tables(path.read_text(), path.parent, measured) for path in configs.rglob("README.md")}
+    texts[configs / "metafile.yml"] = metafile(configs, measured)
+    changed = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    for path in changed if write else ():
+        path.write_text(texts[path])
+    return changed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m lab.zoo", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is out of date")
+    check = parser.parse_args().check
+    found = update(ROOT / "configs", write=not check)
+    for file in found:
+        print(f"{'out of date' if check else 'written'}: {file}")
+    raise SystemExit(bool(found) and check)

@@ -1,0 +1,233 @@
+"""Verdicts on made-up results whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab import ROOT
+from lab.study import CELLS, load_grid
+from lab.study.claims import CLAIMS, DECAYS, PARTS
+from lab.study.page import headlines
+from lab.study.results import FGSM, GBR_LOGITS, GBR_MARGIN, LOG_PRODUCT, TOP1, Results, load_results
+from lab.study.sections import cell_efolds, sections
+from lab.study.statistics import Interval
+from lab.study.verdicts import ABSENT, HOLDS, NOT_TESTABLE, OPPOSITE, UNDECIDED, compare, decide
+
+GRID = load_grid(CELLS)
+
+
+def made_up(arena="quarter", cell="baseline", seed=0, top1=60.0, gbr=10.0, status="finished", **final):
+    return {
+        "id": f"{arena}/{cell}-seed{seed}",
+        "arena": arena,
+        "cell": cell,
+        "seed": seed,
+        "epochs": 10,
+        "status": status,
+        "by_epoch": {"accuracy/top1": [[5, top1 / 2], [10, top1]], "gbr/logits": [[0, 1.0], [10, gbr]]},
+        "final": {
+            "top1": top1,
+            "gbr/logits": gbr,
+            "gbr/probs": gbr / 100,
+            "test_loss": 1.0,
+            "train_loss": 0.5,
+            "train_margin": 2.0,
+            "norms": {"map_log_product": 9.0, "sum_sq_free": 800.0},
+            **{f"fgsm/top1_eps{eps}": 20.0 for eps in (1, 2, 4, 8)},
+            **final,
+        },
+        "measured_seconds": {"an_iteration": 0.4},
+        "seconds": {"cpu": 100.0, "wall": 100.0},
+        "provenance": {"commit": "0123456789ab"},
+    }
+
+
+def results(*runs):
+    return Results(GRID, {run["id"]: run for run in runs})
+
+
+def section_of(found, name):
+    return next(section for section in sections(found) if section.name == name)
+
+
+def two_cells(plain, enc, **more):
+    """Runs of the plain network and of ENC with these top-1 accuracies."""
+    runs = [made_up(seed=seed, top1=top1) for seed, top1 in enumerate(plain)]
+    return results(*runs, *(made_up(cell="enc-ws", seed=seed, top1=top1, **more) for seed, top1 in enumerate(enc)))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (0.1, 0.5, HOLDS),
+        (0.1, 2.0, HOLDS),
+        (-0.5, -0.1, OPPOSITE),
+        (-0.5, 0.5, ABSENT),
+        (-0.5, 1.5, UNDECIDED),
+        (-3.0, 0.5, ABSENT),
+    ],
+)
+def test_words_go_by_no_effect_and_the_papers(low, high, word):
+    found = Interval((low + high) / 2, low, high, 3)
+    assert decide(found, effect=0.9) == word
+    assert decide(Interval(-found.mean, -high, -low, 3), effect=-0.9) == word
+
+
+@given(st.floats(-3, 3), st.floats(0.01, 3), st.floats(0.1, 3))
+def test_ratios_are_judged_as_their_logarithms_are(mean, half, effect):
+    plain = Interval(mean, mean - half, mean + half, 4)
+    factor = Interval(*(math.exp(x) for x in (mean, mean - half, mean + half)), 4)
+    assert decide(factor, math.exp(effect), ratio=True) == decide(plain, effect)
+
+
+@pytest.mark.parametrize("found", [None, Interval(5.0, 4.0, 6.0, 2), Interval(5.0, float("nan"), float("nan"), 1)])
+def test_fewer_than_three_seeds_decide_nothing(found):
+    assert decide(found, effect=0.9) == NOT_TESTABLE
+
+
+def test_a_claim_has_one_word_and_one_effect_in_each_arena_that_plans_it():
+    found = two_cells([60.0, 60.2, 59.8], [61.0, 61.2, 60.8])
+    verdicts = section_of(found, "accuracy").verdicts
+    assert set(verdicts) == {"quarter", "overfit", "full", "digits"}
+    assert verdicts["quarter"].word == HOLDS
+    assert verdicts["quarter"].effect.startswith("+1.00 [")
+    assert {verdicts[arena].word for arena in ("overfit", "full", "digits")} == {NOT_TESTABLE}
+
+
+def test_seeds_are_not_paired():
+    """Pairs would all differ by 0.5; as independent samples they do not differ visibly."""
+    found = two_cells([60.0, 62.0, 64.0], [60.5, 62.5, 64.5])
+    assert section_of(found, "accuracy").verdicts["quarter"].word == UNDECIDED
+
+
+def test_gbr_is_compared_by_ratio():
+    runs = [made_up(seed=s, gbr=10.0 + s) for s in range(3)]
+    runs += [made_up(cell="enc-ws", seed=s, gbr=2 * (10.0 + s)) for s in range(3)]
+    found = compare(results(*runs), "quarter", ((1, "enc-ws"), (-1, "baseline")), GBR_LOGITS)
+    assert found.effect.mean == pytest.approx(2.0)
+    assert section_of(results(*runs), "gbr").verdicts["quarter"].word == OPPOSITE
+
+
+def test_gbr_over_squared_margin_is_free_of_the_scale_of_the_logits():
+    small, large = made_up(gbr=10.0, train_margin=2.0), made_up(gbr=90.0, train_margin=6.0)
+    assert GBR_MARGIN.read(small) == pytest.approx(GBR_MARGIN.read(large))
+    assert GBR_MARGIN.read(made_up(train_margin=-0.1)) is None
+
+
+def test_an_average_over_four_pairs_is_their_mean_difference():
+    runs = []
+    for gain, name in enumerate(("cutout", "mixup", "cutmix", "ls")):
+        for seed in range(3):
+            runs.append(made_up(cell=name, seed=seed, top1=60.0 + seed / 10))
+            runs.append(made_up(cell=f"enc-{name}", seed=seed, top1=60.0 + gain + seed / 10))
+    verdict = section_of(results(*runs), "augmentations").verdicts["quarter"]
+    assert (verdict.word, verdict.effect.split()[0]) == (HOLDS, "+1.50")
+
+
+def test_every_claim_is_a_contrast_of_planned_cells():
+    for claim in CLAIMS:
+        assert sum(weight for weight, _ in claim.terms) == pytest.approx(0), claim.name
+        assert any(all(grid_has(arena, cell) for _, cell in claim.terms) for arena in GRID.arenas), claim.name
+        assert claim.effect != (1 if claim.metric.as_ratio else 0), claim.name
+    assert len(CLAIMS) + 1 <= 12, "the README's table fits on one screen"
+    for _, terms in PARTS:
+        assert any(all(grid_has(arena, cell) for _, cell in terms) for arena in GRID.arenas)
+
+
+def grid_has(arena, name):
+    return any(cell.name == name for cell in GRID.cells[arena])
+
+
+def decay_runs(arena, gbr_of):
+    return [
+        made_up(arena=arena, cell=cell, seed=seed, gbr=gbr_of(rank) + seed / 100)
+        for rank, cell in enumerate(DECAYS[arena])
+        for seed in range(3)
+    ]
+
+
+def test_decay_is_judged_by_the_order_of_all_runs():
+    assert section_of(results(*decay_runs("overfit", lambda r: 10.0 - r)), "decay").verdicts["overfit"].word == HOLDS
+    assert section_of(results(*decay_runs("overfit", lambda r: 10.0 + r)), "decay").verdicts["overfit"].word == OPPOSITE
+    flat = section_of(results(*decay_runs("overfit", lambda r: 10.0 + r % 2)), "decay")
+    assert flat.verdicts["overfit"].word == UNDECIDED
+
+
+def test_the_decays_are_those_of_the_cells():
+    for arena, decays in DECAYS.items():
+        for cell in GRID.cells[arena]:
+            if cell.name in decays:
+                (run,) = [run for run in GRID.runs([f"{arena}/{cell.name}"]) if run.seed == 0]
+                assert run.config(ROOT).optim_wrapper.optimizer.weight_decay == decays[cell.name]
+
+
+def test_the_arena_overfit_has_the_e_folds_of_the_papers_recipe():
+    efolds = {arena: cell_efolds(cells[0]) for arena, cells in GRID.cells.items()}
+    assert efolds["overfit"] == pytest.approx(33.3, abs=0.2)
+    assert max(efolds[arena] for arena in ("quarter", "full", "digits")) < 1
+
+
+def test_cells_of_a_class_are_pooled():
+    runs = [made_up(cell=cell, seed=s, top1=60 + s / 10) for cell in ("bn", "enc-wn") for s in range(3)]
+    runs += [made_up(cell=cell, seed=s, top1=63 + s / 10) for cell in ("enc-ws", "ws-bn") for s in range(3)]
+    section = section_of(results(*runs), "classes")
+    (_, _, rows) = section.tables[0]
+    assert [row[2] for row in rows] == ["6", "6"]
+    assert any("removed means, with the classifier's batch norm: +3.00" in line for line in section.text)
+
+
+def test_the_best_learning_rates_meet():
+    tops = {"baseline": 60, "lr0.03": 62, "lr0.3": 58, "enc-ws": 61, "enc-ws-lr0.03": 59, "enc-ws-lr0.3": 63}
+    runs = [made_up(cell=c, seed=s, top1=t + s / 10) for c, t in tops.items() for s in range(3)]
+    (_, _, rows) = section_of(results(*runs), "learning-rates").tables[-1]
+    assert rows[0][1:3] == ["ENC, lr 0.3", "plain, lr 0.03"]
+    assert rows[0][6].startswith("+1.00")
+
+
+def test_norms_that_are_not_available_count_nowhere():
+    norms = {"sum_sq_free": 800.0, "not_available": "why"}
+    found = results(*(made_up(cell="ws", seed=s, norms=norms) for s in range(3)))
+    assert found.values("quarter", "ws", LOG_PRODUCT) == {}
+    assert len(found.values("quarter", "ws", TOP1)) == 3
+
+
+def test_the_headlines_hold_every_claim_and_what_was_not_tested():
+    found = two_cells([60.0, 60.2, 59.8], [61.0, 61.2, 60.8])
+    lines = headlines(found, sections(found), "study").splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(CLAIMS) + 1
+    assert "**holds** +1.00" in table[2]
+    assert any(line.startswith("Not tested: ") for line in lines)
+    assert any("33 e-folds of decay" in line for line in lines)
+
+
+def test_fgsm_is_averaged_over_the_eps_that_were_run():
+    run = made_up(**{f"fgsm/top1_eps{eps}": 10.0 * eps for eps in (1, 2, 4, 8)})
+    assert FGSM.read(run) == pytest.approx(37.5)
+    run["final"]["fgsm/top1_eps8"] = None
+    assert FGSM.read(run) is None
+
+
+def test_sections_stand_without_any_run():
+    for section in sections(results()):
+        assert {verdict.word for verdict in section.verdicts.values()} <= {NOT_TESTABLE}, section.name
+
+
+def test_diverged_runs_count_in_no_mean_and_are_listed():
+    lost = made_up(cell="wd0", status="diverged", top1=10.0)
+    found = results(lost, made_up())
+    assert found.values("quarter", "wd0", TOP1) == {}
+    assert found.with_status("diverged") == [lost]
+
+
+def test_a_result_outside_the_grid_is_refused(tmp_path):
+    run = made_up(cell="forgotten")
+    (tmp_path / "quarter").mkdir()
+    (tmp_path / "quarter" / "forgotten-seed0.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="'quarter/forgotten-seed0', which the grid does not plan"):
+        load_results(GRID, tmp_path)

@@ -1,0 +1,178 @@
+"""Real runs of a small grid: results, what is done again and what is not, failures, the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+from exactness import Stopped
+from helpers import ROOT, run_command
+
+from lab.study import describe_plan, execute, load_grid, pending, read_result, run_all
+from lab.study.plan import estimate
+
+TINY = """
+arenas = dict(digits=dict(title="digits", config="lab/study/digits_resnet8.py", images=128, epochs=2, overrides={
+    "train_dataloader.dataset.indices": 128, "val_dataloader.dataset.indices": 64, "train_cfg.max_epochs": 2},
+    pgd=dict(eps=[8], steps=2)))
+cells = dict(digits={
+    "plain": dict(title="plain", seeds=[0, 1]),
+    "enc": dict(title="ENC", seeds=[0], overrides={"model.type": "ENCImageClassifier"}),
+    "wild": dict(title="wild", seeds=[0], overrides={"optim_wrapper.optimizer.lr": 1e30}),
+    "broken": dict(title="broken", seeds=[0], overrides={"model.head.in_channels": 7}),
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The tiny grid, carried out by the command line: two processes at a time."""
+    folder = tmp_path_factory.mktemp("study")
+    grid = folder / "grid.py"
+    grid.write_text(TINY)
+    command = [sys.executable, "-m", "lab.study", str(grid), "--results", str(folder)]
+    command += ["--work-dir", str(folder / "work"), "--workers", "2"]
+    return folder, command, run_command(command)
+
+
+def results_of(folder, run_id):
+    return json.loads((folder / "runs" / f"{run_id}.json").read_text())
+
+
+def test_every_run_leaves_a_result_and_a_failure_is_one(done):
+    folder, _, output = done
+    assert output.returncode == 1  # one run failed
+    runs = load_grid(folder / "grid.py").runs()
+    status = {run.id: read_result(folder / "runs", run)["status"] for run in runs}
+    assert status == {
+        "digits/plain-seed0": "finished",
+        "digits/enc-seed0": "finished",
+        "digits/wild-seed0": "diverged",
+        "digits/broken-seed0": "failed",
+        "digits/plain-seed1": "finished",
+    }
+    broken = results_of(folder, "digits/broken-seed0")
+    assert "RuntimeError" in broken["error"]
+    assert "Traceback" in broken["traceback"]
+    assert "digits/broken-seed0: failed" in " ".join(output.stdout.split())
+
+
+def test_a_run_that_diverges_is_no_failure(done):
+    folder, _, output = done
+    wild = results_of(folder, "digits/wild-seed0")
+    assert "NaN or infinite in epoch 1" in wild["error"]
+    assert "digits/wild-seed0: diverged" in " ".join(output.stdout.split())
+
+
+def test_a_result_says_what_was_run_and_measured(done):
+    found = results_of(done[0], "digits/enc-seed0")
+    assert found["overrides"]["model.type"] == "ENCImageClassifier"
+    assert found["overrides"]["randomness"] == {"seed": 0}
+    assert set(found["provenance"]) == {"commit", "python", "versions", "processor", "threads"}
+    assert [epoch for epoch, _ in found["by_epoch"]["accuracy/top1"]] == [1, 2]
+    assert [epoch for epoch, _ in found["by_epoch"]["gbr/logits"]] == [0, 1, 2]
+    final = found["final"]
+    # Two ways to the same number: the runner's evaluator, and the study's own pass over the test set.
+    assert final["test_top1"] == pytest.approx(final["top1"], abs=1e-4)
+    assert final["fgsm/top1_clean"] == pytest.approx(final["top1"], abs=1e-4)
+    assert final["test_samples"] == 64
+    assert final["train_samples"] == 128
+    assert final["norms"]["enc_max_deviation"] < 1e-5
+    assert len(final["norms"]["sq_norms"]) == final["norms"]["layers"] == 10
+    assert final["gbr/logits"] < math.exp(final["norms"]["residual_log_bound"])
+    assert final["pgd2/top1_eps8"] <= final["fgsm/top1_eps8"] + 2
+    assert (final["train_margin"] > 0) == (final["train_top1"] > 50)
+    assert found["seconds"]["cpu"] > 0
+
+
+def test_other_seeds_start_from_other_weights(done):
+    plain, other = (results_of(done[0], f"digits/plain-seed{seed}")["by_epoch"]["gbr/logits"][0][1] for seed in (0, 1))
+    assert plain != other
+
+
+def test_what_is_done_is_not_done_again(done):
+    folder, command, _ = done
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").glob("*/*.json")}
+    again = run_command(command)
+    assert again.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").glob("*/*.json")} == before
+    runs = load_grid(folder / "grid.py").runs()
+    assert pending(runs, folder / "runs") == []
+    assert [run.id for run in pending(runs, folder / "runs", retry_failed=True)] == ["digits/broken-seed0"]
+
+
+def test_the_same_run_gives_the_same_result(done, tmp_path):
+    folder = done[0]
+    run = next(run for run in load_grid(folder / "grid.py").runs() if run.id == "digits/plain-seed0")
+    again = execute(run, tmp_path / "results", tmp_path / "work", ROOT)
+    want = results_of(folder, run.id)
+    assert json.loads((tmp_path / "results" / f"{run.id}.json").read_text())["by_epoch"] == want["by_epoch"]
+    assert again["status"] == "finished"
+    assert not (tmp_path / "work" / run.id).exists()
+
+
+@pytest.mark.parametrize("stop", [dict(epoch=1), dict(val=2)], ids=["after an epoch", "before the last validation"])
+def test_a_stopped_run_goes_on_to_the_result_of_an_unbroken_one(done, tmp_path, stop):
+    folder = done[0]
+    run = next(run for run in load_grid(folder / "grid.py").runs() if run.id == "digits/enc-seed0")
+    hook = {"default_hooks.stop": dict(type="StopHook", **stop)}
+    stopped = replace(run, cell=replace(run.cell, overrides={**run.cell.overrides, **hook}))
+    with pytest.raises(Stopped):
+        execute(stopped, tmp_path / "results", tmp_path / "work", ROOT)
+    assert pending([run], tmp_path / "results") == [run]
+    found = execute(run, tmp_path / "results", tmp_path / "work", ROOT)
+    assert (found["status"], found["resumed"]) == ("finished", True)
+    execute(run, tmp_path / "unbroken", tmp_path / "work", ROOT)
+    again, want = (json.loads((tmp_path / name / f"{run.id}.json").read_text()) for name in ("results", "unbroken"))
+    assert again["by_epoch"] == want["by_epoch"]
+    assert again["final"] == want["final"]
+
+
+def test_dry_run_prints_the_plan_and_runs_nothing(tmp_path):
+    grid = tmp_path / "grid.py"
+    grid.write_text(TINY)
+    output = run_command([sys.executable, "-m", "lab.study", str(grid), "--results", str(tmp_path / "r"), "--dry-run"])
+    assert output.returncode == 0
+    assert "0 of 5 runs done" in output.stdout
+    assert not (tmp_path / "r").exists()
+
+
+def test_costs_come_from_the_runs_that_are_done(done):
+    folder = done[0]
+    runs = load_grid(folder / "grid.py").runs()
+    plain = next(run for run in runs if run.id == "digits/plain-seed1")
+    seconds = [results_of(folder, f"digits/plain-seed{seed}")["seconds"]["cpu"] for seed in (0, 1)]
+    assert estimate(plain, runs, folder / "runs") == pytest.approx(sum(seconds) / 2)
+    assert "5 of 5 runs done; about 0.0 core hours are left" in describe_plan(runs, folder / "runs")
+
+
+def test_a_process_without_a_result_is_reported(tmp_path):
+    grid = tmp_path / "grid.py"
+    grid.write_text(TINY)
+    runs = load_grid(grid).runs(["digits/enc"])
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    failed = run_all(runs, tmp_path / "results", lambda run: command, tmp_path / "work")
+    assert [run.id for run in failed] == ["digits/enc-seed0"]
+    assert pending(runs, tmp_path / "results") == runs  # to be done again
+
+
+def test_runs_have_the_threads_that_were_asked_for_whatever_the_launcher_has(tmp_path, monkeypatch):
+    grid = tmp_path / "grid.py"
+    grid.write_text(TINY)
+    runs = load_grid(grid).runs(["digits/enc"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")
+    command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    run_all(runs, tmp_path / "results", lambda run: command, tmp_path / "work", threads=1)
+    assert (tmp_path / "work" / "digits" / "enc-seed0.log").read_text() == "1\n"
+
+
+def test_unknown_runs_and_grids_are_refused():
+    output = run_command([sys.executable, "-m", "lab.study", "--run", "quarter/none-seed0"])
+    assert output.returncode != 0
+    assert "the grid has no run 'quarter/none-seed0'" in output.stderr
+    output = run_command([sys.executable, "-m", "lab.study", "nowhere.py"])
+    assert "there is no file nowhere.py" in output.stderr

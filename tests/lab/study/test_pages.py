@@ -1,0 +1,126 @@
+"""The study's pages follow from the committed results, byte for byte, and stand on their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from helpers import ROOT, run_command
+
+from lab import RESULTS
+from lab.study import write_study
+from lab.study.page import BEGIN, END
+
+STUDY = RESULTS / "study"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The pages, written again from the committed grid and results by the command line."""
+    root = tmp_path_factory.mktemp("again")
+    folder = root / STUDY.relative_to(ROOT)
+    shutil.copytree(STUDY / "runs", folder / "runs")
+    shutil.copy(ROOT / "README.md", root)
+    command = [sys.executable, "-m", "lab.study", "--pages", "--results", str(folder)]
+    command += ["--readme", str(root / "README.md")]
+    done = run_command(command)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ["README.md", "figures.json", "report.html"])
+def test_committed_pages_follow_from_the_committed_results(written, name):
+    texts = [(folder / name).read_text() for folder in (written, STUDY)]
+    # Pixels depend on matplotlib's version; what they show is in figures.json.
+    again, committed = (re.sub(r"data:image/png;base64,[^\"]*", "", text) for text in texts)
+    assert again == committed
+
+
+def test_the_readme_states_the_verdicts_of_the_committed_results(written):
+    assert (written.parents[2] / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+def test_a_result_is_one_so_far_while_runs_are_missing(tmp_path):
+    study = tmp_path / "study"
+    shutil.copytree(STUDY, study, ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(STUDY / "runs" / "digits", study / "runs" / "digits")
+    write_study(study)
+
+    def row():
+        return next(line for line in (study / "README.md").read_text().splitlines() if line.startswith("| ENC raises"))
+
+    assert row().endswith("**absent** -0.06 [-0.57, +0.45] |")
+    assert "| not run yet |" in row()
+    (study / "runs" / "digits" / "wn-seed4.json").unlink()
+    write_study(study)
+    assert row().endswith("**absent** -0.06 [-0.57, +0.45] so far |")
+
+
+def test_every_figure_is_there_and_no_other(written):
+    names = {figure["name"] for figure in json.loads((STUDY / "figures.json").read_text())}
+    for folder in (written, STUDY):
+        assert {path.stem for path in (folder / "figures").glob("*.png")} == names
+    assert all((STUDY / "figures" / f"{name}.png").stat().st_size < 200_000 for name in names)
+
+
+def test_every_result_is_on_the_page_and_carries_commit_and_seed():
+    page = (STUDY / "README.md").read_text()
+    for path in STUDY.glob("runs/*/*.json"):
+        result = json.loads(path.read_text())
+        assert f"[{result['id']}](runs/{result['id']}.json)" in page
+        assert path == STUDY / "runs" / f"{result['id']}.json"
+        assert re.fullmatch(r"[0-9a-f]{7,12}", result["provenance"]["commit"]), path  # a clean checkout
+        assert isinstance(result["seed"], int)
+
+
+def test_every_finished_run_is_measured_to_its_end():
+    for path in STUDY.glob("runs/*/*.json"):
+        result = json.loads(path.read_text())
+        if result["status"] == "finished":
+            assert result["by_epoch"]["accuracy/top1"][-1] == [result["epochs"], result["final"]["top1"]], path
+            measured = [x for x, _ in result["by_epoch"]["gbr/logits"]]
+            every = 3 if result["arena"] == "overfit" else 1
+            assert measured == list(range(0, result["epochs"] + 1, every)), path
+            assert sum(key.startswith("fgsm/top1_eps") for key in result["final"]) == 4, path
+            assert result["final"]["test_top1"] == pytest.approx(result["final"]["top1"], abs=0.05), path
+
+
+def test_links_of_the_page_lead_somewhere():
+    page = (STUDY / "README.md").read_text()
+    headings = re.findall(r"^## (.+)$", page, flags=re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", page):
+        assert target in anchors or (STUDY / target).exists(), target
+
+
+def test_the_html_page_needs_no_other_file():
+    page = (STUDY / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,22})', page)
+    assert sources
+    assert set(sources) == {"data:image/png;base64,"}
+    assert len(page) < 1_000_000
+    HTMLParser().feed(page)
+
+
+def test_a_readme_without_the_markers_is_refused(written, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("# no markers\n")
+    with pytest.raises(ValueError, match="between which the verdicts go"):
+        write_study(written, readme)
+    assert readme.read_text() == "# no markers\n"
+
+
+def test_only_the_lines_between_the_markers_change(written, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nwritten earlier\n{END}\nafter\n")
+    write_study(written, readme)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "written earlier" not in text
+    write_study(written, readme)
+    assert readme.read_text() == text

@@ -1,0 +1,124 @@
+"""Every word and effect of the study's table, computed again from the JSON files by scipy alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lab import RESULTS
+
+STUDY = RESULTS / "study"
+ENC_TO_PLAIN = {"enc-ws": 1, "baseline": -1}
+FOUR = {
+    f"{enc}{name}": sign / 4 for name in ("cutout", "mixup", "cutmix", "ls") for enc, sign in (("enc-", 1), ("", -1))
+}
+
+
+def early(result):
+    return np.mean([top1 for epoch, top1 in result["by_epoch"]["accuracy/top1"] if epoch <= result["epochs"] / 2])
+
+
+def fgsm(result):
+    return np.mean([value for key, value in result["final"].items() if key.startswith("fgsm/top1_eps")])
+
+
+def final(key):
+    return lambda result: result["final"][key]
+
+
+def gbr_over_margin(result):
+    return result["final"]["gbr/logits"] / result["final"]["train_margin"] ** 2
+
+
+# Beginning of the row, cells with weights, measure, the paper's effect (of a ratio its logarithm), whether a ratio.
+ROWS = [
+    ("ENC raises the accuracy", ENC_TO_PLAIN, final("top1"), 0.90, False),
+    ("Equal norms alone", {"enc-wn": 1, "baseline": -1}, final("top1"), 0.71, False),
+    ("ENC beats weight", {"enc-ws": 1, "ws": -1}, final("top1"), 0.70, False),
+    ("ENC converges faster", ENC_TO_PLAIN, early, 1.0, False),
+    ("ENC ends with a smaller GBR", ENC_TO_PLAIN, final("gbr/logits"), math.log(0.8), True),
+    ("... also in units of the margin", ENC_TO_PLAIN, gbr_over_margin, math.log(0.8), True),
+    ("ENC is more robust", ENC_TO_PLAIN, fgsm, 12.33, False),
+    ("ENC adds to Cutout", FOUR, final("top1"), 0.945, False),
+    ("ENC + CutMix + LS", {"enc-cutmix-ls": 1, "enc-ws": -1}, final("top1"), 0.52, False),
+    ("ENC adds robustness", FOUR, fgsm, 6.26, False),
+    ("A learnable alpha", {"enc-alearn": 1, "enc-ws": -1}, final("top1"), -0.36, False),
+]
+
+
+def finished(arena, cell):
+    runs = [json.loads(path.read_text()) for path in sorted((STUDY / "runs" / arena).glob(f"{cell}-seed*.json"))]
+    return [run for run in runs if run["status"] == "finished"]
+
+
+def welch(cells):
+    """Estimate and 95 % interval of a weighted sum of means; two cells by scipy's own test."""
+    if sorted(weight for weight, _ in cells) == [-1, 1]:
+        (a,), (b,) = ([v for w, v in cells if w == sign] for sign in (1, -1))
+        test = stats.ttest_ind(a, b, equal_var=False)
+        return np.mean(a) - np.mean(b), *test.confidence_interval(0.95)
+    parts = np.array([w**2 * np.var(v, ddof=1) / len(v) for w, v in cells])
+    freedom = parts.sum() ** 2 / sum(part**2 / (len(v) - 1) for part, (_, v) in zip(parts, cells, strict=True))
+    mean = sum(w * np.mean(v) for w, v in cells)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(parts.sum())
+    return mean, mean - half, mean + half
+
+
+def word_of(low, high, effect):
+    towards = (low, high) if effect > 0 else (-high, -low)
+    if towards[0] > 0:
+        return "holds"
+    if towards[1] < 0:
+        return "opposite"
+    return "absent" if towards[1] < abs(effect) else "undecided"
+
+
+def table():
+    lines = (STUDY / "README.md").read_text().splitlines()
+    head, rows = [], {}
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[:2] == ["claim", "paper"]:
+            head = cells[2:]
+        elif head and line.startswith("|") and not set(cells) <= {"---"}:
+            rows[cells[0]] = dict(zip(head, cells[2:], strict=True))
+        elif head and not line.startswith("|"):
+            return rows
+    raise AssertionError("the page opens with the table")
+
+
+@pytest.mark.parametrize(("title", "cells", "measure", "effect", "ratio"), ROWS, ids=[row[0] for row in ROWS])
+def test_a_row_of_the_table_follows_from_the_files(title, cells, measure, effect, ratio):
+    (row,) = [row for name, row in table().items() if name.startswith(title)]
+    decided = 0
+    for arena, shown in row.items():
+        values = {cell: [measure(run) for run in finished(arena, cell)] for cell in cells} if "[" in shown else {}
+        if not values:
+            assert shown in ("", "**not testable**", "not run yet"), arena
+            continue
+        mean, low, high = welch([(cells[cell], np.log(v) if ratio else np.array(v)) for cell, v in values.items()])
+        word, numbers = re.fullmatch(r"\*\*(.+)\*\* x?(\S+ \[\S+, \S+\])(?: so far)?", shown).groups()
+        want = np.exp([mean, low, high]) if ratio else [mean, low, high]
+        assert [float(x) for x in re.findall(r"[-+.\de]+", numbers)] == pytest.approx(want, rel=6e-3, abs=6e-3), arena
+        assert min(map(len, values.values())) >= 3, arena
+        assert word == word_of(low, high, effect), arena
+        decided += 1
+    assert decided or title.startswith("..."), "no arena has decided this yet"
+
+
+def test_the_table_has_no_other_row_but_that_of_decay():
+    titles = list(table())
+    assert len(titles) == len(ROWS) + 1 <= 12
+    assert "More weight decay, smaller GBR" in titles
+
+
+def test_the_decay_row_follows_from_the_files():
+    decays = {"wd0": 0, "wd1e-8": 1e-8, "wd1e-6": 1e-6, "baseline": 1e-4, "wd1e-3": 1e-3, "wd1e-2": 1e-2}
+    runs = [(decay, run["final"]["gbr/logits"]) for cell, decay in decays.items() for run in finished("quarter", cell)]
+    rho = stats.spearmanr(*zip(*runs, strict=True)).statistic
+    assert f"rho {rho:+.2f}" in table()["More weight decay, smaller GBR"]["quarter"]

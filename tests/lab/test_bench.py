@@ -1,0 +1,133 @@
+"""The benchmarks: sections, the text made of their results, and the figures that do not depend on the machine."""
+
+import json
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, run_command
+from torch import nn
+
+from enc_plugin import to_enc
+from enc_plugin.optim import add_shift, param_groups_enc
+from lab.bench import harness, hooks
+from lab.bench.footprint import CallCount, footprint
+
+DEPTH = 4
+
+
+def network(variant: str | None) -> nn.Module:
+    layers = []
+    for _ in range(DEPTH):
+        layers += [nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if variant:
+        to_enc(model, variant)
+    return model.train()
+
+
+def test_every_benchmark_is_a_section_and_the_harness_is_not():
+    done = run_command([sys.executable, "-m", "lab.bench", "--list"])
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    assert {"gbr", "training_step", "footprint", "optimizer"} <= set(names)
+    assert not {"harness", "rivals"} & set(names)
+    assert all((ROOT / "lab" / "bench" / f"{name}.py").is_file() for name in names)
+
+
+def test_an_unknown_section_is_refused_with_the_known_ones():
+    done = run_command([sys.executable, "-m", "lab.bench", "--only", "speed"])
+    assert done.returncode == 2
+    assert "gbr" in done.stderr
+
+
+def test_the_committed_text_is_that_of_the_committed_figures():
+    text = (harness.RESULTS / "README.md").read_text()
+    assert text == harness.readme()
+    for path in harness.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        for _, rows in harness.tables(result):
+            for name, row in rows.items():
+                assert f"| {name} | {row['seconds'] * 1e3:.1f} | {row['ratio']:.3f} [" in text
+        assert not any(harness.tables(result)) or path.with_suffix(".png").is_file()
+
+
+def test_ratios_have_the_interval_of_order_statistics():
+    times = [1.0 + 0.01 * i for i in range(15)]
+    row = harness.ratios({"plain": [1.0] * 15, "slow": times[::-1]}, "plain")["slow"]
+    # The 4th and the 12th of 15: P(4 <= B(15, 1/2) <= 11) = 0.965.
+    assert (row["ratio_low"], row["ratio"], row["ratio_high"]) == pytest.approx((1.03, 1.07, 1.11))
+    few = harness.ratios({"plain": [1.0] * 3, "slow": times[:3]}, "plain")["slow"]
+    assert (few["ratio_low"], few["ratio_high"]) == (few["ratio_min"], few["ratio_max"]) == pytest.approx((1.0, 1.02))
+
+
+def test_a_goal_holds_or_not_only_if_its_whole_interval_says_so():
+    row = {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1}
+    assert harness.verdict(harness.goal("a", row, at_most=1.1)) == "yes"
+    assert harness.verdict(harness.goal("a", row, at_most=1.05)) == "within the noise"
+    assert harness.verdict(harness.goal("a", row, at_most=0.8)) == "**no**"
+    assert harness.verdict(harness.goal("a", row, at_most=2.0, at_least=0.95)) == "within the noise"
+    assert harness.verdict(harness.goal("a", row, at_most=2.0, at_least=1.2)) == "**no**"
+    assert harness.verdict(harness.goal("memory", 1.0, at_most=1.0)) == "yes"
+
+
+# Over plain, a layer. Forward: scale and one fused op (eq. 20: scale, two norms, division, product).
+@pytest.mark.parametrize(
+    ("variant", "forward", "backward"), [("fro", 5, 11), ("wn", 2, 2), ("ws", 2, 1), ("centered_fro", 2, 1)]
+)
+def test_a_layer_adds_few_calls_and_keeps_one_weight_more_than_plain(variant, forward, backward):
+    images, labels = torch.randn(2, 64, 8, 8), torch.randint(64, (2,))
+    plain, enc = (footprint(network(v), images, labels) for v in (None, variant))
+    assert (enc[0] - plain[0]) / DEPTH <= forward
+    assert (enc[1] - plain[1]) / DEPTH <= backward
+    weight, row = 4 * 64 * 64 * 9, 4 * 64
+    assert enc[2] - plain[2] <= DEPTH * (weight + 4 * row)
+
+
+@pytest.mark.parametrize(("variant", "calls"), [("fro", 6), ("wn", 3), ("ws", 3), ("centered_fro", 3)])
+def test_the_shift_adds_few_calls_a_layer_to_the_optimizers_step(variant, calls):
+    model = network(variant)
+    counts = []
+    for shift_eps in (0, 1e-3):
+        optimizer = torch.optim.SGD(param_groups_enc(model, 1e-4, shift_eps=shift_eps), lr=0.1, momentum=0.9)
+        add_shift(optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        with CallCount() as counter:
+            optimizer.step()
+        counts.append(counter.calls)
+    assert counts[0] < counts[1] <= counts[0] + DEPTH * calls
+
+
+def test_the_shift_needs_no_memory_of_the_models_size():
+    model = network("ws")
+    optimizer = torch.optim.SGD(param_groups_enc(model, 1e-4), lr=0.1, foreach=False)
+    add_shift(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    weight = 4 * 64 * 64 * 9
+    assert weight <= peak < 2 * weight  # of four weights
+
+
+def test_every_hook_of_a_run_is_timed():
+    threads = torch.get_num_threads()
+    try:
+        found = hooks.run(rounds=1, iterations=2, validation=250, samples=8)
+    finally:
+        torch.set_num_threads(threads)
+    rows = found["counts"]
+    assert found["step_ms"] > 0
+    gbr, fgsm = rows["GBRHook, exact"], rows["FGSMHook, 4 eps"]
+    assert gbr["seconds_an_epoch"] > rows["GBRHook, 1 projection"]["seconds_an_epoch"] > 0
+    seconds = fgsm["ms_an_iteration"] / 1e3 + fgsm["seconds_an_epoch"] * 128 / 50_000
+    assert fgsm["percent_of_an_epoch"] == pytest.approx(100 * seconds / (found["step_ms"] / 1e3))
+    assert rows["ENCMonitorHook, every iteration"]["ms_an_iteration"] > 0

@@ -1,0 +1,104 @@
+"""measure_gbr differentiates what the head predicts, and says in which unit its inputs are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch import nn
+from torch.utils.data import Dataset
+
+from enc_plugin.measuring.gbr import input_unit, measure_gbr
+from enc_plugin.measuring.samples import FixedSamples
+
+HEADS = {
+    "softmax": (dict(type="mmpretrain.LinearClsHead", num_classes=3, in_channels=64), lambda z: z.softmax(-1)),
+    "sigmoid": (dict(type="mmpretrain.MultiLabelLinearClsHead", num_classes=3, in_channels=64), torch.sigmoid),
+    "cosine": (dict(type="mmpretrain.ArcFaceClsHead", num_classes=3, in_channels=64), lambda z: z.softmax(-1)),
+    "temperature": (dict(type="_WarmHead", num_classes=3, in_channels=64), lambda z: (z / 4).softmax(-1)),
+}
+
+
+@MODELS.register_module(force=True)
+class _WarmHead(MODELS.get("mmpretrain.LinearClsHead")):
+    """Scores that are softer than the softmax of the logits."""
+
+    def _get_predictions(self, cls_score, data_samples):
+        return super()._get_predictions(cls_score / 4, data_samples)
+
+
+class Noise(Dataset):
+    """Five pictures, packed."""
+
+    def __init__(self):
+        self.pixels = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return {"inputs": self.pixels[index], "data_samples": DataSample().set_gt_label(index % 3)}
+
+
+def classifier(head, **preprocessor):
+    torch.manual_seed(0)
+    return MODELS.build(
+        dict(
+            type="mmpretrain.ImageClassifier",
+            backbone=dict(type="ResNetCIFAR6n", depth=8),
+            neck=dict(type="mmpretrain.GlobalAveragePooling"),
+            head=head,
+            data_preprocessor=dict(type="mmpretrain.ClsDataPreprocessor", **preprocessor),
+        )
+    ).eval()
+
+
+NORMALISED = dict(mean=[120.0] * 3, std=[60.0] * 3)
+
+
+@pytest.mark.parametrize("space", ["normalized", "pixel"])
+@pytest.mark.parametrize("head", HEADS)
+def test_probabilities_are_those_that_the_head_predicts(head, space):
+    config, squash = HEADS[head]
+    model, data = classifier(config, **NORMALISED), Noise()
+    found = measure_gbr(model, FixedSamples(data, [], range(5), 2), output="probs", space=space)
+    model.double()
+    norms = []
+    for pixels in data.pixels.double():
+        x = (pixels - 120) / 60
+        jacobian = torch.autograd.functional.jacobian(lambda v: squash(model(v[None], mode="tensor")[0]), x)
+        norms.append(jacobian.square().sum() / (60**2 if space == "pixel" else 1))
+    torch.testing.assert_close(found.values, torch.stack(norms), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("head", ["sigmoid", "temperature"])
+def test_the_softmax_of_the_true_class_is_refused_where_the_head_predicts_something_else(head):
+    model = classifier(HEADS[head][0], **NORMALISED)
+    with pytest.raises(ValueError, match="'label_prob' is the softmax of the true class, but .*Head predicts other"):
+        measure_gbr(model, FixedSamples(Noise(), [], range(5), 2), output="label_prob")
+
+
+def test_a_head_without_scores_is_refused_by_name():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.data_preprocessor = classifier(HEADS["softmax"][0]).data_preprocessor
+            self.head = nn.Linear(3, 3)
+
+        def forward(self, inputs, mode):
+            if mode != "tensor":
+                raise NotImplementedError(mode)
+            return self.head(inputs.mean((2, 3)))
+
+    samples = FixedSamples(Noise(), [], range(5), 2)
+    assert measure_gbr(Bare().eval(), samples).mean > 0
+    with pytest.raises(ValueError, match="'probs' needs a head that predicts scores .* which Linear does not"):
+        measure_gbr(Bare().eval(), samples, output="probs")
+
+
+def test_the_unit_of_the_input_says_whether_the_model_normalises():
+    head = HEADS["softmax"][0]
+    assert input_unit(classifier(head, **NORMALISED), "normalized") == "per squared standard deviation of the input"
+    assert "does not normalise" in input_unit(classifier(head), "normalized")
+    assert input_unit(classifier(head), "pixel") == "per squared gray level, 1/255 of the pixel range"

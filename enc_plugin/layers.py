@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from .forward_pass import weight_in_pass
 from .functional.checks import check_type
 from .functional.normalizable import check_normalizable, check_row_length
 from .functional.weights import check_alpha_option, check_variant, enc_weight
@@ -179,6 +180,11 @@ class ENCLayer(nn.Module):
         Of a pruned layer (``torch.nn.utils.prune``), pruned elements stay 0, and the equation holds for the others.
         """
         return enc_weight(self.enc_free_weight, self.enc_variant, self.enc_alpha, self.enc_kept)
+
+    def _weight(self) -> Tensor:
+        """The effective weight for this call: computed for the whole forward pass in advance, or here."""
+        weight = weight_in_pass(self)
+        return self.effective_weight if weight is None else weight
 
     def _post_norm(self, out: Tensor) -> Tensor:
         norm = self.enc_norm
@@ -391,7 +397,7 @@ def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 class _ENCConv(ENCLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the effective weight, then apply the post-norm if there is one."""
-        return self._post_norm(self._conv_forward(input, self.effective_weight, self.bias))
+        return self._post_norm(self._conv_forward(input, self._weight(), self.bias))
 
 
 # The stock class is a *direct* base of each layer: mmengine's initialisers find layers by class name or direct base.
@@ -462,7 +468,7 @@ class _ENCLinear(ENCLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply by the effective weight, then apply the post-norm if there is one."""
-        return self._post_norm(nn.functional.linear(input, self.effective_weight, self.bias))
+        return self._post_norm(nn.functional.linear(input, self._weight(), self.bias))
 
 
 class ENCLinear(_ENCLinear, nn.Linear):
@@ -488,7 +494,7 @@ class _ENCSubclass(ENCLayer):
 
     def forward(self, *args, **kwargs) -> Tensor:
         """Run the stock class's own forward on the effective weight, then the post-norm if there is one."""
-        return self._post_norm(self.forward_with(self.effective_weight, *args, **kwargs))
+        return self._post_norm(self.forward_with(self._weight(), *args, **kwargs))
 
     def forward_with(self, weight: Tensor, *args, **kwargs) -> Tensor:
         """The stock class's own forward with ``weight`` in the place of the layer's."""

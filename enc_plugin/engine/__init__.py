@@ -32,3 +32,6 @@ __all__ = [
     "ProgressHook",
     "RNGStateHook",
 ]
+
+# All that the hooks above declare, for those who read what they have logged.
+SCALARS = tuple(scalar for name in __all__ for scalar in getattr(globals()[name], "scalars", ()))

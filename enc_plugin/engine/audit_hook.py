@@ -19,6 +19,7 @@ from ..surgery.eligible import refuse_weights_read_elsewhere
 from ..surgery.loading import enc_layers_of_plain_ones, why_not_plain
 from ..surgery.trace import RecordError, Trace, record
 from .limits import warn_of_recomputation
+from .scalars import Scalar
 
 DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
 
@@ -34,6 +35,18 @@ class ENCAuditHook(Hook):
     """
 
     priority = "VERY_LOW"
+    scalars = (
+        Scalar("enc/layers", "ENC layers", column="ENC layers", form=".0f"),
+        Scalar(
+            "enc/max_deviation",
+            "Largest deviation of a squared norm from alpha",
+            "|squared norm / alpha - 1|",
+            column="deviation from alpha",
+            form=".1e",
+            limit=DEVIATION_LIMIT,
+            beyond="The constraint is violated: a squared norm deviates from its alpha by more than rounding.",
+        ),
+    )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse a checkpoint of ENC layers for plain ones: they would compute with the free weights."""

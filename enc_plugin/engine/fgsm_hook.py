@@ -9,10 +9,18 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
 from ..functional.attack import LEAST_EPS, other_unit
 from ..functional.checks import check_integer
-from ..measuring.robustness import check_dataset, check_pixel_eps, measure_robustness
+from ..measuring.robustness import ZERO_GRAD_LIMIT, check_dataset, check_pixel_eps, measure_robustness
 from ..measuring.untouched import untouched, unwrap
+from .scalars import Group, Scalar
 from .validated import ValidatedNetworkHook, describe_weights, record
 from .watched import check_watched
+
+_GROUP = Group(
+    "Robustness (FGSM)",
+    "One gradient step of size eps in pixel space against each validation image; eps 0 is no attack.",
+)
+_EPS = "FGSM step eps (1/255 of the pixel range)"
+_TITLE = "Accuracy under white-box FGSM, last measurement"
 
 
 @HOOKS.register_module()
@@ -54,6 +62,30 @@ class FGSMHook(ValidatedNetworkHook):
     """
 
     priority = "ABOVE_NORMAL"  # before CheckpointHook reads metrics
+    scalars = (
+        Scalar("fgsm/top1_clean", _TITLE, "top-1 accuracy (%)", _GROUP, against=_EPS, at=0.0, is_metric=True),
+        Scalar(
+            "fgsm/top1_eps<eps>",
+            _TITLE,
+            "top-1 accuracy (%)",
+            _GROUP,
+            column="top-1 (%), FGSM <eps>/255",
+            form=".2f",
+            against=_EPS,
+            is_metric=True,
+        ),
+        Scalar(
+            "fgsm/zero_grad",
+            "Samples without a gradient",
+            "share, 0 to 1",
+            is_metric=True,
+            limit=ZERO_GRAD_LIMIT,
+            beyond="More than 1 % of the images have an all-zero gradient: FGSM overestimates the robustness there; "
+            "report PGD instead (tools/attack.py --pgd-steps).",
+        ),
+        Scalar("fgsm/averaged", "Whether averaged weights were attacked", is_metric=True, tells_weights=True),
+        Scalar("fgsm/seconds", "Time of an attack", "seconds", is_metric=True, is_cost=True),
+    )
     _way_out = "give all eps to one of them"
 
     def __init__(

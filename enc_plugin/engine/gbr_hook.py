@@ -15,7 +15,15 @@ from ..functional.checks import check_integer, check_seed, check_type
 from ..measuring.gbr import check_options, input_unit, measure_gbr
 from ..measuring.samples import FixedSamples, choose_samples, find_pipeline
 from ..measuring.untouched import statistics_note, untouched, unwrap
+from .scalars import Group, Scalar
 from .validated import ValidatedNetworkHook, describe_weights, record
+
+_GROUP = Group(
+    "Generalization bound regularizer (GBR)",
+    "Mean squared Frobenius norm of the input-output Jacobian, over the same training samples through each run: the "
+    "smaller, the less the output moves with the input. The network is the one that validation sees. Bands: one "
+    "standard error to each side.",
+)
 
 
 @HOOKS.register_module()
@@ -74,6 +82,21 @@ class GBRHook(ValidatedNetworkHook):
     """
 
     priority = "LOW"  # after SyncBuffersHook
+    scalars = (
+        Scalar("gbr/averaged", "Whether averaged weights were measured", tells_weights=True),
+        Scalar("gbr/seconds", "Time of a GBR measurement", "seconds", is_cost=True),
+        Scalar("gbr/<name>_seconds", "Time of a GBR measurement", "seconds", is_cost=True),
+        Scalar("gbr/<name>_sem", "Standard error of the GBR"),
+        Scalar(
+            "gbr/<name>",
+            "GBR: <name>",
+            "mean squared Jacobian norm",
+            _GROUP,
+            column="GBR <name>",
+            log=True,
+            error="gbr/<name>_sem",
+        ),
+    )
     _way_out = "give one of them a name, such as GBRHook(name='logits_pixel')"
 
     def __init__(

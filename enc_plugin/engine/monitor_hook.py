@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from mmengine.dist import master_only
@@ -16,8 +17,22 @@ from ..convert import enc_layers
 from ..functional.weights import num_rows
 from ..layers import ENCLayer
 from ..measuring.untouched import unwrap
+from .scalars import Group, Scalar
 
-QUANTITIES = ("norm", "deviation", "angle", "effective_lr")
+QUANTITIES = {  # title and unit
+    "norm": ("Norm of the free weights W", "Frobenius norm of W"),
+    "deviation": ("Deviation from the constraint", "|squared norm / alpha - 1|"),
+    "angle": ("Rotation of W in one step", "angle (radians)"),
+    "effective_lr": ("Effective learning rate", "lr / squared length of W"),
+}
+_GROUP = Group("Free weights", "Median over the ENC layers; band: smallest to largest.")
+
+
+def _scalars(quantity: str, title: str, unit: str) -> Iterator[Scalar]:
+    low, high = (f"enc_monitor/{quantity}/{bound}" for bound in ("min", "max"))
+    yield Scalar(f"enc_monitor/{quantity}/median", title, unit, _GROUP, log=True, band=(low, high), by_iteration=True)
+    yield from (Scalar(bound, title, unit, log=True, by_iteration=True) for bound in (low, high))
+    yield Scalar(f"enc_monitor/<layer>/{quantity}", f"{title}: <layer>", unit, log=True, by_iteration=True)
 
 
 @HOOKS.register_module()
@@ -52,6 +67,7 @@ class ENCMonitorHook(Hook):
     """
 
     priority = "HIGH"  # before ParamSchedulerHook changes the learning rate of the step
+    scalars = tuple(s for quantity, texts in QUANTITIES.items() for s in _scalars(quantity, *texts))
 
     def __init__(self, interval: int = 100, per_layer: bool = False):
         if interval < 1:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-# What the plugin logs beside the metrics of a validation, and no watcher finds.
-_NEVER_METRICS = ("gbr/", "enc/", "enc_monitor/")
+from .scalars import declared
 
 
 def watched_metrics(runner: Runner) -> Iterator[tuple[str, str]]:
@@ -35,8 +35,10 @@ def check_watched(runner: Runner) -> None:
         ValueError: If there is one; the error names who watches what, and the way out.
     """
     measuring = {name: hook for hook in runner.hooks for name in getattr(hook, "scalar_names", ())}
+    scalars = [scalar for hook in HOOKS.module_dict.values() for scalar in getattr(hook, "scalars", ())]
     for key, who in watched_metrics(runner):
-        if key.startswith(_NEVER_METRICS):
+        scalar = declared(scalars, key)
+        if scalar is not None and not scalar.is_metric:
             raise ValueError(
                 f"{who} would not be found: it is logged beside the metrics of the validation, and not among them; "
                 "watch a metric of val_evaluator, such as 'accuracy/top1', or one of FGSMHook, such as "

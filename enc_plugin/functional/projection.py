@@ -1,0 +1,121 @@
+r"""ENC as a projection: the weight itself stays on the constraint set of eq. 19, :math:`\lVert W \rVert_F^2 = \alpha`.
+
+Every step ends with a retraction. That of eq. 20-23 is :func:`enc_plugin.functional.enc_weight`: it takes any weight to
+the nearest one in its rows' directions whose norm, and mean for ``'ws'`` and ``'centered_fro'``, the equation asks for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_number
+from .weights import check_variant, check_weight, is_centered, num_rows
+
+
+def tangential(update: Tensor, weight: Tensor, variant: str) -> Tensor:
+    r"""Part of an update that turns the rows of a weight on the constraint set.
+
+    .. math:: t_j = u_j - \bar u_j - \frac{\langle u_j, W_j \rangle}{\lVert W_j \rVert^2} W_j
+
+    with the mean :math:`\bar u_j` for the variants that remove means alone. Whole-layer variants have one row.
+
+    Args:
+        update: Update u of the weight, ``(out, in)`` or ``(out, in / groups, *kernel)``.
+        weight: Weight W of the same shape, on the constraint set.
+        variant: As in :func:`enc_weight`.
+
+    Returns:
+        Tensor of the shape, dtype and device of ``update``; rows of W and of the result are orthogonal.
+    """
+    rows = num_rows(weight, variant)
+    u, w = update.reshape(rows, -1), weight.reshape(rows, -1)
+    if is_centered(variant):
+        u = u - u.mean(1, keepdim=True)
+    radial = (u * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
+    return torch.addcmul(u, radial, w, value=-1).reshape(update.shape)
+
+
+def rotate(weight: Tensor, update: Tensor, angle: float | Tensor, variant: str) -> Tensor:
+    r"""Turn every row of a weight by an angle, in the direction of its update.
+
+    .. math:: W_j \leftarrow \cos\theta\, W_j + \sin\theta\, \lVert W_j \rVert\, \frac{t_j}{\lVert t_j \rVert}
+
+    with the :func:`tangential` part t of the update, whose length has no influence. A row whose update does not turn it
+    stays as it is.
+
+    Args:
+        weight: Weight W on the constraint set, ``(out, in)`` or ``(out, in / groups, *kernel)``.
+        update: Update u of the same shape.
+        angle: Angle theta in radians, a number or a tensor of one element.
+        variant: As in :func:`enc_weight`; the whole-layer variants turn the layer as one row.
+
+    Returns:
+        Tensor of the shape, dtype and device of ``weight``, with the same row norms and means.
+
+    Example:
+        >>> rotate(torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 0.1]]), torch.pi / 2, "wn").round(decimals=4)
+        tensor([[-0., 2.]])
+    """
+    check_variant(variant)
+    check_weight(weight)
+    rows = num_rows(weight, variant)
+    w, t = weight.reshape(rows, -1), tangential(update, weight, variant).reshape(rows, -1)
+    norms, length = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (w, t))
+    angle = torch.as_tensor(angle, dtype=w.dtype, device=w.device)
+    # What rounding leaves of an update along W has no direction: it would turn a row at rest at random.
+    rounding = 64 * torch.finfo(w.dtype).eps * torch.linalg.vector_norm(update.reshape(rows, -1), dim=1, keepdim=True)
+    turns = length > rounding
+    turned = torch.addcmul(angle.cos() * w, norms / length, t * angle.sin())
+    return torch.where(turns, turned, w).reshape(weight.shape)
+
+
+def equilibrium_angle(
+    lr: float | Tensor, weight_decay: float, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False
+) -> float | Tensor:
+    r"""Angle by which one step of an optimizer with weight decay turns a scale-invariant weight in equilibrium.
+
+    The gradient of a scale-invariant weight is orthogonal to it. Let the gradients of different steps be independent,
+    with mean square :math:`s`. An optimizer spreads each of them over later steps, with the coefficients
+    :math:`\eta c_k`. So a gradient adds :math:`\eta^2 (\sum_k c_k)^2 s` to :math:`\lVert W \rVert^2`, and a step of
+    decay takes :math:`2 \eta \lambda \sum_k c_k \lVert W \rVert^2` from it. Where both balance, the mean square angle
+    of a step, :math:`\eta^2 \sum_k c_k^2\, s / \lVert W \rVert^2`, is
+
+    .. math:: \theta^2 = 2 \eta \lambda\, \frac{\sum_k c_k^2}{\sum_k c_k}
+
+    =================  ======================================  ==============================================
+    optimizer          :math:`c_k`                             :math:`\theta^2`
+    =================  ======================================  ==============================================
+    SGD                1, then 0                               :math:`2\eta\lambda`
+    SGD, momentum      :math:`(1 - d) \mu^k`                   :math:`2\eta\lambda (1 - d) / (1 + \mu)`
+    SGD, Nesterov      :math:`1 + \mu`, then :math:`\mu^{k+1}` by the sums
+    AdamW              :math:`(1 - \beta_1) \beta_1^k`         :math:`2\eta\lambda (1 - \beta_1) / (1 + \beta_1)`
+    =================  ======================================  ==============================================
+
+    with dampening d. AdamW brings the gradients to a size that does not depend on W, which leaves the balance as it is;
+    pass ``momentum=beta1, dampening=beta1``. The two middle cases are in arXiv 2305.17212.
+
+    Args:
+        lr: Learning rate eta, a number or a tensor of one element.
+        weight_decay: Lambda, not negative.
+        momentum: Mu, 0 to 1.
+        dampening: Of the momentum, 0 to 1.
+        nesterov: Whether the momentum is Nesterov's.
+
+    Returns:
+        Root mean square angle of a step, in radians.
+
+    Raises:
+        ValueError: If ``momentum`` or ``dampening`` is not in [0, 1), or ``weight_decay`` is negative.
+
+    Example:
+        >>> round(equilibrium_angle(0.1, 1e-4, momentum=0.9), 6)
+        0.003244
+    """
+    check_number("weight_decay", weight_decay, "a finite number >= 0", lambda value: 0 <= value < float("inf"))
+    for name, value in (("momentum", momentum), ("dampening", dampening)):
+        check_number(name, value, "a number in [0, 1)", lambda value: 0 <= value < 1)
+    first = 1 + momentum if nesterov else 1 - dampening
+    later = momentum**2 if nesterov else (1 - dampening) * momentum  # of the next step; each one after times momentum
+    total, squares = first + later / (1 - momentum), first**2 + later**2 / (1 - momentum**2)
+    return (2 * weight_decay * squares / total * lr) ** 0.5

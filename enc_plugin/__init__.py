@@ -10,11 +10,10 @@ import os
 import warnings
 
 from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc
-from .environment import check_environment, is_installed
+from .installation import check_stack, config_path, is_installed
 from .layers import ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
 from .optim import add_shift, param_groups_enc
 from .origin import CheckpointWarning
-from .paths import config_path
 from .version import __version__
 
 __all__ = [
@@ -40,7 +39,7 @@ _PARTS = {"engine": ("mmengine",), "models": ("mmengine",), "datasets": ("mmengi
 
 def _register_parts() -> None:
     """Import the parts whose libraries are installed. One that is installed and broken shows its own error."""
-    check_environment()
+    check_stack()
     with warnings.catch_warnings():
         # mmcv-lite's warning about an operator that classification never calls.
         if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from . import needs_mmengine  # noqa: F401
+from .installation import needs_mmengine  # noqa: F401
 
 # isort: split
 import copy
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope, Registry
 from torch import nn
 from torch.utils.data import Dataset
 
-from .checkpoint import describe_weights, read_checkpoint
-from .environment import is_installed
-from .paths import config_path
+from .checkpoint import read_checkpoint, which_weights
+from .installation import config_path, is_installed
 from .refused import Refused, describe
 from .surgery.loading import load_trained
 
 _KEPT_META = ("epoch", "iter", "seed", "experiment_name")
+# Transforms whose own lists name parts of other libraries.
+_FOREIGN = ("Albumentations", "Albu")
 NO_SAMPLES = "its dataset holds no sample; look at data_root, data_prefix, ann_file, split and indices"
 
 
@@ -44,12 +45,6 @@ def config_file(name: str | Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"config: there is no file {path}{_near(path.name, path.parent.glob('*.py'))}")
     return str(path)
-
-
-def require_file(name: str, path: str | Path) -> None:
-    """Raise ``FileNotFoundError`` that names the argument unless ``path`` is a file; addresses (``://``) pass."""
-    if "://" not in str(path) and not Path(path).is_file():
-        raise FileNotFoundError(f"{name}: there is no file {path}")
 
 
 def load_config(source: str | Path | Config, options: Mapping[str, Any] | None = None) -> Config:
@@ -103,7 +98,7 @@ def build_model(config: Config) -> nn.Module:
     """
     if not config.get("model"):
         raise Refused(f"config: {config.filename or 'it'} has no model", "build on a config that has one (_base_)")
-    from . import needs_mmpretrain  # noqa: F401
+    from .installation import needs_mmpretrain  # noqa: F401
 
     # isort: split
     import mmpretrain.models  # noqa: F401
@@ -129,7 +124,7 @@ def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
 
     Returns:
         The model, and those of ``epoch``, ``iter``, ``seed`` and ``experiment_name`` that the checkpoint names, with
-        its ``weights`` (see :func:`enc_plugin.checkpoint.describe_weights`).
+        its ``weights`` (see :func:`enc_plugin.checkpoint.which_weights`).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -143,7 +138,7 @@ def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
         text = str(error).removeprefix("checkpoint: ")
         raise ValueError(f"checkpoint: {path} with {config.filename}: {text}") from error
     meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
-    return model, meta | {"weights": describe_weights(state_dict, rest)}
+    return model, meta | {"weights": which_weights(state_dict, rest)}
 
 
 def build_dataset(config: Config, split: str) -> Dataset:
@@ -164,6 +159,21 @@ def build_dataset(config: Config, split: str) -> Dataset:
         return make_dataset(key, settings)
 
 
+def evaluation_split(config: Config) -> str:
+    """``'test'`` if the config has a test dataloader, else ``'val'``.
+
+    Raises:
+        ValueError: If it has neither.
+    """
+    for split in ("test", "val"):
+        if config.get(f"{split}_dataloader"):
+            return split
+    raise Refused(
+        f"config: {config.filename or 'it'} has neither a test_dataloader nor a val_dataloader",
+        "set one, or build on a config that has it (_base_)",
+    )
+
+
 def make_dataset(key: str, settings: Mapping) -> Dataset:
     """Dataset of a config in the default scope that is set.
 
@@ -182,6 +192,44 @@ def make_dataset(key: str, settings: Mapping) -> Dataset:
     if length == 0:
         raise Refused(f"{key}: {NO_SAMPLES}")
     return dataset
+
+
+def part_class(part: Mapping | str | Callable | None, registry: Registry) -> type | Callable | None:
+    """The class (or function) of a part of a config.
+
+    One part has many spellings: ``'CheckpointHook'``, ``'mmengine.CheckpointHook'`` (a scope),
+    ``'mmengine.hooks.CheckpointHook'`` (its place, as mmengine writes the copies of pure Python configs), or the class
+    itself. So parts are compared by what the registry finds.
+
+    Args:
+        part: Config with a ``type``, or the type alone.
+        registry: Where its kind of parts is registered, such as ``HOOKS``; searched in the current scope.
+
+    Returns:
+        What would be built; None if there is no type, or nothing of this name.
+    """
+    kind = part.get("type") if isinstance(part, Mapping) else part
+    if not isinstance(kind, str):
+        return kind
+    try:
+        with registry.switch_scope_and_registry(None) as scoped:
+            return scoped.get(kind)
+    except Exception:  # mmengine imports what a full name says, with any error that this has
+        return None
+
+
+def named_parts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, name) of every registered part that a config names."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            path = f"{key}.{name}" if key else str(name)
+            if isinstance(value, str) and name in ("type", "constructor", "runner_type"):
+                yield path, value
+            elif str(node.get("type")).split(".")[-1] not in _FOREIGN:
+                yield from named_parts(value, path)
+    elif isinstance(node, (list, tuple)):
+        for i, value in enumerate(node):
+            yield from named_parts(value, f"{key}.{i}")
 
 
 def _dataset_error(key: str, settings: Mapping, error: Exception) -> Refused:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import needs_mmengine  # noqa: F401
+from .installation import needs_mmengine  # noqa: F401
 
 # isort: split
 import errno
@@ -15,14 +15,16 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mmengine.runner.checkpoint
+import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from .loadable import numpy_globals
 from .origin import KEY
+from .refused import describe, require_file
 
 _STATISTICS = ("min", "max", "mean", "current")
 # Where mmengine and timm, torchvision, and timm's and torchvision's averages keep a state dict within a file.
@@ -48,12 +50,28 @@ def allow_mmengine_checkpoints() -> None:
     Only these types are admitted, so ``--resume``, ``load_from``, ``test.py`` and ``get_model(pretrained=...)`` work
     while files with other code in them stay refused.
     """
-    admitted = [HistoryBuffer, (_history_statistic, "builtins.getattr"), *numpy_globals()]
+    admitted = [HistoryBuffer, (_history_statistic, "builtins.getattr"), *_numpy_globals()]
     torch.serialization.add_safe_globals(admitted)
     if hasattr(mmengine.runner.checkpoint, "_safe_torch_load"):
         # onedl-mmengine admits the like for each load, getattr unrestricted among it, takes them back afterwards, ours
         # too, and loads with weights_only off what is refused all the same.
         mmengine.runner.checkpoint._safe_torch_load = torch.load
+
+
+def _numpy_globals() -> list:
+    """Functions and types that pickles of numpy's arrays and scalars name, without dtypes of objects or records.
+
+    The same functions have other names in pickles of numpy 1 and of numpy 2, and both are admitted by both.
+    """
+    # By what numpy itself pickles: numpy 1.26 has a module numpy._core, too, with nothing in it.
+    functions = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+    names = [
+        (function, f"numpy.{core}.multiarray.{name}")
+        for name, function in functions.items()
+        for core in ("core", "_core")
+    ]
+    dtypes = [dtype for name, dtype in vars(np.dtypes).items() if name.endswith("DType")]
+    return [np.ndarray, np.dtype, *names, *(d for d in dtypes if d not in (np.dtypes.ObjectDType, np.dtypes.VoidDType))]
 
 
 def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
@@ -72,34 +90,8 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
         ValueError: If the file is damaged, holds other objects than tensors and plain values, or no state dict.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {path}")
-    try:
-        if path.name.endswith((".safetensors", ".safetensors.index.json")):
-            from safetensors.torch import load_file
-
-            content = {}
-            for file in _shards(path):
-                content.update(load_file(file))
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=not trust)
-    except ModuleNotFoundError as error:
-        if error.name != "safetensors":
-            raise ValueError(f"checkpoint: {path} needs the module {error.name!r}, which is not installed") from error
-        raise ModuleNotFoundError(
-            "safetensors is not installed; run: pip install safetensors", name=error.name
-        ) from error
-    except pickle.UnpicklingError as error:
-        # Torch says "Weights only load failed" for damaged pickles too; the part on globals is what tells them apart.
-        if "global" in str(error).lower() or isinstance(error.__cause__, ValueError):
-            reason = next((x.strip() for x in str(error).splitlines() if "GLOBAL" in x or "global" in x), str(error))
-            raise ValueError(
-                f"checkpoint: {path} holds more than tensors and plain values, and loading that could run code; it was "
-                f"not loaded. If you trust its source: --unsafe-load. ({reason[:200]})"
-            ) from error
-        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint ({_first_line(error)})") from error
-    except Exception as error:
-        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint ({_first_line(error)})") from error
+    require_file("checkpoint", path)
+    content = _load(path, trust)
     key = next((key for key in _PLACES if key in content), None) if isinstance(content, Mapping) else None
     state_dict, rest = (content, {}) if key is None else (content[key], {k: v for k, v in content.items() if k != key})
     if isinstance(state_dict, nn.Module):
@@ -113,6 +105,31 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
         if all(key.startswith(prefix) for key in state_dict):
             state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return state_dict, rest
+
+
+def _load(path: Path, trust: bool) -> Any:
+    """What a file holds, or one clear error."""
+    try:
+        if not path.name.endswith((".safetensors", ".safetensors.index.json")):
+            return torch.load(path, map_location="cpu", weights_only=not trust)
+        from safetensors.torch import load_file
+
+        return {key: value for file in _shards(path) for key, value in load_file(file).items()}
+    except ModuleNotFoundError as error:
+        if error.name == "safetensors":
+            error.msg = "safetensors is not installed; run: pip install safetensors"
+            raise
+        raise ValueError(f"checkpoint: {path} needs the module {error.name!r}, which is not installed") from error
+    except Exception as error:
+        # Torch says "Weights only load failed" for damaged pickles too; the part on globals is what tells them apart.
+        refused = isinstance(error, pickle.UnpicklingError)
+        if refused and ("global" in str(error).lower() or isinstance(error.__cause__, ValueError)):
+            reason = next((x.strip() for x in str(error).splitlines() if "GLOBAL" in x or "global" in x), str(error))
+            raise ValueError(
+                f"checkpoint: {path} holds more than tensors and plain values, and loading that could run code; it was "
+                f"not loaded. If you trust its source: --unsafe-load. ({reason[:200]})"
+            ) from error
+        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint ({describe(error, 200)})") from error
 
 
 def _shards(path: Path) -> list[Path]:
@@ -161,7 +178,7 @@ def find_damage(path: str | Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (OSError, zipfile.BadZipFile) as error:
-        return _first_line(error)
+        return describe(error, 200)
     return None if broken is None else f"the checksum of its record {broken!r} is wrong"
 
 
@@ -197,7 +214,7 @@ def latest_checkpoint(work_dir: str | Path, candidates: Iterable[Path]) -> tuple
     return None, problems
 
 
-def describe_weights(state_dict: Mapping[str, torch.Tensor], rest: Mapping) -> str:
+def which_weights(state_dict: Mapping[str, torch.Tensor], rest: Mapping) -> str:
     """Which weights a checkpoint's state dict holds: ``EMAHook`` stores the average there, and the others beside it.
 
     Args:
@@ -237,7 +254,3 @@ def _sync(path: Path) -> None:
 def _age(path: Path) -> tuple[int, list[int]]:
     """Sort key: when the file was written, then the numbers in its name."""
     return path.stat().st_mtime_ns, [int(part) for part in re.findall(r"\d+", path.stem)]
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from .paths import ROOT
+from .installation import ROOT
 from .reports.compare import write_report
 
 RUNS = {"plain": "configs/demo/resnet8_plain.py", "ENC (eq. 22)": "configs/demo/resnet8_enc-ws.py"}

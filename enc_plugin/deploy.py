@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import needs_mmpretrain  # noqa: F401
+from .installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
 import copy
@@ -23,15 +23,14 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .build import build_dataset, build_model, load_config
+from .build import build_dataset, build_model, load_config, part_class
 from .checkpoint import read_checkpoint, replacing
 from .convert import enc_layers, fold
 from .functional.checks import check_integer, check_number
 from .layers import ENC_LAYERS
+from .measuring.spread import spread
 from .models import ENCImageClassifier, GBRImageClassifier
 from .origin import saved_settings
-from .parts import part_class
-from .spread import spread
 from .surgery.eligible import refuse_weights_read_elsewhere
 from .surgery.loading import load_trained
 from .surgery.trace import RecordError, record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import needs_mmpretrain  # noqa: F401
+from .installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
 import runpy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class Refused(ValueError):
     """A config, a checkpoint or data that cannot work.
@@ -25,3 +27,9 @@ def describe(error: Exception, length: int = 400) -> str:
         return text[:length]
     text = " ".join(text.split()).split(" Please check whether the value of")[0]  # mmengine's, of unknown types
     return f"{type(error).__name__}: {text[:length]}{' ...' if len(text) > length else ''}"
+
+
+def require_file(name: str, path: str | Path, advice: str = "") -> None:
+    """Raise ``FileNotFoundError`` that names the argument unless ``path`` is a file; addresses (``://``) pass."""
+    if "://" not in str(path) and not Path(path).is_file():
+        raise FileNotFoundError(f"{name}: there is no file {path}{f'; {advice}' if advice else ''}")

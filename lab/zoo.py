@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enc_plugin import needs_mmpretrain  # noqa: F401
+from enc_plugin.installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
 import argparse

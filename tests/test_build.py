@@ -7,8 +7,8 @@ import torch
 from helpers import CONFIGS, digits_config
 
 from enc_plugin.build import build_dataset, build_model, config_file, load_config, pick_device
+from enc_plugin.measuring.spread import spread
 from enc_plugin.refused import Refused, describe
-from enc_plugin.spread import spread
 
 DIGITS = str(CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py")
 

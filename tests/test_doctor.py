@@ -13,7 +13,8 @@ import pytest
 import torch
 from helpers import CONFIGS, ROOT, run_command
 
-from enc_plugin.doctor import BROKEN, NOTE, OK, check_config, run
+from enc_plugin.doctor import BROKEN, NOTE, OK, run
+from enc_plugin.doctor.config import check_config
 
 DIGITS = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"
 INSTALLED = Path(torch.__file__).parents[1]
@@ -50,12 +51,12 @@ ENVIRONMENTS = {
         [("setuptools", "82.0.0")],
         [("pkg_resources", r"missing \(setuptools .*pip install 'setuptools<80.9'")],
     ),
-    "mmcv and mmcv-lite": ("$", [("mmcv", "2.1.0")], [("mmcv", "both installed.*pip uninstall -y mmcv mmcv-lite")]),
+    "mmcv and mmcv-lite": ("$", [("mmcv", "2.1.0")], [("mmcv", "both installed.*pip uninstall -y mmcv-lite mmcv")]),
     "mmcv-lite too new, mmpretrain missing": (
         "mmcv_lite|mmpretrain",
         [("mmcv-lite", "2.5.1")],
         [
-            ("mmcv", r"2.5.1 \(mmcv-lite\); needed is >= 2.0 and < 2.4.*pip install 'mmcv-lite>=2.0,<2.4'"),
+            ("mmcv", r"2.5.1 \(mmcv-lite\); needed is >=2.0,<2.4.*pip install 'mmcv-lite>=2.0,<2.4'"),
             ("mmpretrain", "not installed.*pip install 'mmpretrain>=1.2,<2'"),
         ],
     ),
@@ -64,7 +65,7 @@ ENVIRONMENTS = {
         [("mmengine", "0.8.4")],
         [
             ("mmcv", "not installed.*pip install 'mmcv-lite>=2.0,<2.4'"),
-            ("mmengine", "0.8.4; needed is >= 0.10.5 and < 1.*pip install 'mmengine>=0.10.5,<1'"),
+            ("mmengine", "0.8.4; needed is >=0.10.5,<1.*pip install 'mmengine>=0.10.5,<1'"),
         ],
     ),
     "opencv and addict missing": (

@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS, MODEL_WRAPPERS, OPTIM_WRAPPERS
 from mmpretrain.datasets import PackInputs
 from mmpretrain.models import GlobalAveragePooling, ImageClassifier, LinearClsHead
 
-from enc_plugin.build import build_model
+from enc_plugin.build import build_model, part_class
 from enc_plugin.datasets import Digits
 from enc_plugin.deploy import stock_config
 from enc_plugin.engine import BFloat16OptimWrapper, ENCCheckpointHook
@@ -21,7 +21,6 @@ from enc_plugin.engine.amp import without_cuda
 from enc_plugin.engine.efolds import config_efolds
 from enc_plugin.engine.limits import check_distributed
 from enc_plugin.models import ENCImageClassifier, ResNetCIFAR6n
-from enc_plugin.parts import part_class
 
 SPELLINGS = ["CheckpointHook", "mmengine.CheckpointHook", "mmengine.hooks.CheckpointHook", CheckpointHook]
 

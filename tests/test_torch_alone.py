@@ -7,7 +7,7 @@ import sys
 
 from helpers import ROOT
 
-from enc_plugin.environment import is_installed
+from enc_plugin.installation import is_installed
 
 STACK = ("mmengine", "mmcv", "mmpretrain")
 ALL = (*STACK, "timm", "numpy", "torchvision", "rich", "matplotlib", "scipy", "sklearn", "cv2", "yaml")

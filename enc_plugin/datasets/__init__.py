@@ -1,6 +1,6 @@
 """Datasets, registered on mmengine's root registry."""
 
-from .. import needs_mmpretrain  # noqa: F401
+from ..installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
 from .cifar10 import CIFAR10Folder

@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS
 from mmpretrain.datasets import BaseDataset
 
 from ..functional.checks import check_integer
-from ..spread import spread
+from ..measuring.spread import spread
 from .digits import SPLITS
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -1,6 +1,6 @@
 """mmengine parts, registered on mmengine's root registries."""
 
-from .. import needs_mmengine  # noqa: F401
+from ..installation import needs_mmengine  # noqa: F401
 
 # isort: split
 from .amp import BFloat16OptimWrapper

@@ -11,7 +11,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 from torch import nn
 
-from ..parts import part_class
+from ..build import part_class
 
 
 @OPTIM_WRAPPERS.register_module()

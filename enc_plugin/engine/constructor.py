@@ -14,9 +14,9 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
 
 from .. import shift
+from ..build import part_class
 from ..functional.checks import check_type
 from ..optim import DEFAULT_SHIFT_EPS, DecayRules, describe_groups
-from ..parts import part_class
 from .limits import refuse_sharding
 
 # What the decay rules know, then what concerns mmengine and the optimizer.

@@ -8,8 +8,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS, DefaultScope
 
+from ..build import part_class
 from ..functional import decay_efolds
-from ..parts import part_class
 
 
 def config_efolds(cfg: Config, iterations: int) -> float | None:

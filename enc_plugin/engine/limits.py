@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..build import part_class
 from ..measuring.untouched import recomputed
-from ..parts import part_class
 
 _OWN_BATCH = (
     "each process then normalises with its own batch, so make train_dataloader.batch_size large enough (above about 16)"

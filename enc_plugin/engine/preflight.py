@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmengine.config import Config
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from ..build import NO_SAMPLES
+from ..build import NO_SAMPLES, named_parts
 from ..convert import enc_layers
 from ..layers import ENC_LAYERS
 from ..measuring.batches import learns_nothing, sample_of
@@ -132,27 +132,13 @@ def check_is_enc(cfg: Config, model: nn.Module) -> None:
     Raises:
         ValueError: If there is none.
     """
-    settings = cfg.get("model")
     own = {"ENCImageClassifier", *(layer.__name__ for layer in ENC_LAYERS.values())}
-    asked = sorted({name for name in type_names(settings) if name.split(".")[-1] in own})
+    asked = sorted({name for _, name in named_parts(cfg.get("model")) if name.split(".")[-1] in own})
     if asked and next(enc_layers(model), None) is None:
         raise Refused(
             f"the config names {', '.join(asked)}, and no layer of the network is ENC",
             'use model = dict(type="ENCImageClassifier"), which reaches every layer',
         )
-
-
-def type_names(node: Any) -> Iterator[str]:
-    """Names of the registered parts that a config names."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key == "type" and isinstance(value, str):
-                yield value
-            else:
-                yield from type_names(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from type_names(value)
 
 
 def why_step_fails(model: nn.Module, inputs: Any) -> str:

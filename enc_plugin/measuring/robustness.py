@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..functional.attack import LEAST_EPS, MAX_STEPS, input_gradient, other_unit, pgd, sign_step
 from ..functional.checks import check_integer, check_number, check_seed
-from ..spread import spread
 from .samples import PIXEL_MAX, PixelSpan, WithoutReplacement
+from .spread import spread
 from .untouched import untouched
 
 ZERO_GRAD_LIMIT = 0.01  # share of samples without any gradient above which the attack says little

@@ -4,12 +4,12 @@ With mmengine alone the ENC layers are registered, for ``conv_cfg`` of its other
 mmpretrain's classes, and asking for one of them raises an error that names the extra.
 """
 
-from .. import needs_mmengine  # noqa: F401
+from ..installation import needs_mmengine  # noqa: F401
 
 # isort: split
 from mmengine.registry import MODELS
 
-from ..environment import is_installed, require
+from ..installation import is_installed, require
 from ..layers import ENC_LAYERS
 
 for _layer in ENC_LAYERS.values():

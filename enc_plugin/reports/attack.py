@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import needs_mmpretrain  # noqa: F401
+from ..installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
 import json
@@ -19,7 +19,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..build import build_dataset, load_config, load_model, pick_device, require_file
+from ..build import build_dataset, load_config, load_model, pick_device
 from ..checkpoint import file_sha256
 from ..convert import format_table
 from ..functional import fgsm
@@ -31,9 +31,9 @@ from ..measuring.robustness import (
     measure_robustness,
 )
 from ..measuring.samples import PIXEL_MAX, WithoutReplacement
+from ..measuring.spread import spread
 from ..measuring.untouched import untouched
-from ..refused import Refused
-from ..spread import spread
+from ..refused import Refused, require_file
 from ..version import __version__
 from . import plot
 

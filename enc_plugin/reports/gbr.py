@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import needs_mmpretrain  # noqa: F401
+from ..installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
 import json
@@ -15,10 +15,11 @@ from mmengine.registry import DefaultScope
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..build import build_dataset, load_config, load_model, pick_device, require_file
+from ..build import build_dataset, load_config, load_model, pick_device
 from ..checkpoint import file_sha256
 from ..measuring.gbr import check_options, input_unit, measure_gbr
 from ..measuring.samples import FixedSamples, choose_samples, find_pipeline
+from ..refused import require_file
 from ..table import format_table
 from ..version import __version__
 from . import plot

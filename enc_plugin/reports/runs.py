@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import needs_mmengine  # noqa: F401
+from ..installation import needs_mmengine  # noqa: F401
 
 # isort: split
 import json

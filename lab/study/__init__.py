@@ -1,6 +1,6 @@
 """Studies: a declared grid of runs, carried out one process a run, and what their results say of each claim."""
 
-from enc_plugin import needs_mmpretrain  # noqa: F401
+from enc_plugin.installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
 from .execute import execute, pending, read_result, result_path, runs_folder

@@ -11,7 +11,7 @@ from helpers import digits_config, scalars, train
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from enc_plugin.checkpoint import describe_weights
+from enc_plugin.checkpoint import which_weights
 from enc_plugin.reports.compare import load_run, summary
 from enc_plugin.reports.gbr import measure_checkpoints
 
@@ -196,7 +196,7 @@ def test_an_eps_of_the_other_unit_is_warned_of_before_training(tmp_path):
 
 def test_a_checkpoint_without_an_average_holds_the_weights_in_training():
     state = {"weight": torch.ones(2)}
-    assert describe_weights(state, {}) == "unknown"
-    assert describe_weights(state, {"meta": {"epoch": 1}}) == "in training"
-    assert describe_weights(state, {"meta": {}, "ema_state_dict": {"module.weight": torch.ones(2)}}) == "in training"
-    assert describe_weights(state, {"meta": {}, "ema_state_dict": {"module.weight": torch.zeros(2)}}) == "averaged"
+    assert which_weights(state, {}) == "unknown"
+    assert which_weights(state, {"meta": {"epoch": 1}}) == "in training"
+    assert which_weights(state, {"meta": {}, "ema_state_dict": {"module.weight": torch.ones(2)}}) == "in training"
+    assert which_weights(state, {"meta": {}, "ema_state_dict": {"module.weight": torch.zeros(2)}}) == "averaged"

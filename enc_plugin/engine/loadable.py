@@ -19,23 +19,6 @@ from torch import Tensor
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
-def numpy_globals() -> list:
-    """What pickles of numpy's arrays and scalars ask for, for ``torch.serialization.add_safe_globals``.
-
-    The same functions have other names in pickles of numpy 1 and of numpy 2, and both are admitted by both. Of the
-    dtypes, those are left out whose elements are objects or records.
-    """
-    # By what numpy itself pickles: numpy 1.26 has a module numpy._core, too, with nothing in it.
-    functions = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
-    names = [
-        (function, f"numpy.{core}.multiarray.{name}")
-        for name, function in functions.items()
-        for core in ("core", "_core")
-    ]
-    dtypes = [dtype for name, dtype in vars(np.dtypes).items() if name.endswith("DType")]
-    return [np.ndarray, np.dtype, *names, *(d for d in dtypes if d not in (np.dtypes.ObjectDType, np.dtypes.VoidDType))]
-
-
 def make_loadable(value: Any, name: str) -> Any:
     """``value`` with plain numbers, texts and containers in the place of what safe loading refuses.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .functional.checks import check_integer
+from ..functional.checks import check_integer
 
 
 def spread(length: int, num_samples: int | None) -> list[int]:

@@ -17,7 +17,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
 from enc_plugin.checkpoint import read_checkpoint
-from enc_plugin.loadable import make_loadable
+from enc_plugin.engine.loadable import make_loadable
 
 
 class Colour(enum.Enum):

@@ -29,7 +29,7 @@ FORKS = ("onedl-mmengine", "onedl-mmcv", "onedl-mmpretrain")
     [
         (["pkg_resources"], {}, "pip install 'setuptools<80.9'"),
         (["mmcv"], {}, "pip install 'enc-plugin[lite]' (or full mmcv)"),
-        ([], {"mmcv": "2.5.1"}, "mmpretrain works with 2.0 <= mmcv < 2.4, found 2.5"),
+        ([], {"mmcv": "2.5.1"}, "mmpretrain works with mmcv>=2.0,<2.4, found 2.5.1"),
         ([], {"mmcv": "1.7.0"}, "pip install 'mmcv>=2.0,<2.4'"),
         (
             ["mmcv"],
@@ -39,7 +39,7 @@ FORKS = ("onedl-mmengine", "onedl-mmcv", "onedl-mmpretrain")
         (
             [],
             {"mmcv": None, "mmcv-lite": None, "onedl-mmcv": "2.5.0"},
-            "found 2.5; run: pip install 'onedl-mmcv>=2.0,<2.4'",
+            "found 2.5.0; run: pip install 'onedl-mmcv>=2.3.6,<2.4'",
         ),
     ],
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,24 +107,13 @@ def decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str |
     Returns:
         One of the four ways above, or None if no twin could be made and stepped.
     """
-    first = group["params"][0]
-    device = first.device if first.device.type in ("cpu", "cuda") else torch.device("cpu")
-    # Rows of norm 1 whose direction is free of rounding: a quotient of two rounding errors would look like a step.
-    signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], device=device)
-    rest = 0.5 * signs.to(torch.float64).reshape(4, 4, *[1] * max(first.ndim - 2, 0))
-    # So small that the decay changes the sign of some gradients: the only thing that optimizers by sign would show.
-    pull = 0.1 * torch.linspace(-1, 1, rest.numel(), device=device, dtype=rest.dtype).reshape(rest.shape)
+    rest, pull = _trial_weight(group)
 
     def end(kind: str | None, gradient: Tensor, decay: float) -> Tensor:
         return _trial(optimizer, group, kind, rest, gradient, decay)
 
     try:
-        # Some optimizers draw random numbers, or compile their step, which would take longer than all trials.
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            torch.compiler.set_stance("force_eager"),
-            torch.enable_grad(),
-        ):
+        with _quietly(rest.device):
             effect = (end(None, pull, _TRIAL_DECAY) - end(None, pull, 0.0)).abs().max()
             if effect == 0:
                 return WHOLE
@@ -133,12 +125,62 @@ def decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str |
     return None
 
 
+def _trial_weight(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Weight of a trial, on the device of the group's, and a gradient."""
+    first = group["params"][0]
+    device = first.device if first.device.type in ("cpu", "cuda") else torch.device("cpu")
+    # Rows of norm 1 whose direction is free of rounding: a quotient of two rounding errors would look like a step.
+    signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], device=device)
+    weight = 0.5 * signs.to(torch.float64).reshape(4, 4, *[1] * max(first.ndim - 2, 0))
+    # So small that the decay changes the sign of some gradients: the only thing that optimizers by sign would show.
+    pull = 0.1 * torch.linspace(-1, 1, weight.numel(), device=device, dtype=weight.dtype).reshape(weight.shape)
+    return weight, pull
+
+
+@contextmanager
+def _quietly(device: torch.device) -> Iterator[None]:
+    """Block for trials: some optimizers draw random numbers, or compile their step, which takes longer than a trial."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        yield
+
+
+def shrinking_power(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int | None:
+    """Find how steps have to be rescaled for a scale-invariant weight that is c times as large.
+
+    Its gradient is 1 / c times as long, and to turn it as far, a step has to be c times as long. The optimizer's own
+    becomes longer by another factor: 1 / c for SGD, 1 for Adam, which ignores the length of gradients, and c for LARS
+    and Lamb, which go by the length of weights. Steps of a small twin tell.
+
+    Args:
+        optimizer: Any torch optimizer; neither it, its parameters nor the random numbers are touched.
+        group: One of its groups.
+
+    Returns:
+        The power of c that a step has to be multiplied by: 2 for SGD, 1 for Adam, 0 for Lamb; None if the factor is no
+        power, or no twin could be made and stepped.
+    """
+    weight, pull = _trial_weight(group)
+    try:
+        with _quietly(weight.device):
+            whole, half = (
+                (_trial(optimizer, group, None, weight * scale, pull / scale, 0.0) - weight * scale).norm()
+                for scale in (1.0, 0.5)
+            )
+            power = 1 + math.log2(half / whole)
+    except Exception:  # any: the class is unknown, and so is what it needs
+        return None
+    return round(power) if abs(power - round(power)) < 0.02 else None
+
+
 def _trial(
     optimizer: torch.optim.Optimizer, group: dict, kind: str | None, weight: Tensor, gradient: Tensor, decay: float
 ) -> Tensor:
     """Where a few steps of a twin of ``optimizer`` take ``weight``; ``kind`` None leaves its decay as it is."""
     weight = nn.Parameter(weight.clone())
-    settings = {key: value for key, value in group.items() if key not in ("params", "enc_variant", "shift_eps")}
+    # Without ours: the twin of a class that calls super().step() meets our hooks.
+    ours = ("params", "shift_eps")
+    settings = {key: value for key, value in group.items() if key not in ours and not key.startswith("enc_")}
     settings |= {"weight_decay": decay, "differentiable": False}
     if settings.get("lr") is not None:
         # Another one than the optimizer's default: some multiply the decay by lr / default lr.

@@ -6,11 +6,10 @@ a step hook for all optimizers of the process, which acts on such groups alone.
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from .decay_kinds import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, decay_kind, r
 from .functional.checks import check_type
 from .functional.decay import check_shift_eps
 from .functional.weights import check_variant
+from .running_step import RunningStep, calling_frame, inner_optimizers
 
 # What a group knows of its shift; 'enc_decoupled' is there only if the user said it.
 SHIFT_SETTINGS = ("enc_variant", "shift_eps", "enc_decoupled")
@@ -67,7 +67,7 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
     check_type("decoupled", decoupled, (bool, type(None)), "True, False or None")
     for group in optimizer.param_groups:
         _check(group)
-    for inner in _inner_optimizers(optimizer):
+    for inner in inner_optimizers(optimizer):
         if isinstance(inner, Optimizer):
             add_shift(inner, decoupled, warn=warn)
     own = _own_groups(optimizer)
@@ -101,20 +101,9 @@ def _check(group: dict[str, Any]) -> None:
     check_shift_eps(group["shift_eps"], "shift_eps")
 
 
-def _inner_optimizers(optimizer: Optimizer) -> Iterator[Any]:
-    """Optimizers that ``optimizer`` holds: alone, in a list or a dict, or one of their methods."""
-    for name, value in vars(optimizer).items():
-        if name in ("state", "param_groups", "defaults") or name.startswith("_optimizer_"):
-            continue
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        for held in (getattr(value, "__self__", value) for value in values):
-            if isinstance(getattr(held, "param_groups", None), list) and held is not optimizer:
-                yield held
-
-
 def _own_groups(optimizer: Optimizer) -> list[tuple[int, dict[str, Any]]]:
     """Groups that carry the shift and that ``optimizer`` steps itself, with their indices."""
-    left = {id(p) for inner in _inner_optimizers(optimizer) for group in inner.param_groups for p in group["params"]}
+    left = {id(p) for inner in inner_optimizers(optimizer) for group in inner.param_groups for p in group["params"]}
     return [
         (index, group)
         for index, group in enumerate(optimizer.param_groups)
@@ -126,27 +115,10 @@ def _is_differentiable(optimizer: Optimizer) -> bool:
     return bool(optimizer.defaults.get("differentiable"))
 
 
-class _Step:
-    """A running call of ``step``: which frame runs it, and whether its groups were shifted or left to an inner call."""
+class _Step(RunningStep):
+    """A running call of ``step``, and whether its groups were shifted or left to an inner call."""
 
-    def __init__(self, frame: Any, groups: list[tuple[str, dict[str, Any]]]):
-        self.frame = None if frame is None else (id(frame), frame.f_code)
-        self.groups = groups
-        self.shifted = self.left = False
-
-    def shares(self, groups: list[tuple[str, dict[str, Any]]]) -> bool:
-        """Whether a parameter is in both."""
-        own = {id(p) for _, group in self.groups for p in group["params"]}
-        return any(id(p) in own for _, group in groups for p in group["params"])
-
-    def runs(self, frame: Any) -> bool:
-        """Whether the call encloses ``frame``; not so if an exception ended it."""
-        if frame is None or self.frame is None:
-            return True
-        while (frame := frame.f_back) is not None:
-            if (id(frame), frame.f_code) == self.frame:
-                return True
-        return False
+    shifted = left = False
 
 
 class _Shift:
@@ -213,13 +185,13 @@ class _Shift:
         groups = [(self.kind(optimizer, index, group), group) for index, group in _own_groups(optimizer)]
         if not groups:
             return None
-        frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+        frame = calling_frame()
         outer = self.enclosing(frame, groups)
         if outer is not None:
             if outer.shifted:
                 return None
             outer.left = True
-        step = self.step = _Step(frame, groups)
+        step = self.step = _Step(frame, [group for _, group in groups])
         if frame is not None:
             _stepping.add(self)
         self.restore(optimizer)  # what a step took that an exception ended
@@ -244,7 +216,8 @@ class _Shift:
         if frame is None:  # torch.compile knows no frames
             return self.step
         steps = [shift.step for shift in list(_stepping) if shift.step is not None]
-        return next((step for step in steps if step.shares(groups) and step.runs(frame)), None)
+        own = [group for _, group in groups]
+        return next((step for step in steps if step.shares(own) and step.runs(frame)), None)
 
     def shift(self, optimizer: Optimizer, groups: list[tuple[str, dict[str, Any]]], step: _Step) -> None:
         """Shift ``groups``; weights that the shift moves move once a step, however often the gradient is computed."""

@@ -1,0 +1,248 @@
+"""ENC as a projection, held by any optimizer: after each step the weights of a group return to the constraint set.
+
+The network stays the stock network; eq. 19 holds for the weights themselves. The groups say what is to be held:
+``enc_projection``, ``enc_variant`` and ``enc_alpha``, which copies and state dicts keep. Importing this module
+registers a step hook for all optimizers of the process, which acts on such groups alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from .decay_kinds import shrinking_power
+from .functional.checks import check_type
+from .functional.projection import equilibrium_angle, rotate
+from .functional.weights import check_alpha, check_variant, enc_weight, is_centered, num_rows
+from .running_step import RunningStep, calling_frame, inner_optimizers
+
+MODES = {
+    "retract": "the optimizer's own step, then the way back to the constraint set",
+    "rotate": "a turn in the direction of the optimizer's step, by the angle of plain training in equilibrium",
+}
+
+Group = dict[str, Any]
+
+
+def check_mode(mode: str) -> None:
+    """Raise ``ValueError`` unless ``mode`` is ``'retract'`` or ``'rotate'``."""
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"projection: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
+
+
+def add_projection(optimizer: Optimizer) -> None:
+    r"""Take the weights of an optimizer's groups to the constraint set, where every step of it leaves them.
+
+    Call it when the weights are initialised or loaded, before the first forward pass. Every optimizer holds each group
+    with ``enc_projection``, with this call or without; without it, the first step takes the weights to the set, by
+    :func:`~enc_plugin.functional.enc_weight`. Behind a batch norm, ``'fro'`` and ``'wn'`` leave the network's function
+    as it is (``'ws'`` and ``'centered_fro'`` remove means), and a step of the plain recipe becomes this:
+
+    - ``'retract'``: the optimizer's step, then the way back to the set. With rows of norm r in the place of R the
+      gradient is R / r times as long, and a step has to be r / R times as long. So gradients are multiplied by
+      :math:`(r / R)^2 = \alpha / \lVert W \rVert_F^2`, with the initial W of each layer; steps of optimizers that
+      ignore the length of gradients (Adam) by r / R, and those that go by the length of weights (Lamb) by 1. So the
+      learning rate means what it means in the plain network as long as that has its initial norms. Decay has no part
+      in it, because it acts on norms alone.
+    - ``'rotate'``: every row (whole-layer variants: the layer) turns by the angle by which plain training with this
+      learning rate and decay turns it once norms are in equilibrium
+      (:func:`~enc_plugin.functional.projection.equilibrium_angle`), in the direction of the optimizer's step.
+
+    The decay of such groups is taken out of their ``weight_decay`` and kept as ``enc_decay``. Gradients are clipped as
+    they are on the set, before the step.
+
+    Args:
+        optimizer: Any torch optimizer. Groups come from :func:`~enc_plugin.optim.param_groups_enc`, or hold
+            ``enc_projection``, ``enc_variant`` and ``enc_alpha``.
+
+    Raises:
+        TypeError: If ``optimizer`` is no torch optimizer.
+        ValueError: If a group lacks a setting, if ``'retract'`` cannot tell how the optimizer's steps depend on the
+            length of gradients and weights (LBFGS), or if ``'rotate'`` knows no angle for it: it knows SGD and AdamW.
+    """
+    check_projection(optimizer)
+    with torch.no_grad():
+        for group in _own_groups(optimizer):
+            if "enc_shrink" not in group:
+                _start(group, has_gradients=False)
+
+
+def check_projection(optimizer: Optimizer) -> None:
+    """The checks of :func:`add_projection` alone: weights are left as they are, until they are initialised or loaded.
+
+    The first step takes them to the set, if :func:`add_projection` does not do it before.
+    """
+    check_type("optimizer", optimizer, Optimizer, "a torch optimizer")
+    for group in _own_groups(optimizer):
+        _prepare(optimizer, group)
+
+
+def _groups(optimizer: Optimizer) -> list[Group]:
+    return [group for group in optimizer.param_groups if group.get("enc_projection") and group["params"]]
+
+
+def _left_groups(optimizer: Optimizer) -> list[Group]:
+    """Groups that an optimizer steps which ``optimizer`` wraps."""
+    inner = {id(p) for one in inner_optimizers(optimizer) for group in one.param_groups for p in group["params"]}
+    return [group for group in _groups(optimizer) if any(id(p) in inner for p in group["params"])]
+
+
+def _own_groups(optimizer: Optimizer) -> list[Group]:
+    left = _left_groups(optimizer)
+    return [group for group in _groups(optimizer) if not any(group is other for other in left)]
+
+
+def _prepare(optimizer: Optimizer, group: Group) -> None:
+    """Check a group, take its decay from the optimizer, and find how steps depend on gradients."""
+    if "enc_power" in group:
+        return
+    missing = [key for key in ("lr", "enc_variant", "enc_alpha") if key not in group]
+    if missing:
+        raise ValueError(f"param_groups: a group with enc_projection lacks {', '.join(missing)}")
+    check_mode(group["enc_projection"])
+    check_variant(group["enc_variant"])
+    check_alpha(group["enc_alpha"])
+    name = type(optimizer).__name__
+    if group["enc_projection"] == "rotate":
+        if not isinstance(optimizer, (torch.optim.SGD, torch.optim.AdamW)):
+            raise ValueError(
+                f"projection: 'rotate' turns weights as SGD or AdamW does in equilibrium; of {name} that is not known. "
+                "Use one of the two, or 'retract'"
+            )
+        power = 2
+    else:
+        power = shrinking_power(optimizer, group)
+        if power is None:
+            raise ValueError(
+                f"projection: how the length of {name}'s steps depends on that of gradients and weights is not known, "
+                "so 'retract' cannot give its learning rate a meaning; use SGD or AdamW"
+            )
+    group.setdefault("enc_decay", group.get("weight_decay", 0.0))
+    if "weight_decay" in group:
+        group["weight_decay"] = 0.0
+    group["enc_power"] = power
+
+
+def _trained(group: Group) -> list[int]:
+    return [i for i, p in enumerate(group["params"]) if p.grad is not None]
+
+
+class _Projection:
+    """The projection of one optimizer: its hooks, the step that runs, and the weights before it."""
+
+    def __init__(self, optimizer: Optimizer):
+        self.step: RunningStep | None = None
+        self.depth = 0
+        self.before: list[tuple[Group, list[int], list[Tensor]]] = []
+        self.hook = optimizer.register_step_pre_hook(self.before_step).id
+        # The first to act after the step, so that others (an average of the weights) see weights on the set.
+        after = optimizer.register_step_post_hook(self.after_step).id
+        optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)
+
+    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """Take new weights to the set, and give gradients the length that the learning rate is meant for."""
+        frame = calling_frame()
+        if self.step is not None and self.step.runs(frame):  # super().step()
+            self.depth += 1
+            return
+        self.step, self.depth, self.before = RunningStep(frame, []), 0, []
+        has_closure = callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
+        with torch.no_grad():
+            for group in _own_groups(optimizer):
+                _prepare(optimizer, group)
+                if "enc_shrink" not in group:
+                    _start(group, not has_closure)
+                self.before.append((group, *_look(group, has_closure)))
+
+    def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """Take the weights back to the set."""
+        if self.depth:
+            self.depth -= 1
+            return
+        with torch.no_grad():
+            for group, chosen, before in self.before:
+                _finish(group, chosen, before)
+            for group in _left_groups(optimizer):  # an average with earlier weights, as Lookahead's, leaves the set
+                retract_(group["params"], group["enc_variant"], group["enc_alpha"])
+        self.step, self.before = None, []
+
+
+def _look(group: Group, has_closure: bool) -> tuple[list[int], list[Tensor]]:
+    """Indices of the weights that the step will move, and copies of them if their step has to be known afterwards."""
+    if has_closure:  # there are no gradients yet
+        return list(range(len(group["params"]))), [p.clone() for p in group["params"]]
+    chosen = _trained(group)
+    weights = [group["params"][i] for i in chosen]
+    if group["enc_projection"] == "rotate" or group["enc_power"] != 2:
+        return chosen, [p.clone() for p in weights]
+    _scale([p.grad for p in weights], [group["enc_shrink"][i] ** 2 for i in chosen])
+    return chosen, []
+
+
+def _finish(group: Group, chosen: list[int], before: list[Tensor]) -> None:
+    weights, variant = [group["params"][i] for i in chosen], group["enc_variant"]
+    if group["enc_projection"] == "rotate":
+        angle = _angle(group)
+        for old, weight in zip(before, weights, strict=True):
+            weight.copy_(rotate(old, weight - old, angle, variant))
+    elif before:
+        for i, old, weight in zip(chosen, before, weights, strict=True):
+            weight.copy_(old.lerp(weight, group["enc_shrink"][i] ** group["enc_power"]))
+    retract_(weights, variant, group["enc_alpha"])
+
+
+def _scale(tensors: list[Tensor], factors: list[float]) -> None:
+    if tensors:
+        torch._foreach_mul_(tensors, factors)
+
+
+def _start(group: Group, has_gradients: bool) -> None:
+    """Take initial weights to the set, and note by how much they shrank."""
+    variant, alpha = group["enc_variant"], group["enc_alpha"]
+    group["enc_shrink"] = []
+    for weight in group["params"]:
+        lengths = _row_lengths(weight, variant)
+        group["enc_shrink"].append(math.sqrt(alpha) / lengths.norm().item())
+        retract_([weight], variant, alpha)
+        if has_gradients and weight.grad is not None:
+            # It is that of the initial weight; the shorter a row, the longer its gradient.
+            factors = (lengths / _row_lengths(weight, variant)).to(weight.grad.dtype)
+            rows = weight.grad.reshape(len(factors), -1) * factors[:, None]
+            weight.grad.copy_(rows.reshape(weight.shape))
+
+
+def _row_lengths(weight: Tensor, variant: str) -> Tensor:
+    """Norms of the rows (whole-layer variants: of the layer), without their means if the variant removes those."""
+    rows = weight.double().reshape(num_rows(weight, variant), -1)
+    return (rows - rows.mean(1, keepdim=True) if is_centered(variant) else rows).norm(dim=1)
+
+
+def retract_(weights: list[Tensor], variant: str, alpha: float) -> None:
+    """Take weights to the constraint set, in place: :func:`~enc_plugin.functional.enc_weight` of each."""
+    for weight in weights:
+        weight.copy_(enc_weight(weight, variant, alpha))
+
+
+def _angle(group: Group) -> float | Tensor:
+    if "betas" in group:
+        beta = group["betas"][0]
+        return equilibrium_angle(group["lr"], group["enc_decay"], beta, beta)
+    keys = ("momentum", "dampening", "nesterov")
+    return equilibrium_angle(group["lr"], group["enc_decay"], **{key: group[key] for key in keys})
+
+
+def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """Step hook of all optimizers: those with groups to hold get hooks of their own, behind all others."""
+    if not _groups(optimizer):
+        return
+    own = vars(optimizer).get("_enc_projection")
+    if own is None:
+        own = optimizer._enc_projection = _Projection(optimizer)
+    optimizer._optimizer_step_pre_hooks.move_to_end(own.hook)
+
+
+register_optimizer_step_pre_hook(_see_step)

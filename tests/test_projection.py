@@ -1,0 +1,327 @@
+"""Weights that optimizers hold on the constraint set."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from enc_plugin import to_enc
+from enc_plugin.functional import VARIANTS, enc_weight
+from enc_plugin.functional.projection import equilibrium_angle
+from enc_plugin.functional.weights import num_rows
+from enc_plugin.layers import ENCLayer
+from enc_plugin.projection import add_projection, retract_
+
+
+def network(seed=0):
+    """Batch norm behind every layer, so that scales are a gauge (but for batch norm's eps, which is tiny)."""
+    torch.manual_seed(seed)
+    eps = dict(eps=1e-14)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False),
+        nn.BatchNorm2d(6, **eps),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, bias=False, groups=2),
+        nn.BatchNorm2d(8, **eps),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 5, bias=False),
+        nn.BatchNorm1d(5, **eps),
+    ).double()
+
+
+def batches(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        images = torch.randn(16, 3, 6, 6, generator=generator, dtype=torch.float64)
+        yield images, torch.randint(0, 5, (16,), generator=generator)
+
+
+def weights_of(model):
+    return [m.weight for m in model if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+
+def groups_of(model, mode, variant="ws", alpha=1.0, decay=1e-2):
+    held = weights_of(model)
+    rest = [p for p in model.parameters() if not any(p is w for w in held)]
+    settings = dict(enc_projection=mode, enc_variant=variant, enc_alpha=alpha, weight_decay=decay)
+    return [{"params": held, **settings}, {"params": rest}]
+
+
+def train(model, optimizer, steps=5, seed=1, after=lambda: None):
+    losses = []
+    for images, labels in batches(steps, seed):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        after()
+        losses.append(loss.item())
+    return losses
+
+
+SGD = dict(lr=0.1, momentum=0.9)
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, **SGD),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("mode", ["retract", "rotate"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_constraint_holds_after_every_step(variant, mode, optimizer):
+    model = network().float()
+    optimizer = OPTIMIZERS[optimizer](groups_of(model, mode, variant, alpha=2.0))
+    add_projection(optimizer)
+    for images, labels in batches(5):
+        before = [w.detach().clone() for w in weights_of(model)]
+        optimizer.zero_grad()
+        F.cross_entropy(model(images.float()), labels).backward()
+        optimizer.step()
+        for old, weight in zip(before, weights_of(model), strict=True):
+            assert weight.square().sum().item() == pytest.approx(2.0, rel=1e-6)
+            torch.testing.assert_close(weight, enc_weight(weight, variant, 2.0), rtol=1e-6, atol=1e-7)
+            assert not torch.equal(old, weight)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_retraction_is_the_reparametrization_whose_free_weight_is_put_on_the_set_after_each_step(variant):
+    def run(disturbed=0.0, put_back=True):
+        model = network()
+        with torch.no_grad():
+            model[0].weight[0, 0, 0, 0] += disturbed
+        learning_rates = {id(w): 0.1 / _direction(w, variant).square().sum().item() for w in weights_of(model)}
+        to_enc(model, variant, post_norm=False, example=torch.zeros(2, 3, 6, 6, dtype=torch.float64))
+        groups = [{"params": [w], "lr": learning_rates[id(w)]} for w in weights_of(model)]
+        groups.append({"params": [p for p in model.parameters() if p.ndim == 1]})
+        optimizer = torch.optim.SGD(groups, **SGD)
+
+        def back():
+            with torch.no_grad():
+                retract_([layer.weight for layer in model if isinstance(layer, ENCLayer)], variant, 1.0)
+
+        back()
+        return torch.tensor(train(model, optimizer, 20, after=back if put_back else lambda: None), dtype=torch.float64)
+
+    model = network()
+    optimizer = torch.optim.SGD(groups_of(model, "retract", variant), **SGD)
+    add_projection(optimizer)
+    losses = torch.tensor(train(model, optimizer, 20), dtype=torch.float64)
+    torch.testing.assert_close(losses, run(), rtol=0, atol=1e-10)
+    assert (losses - run(disturbed=1e-8)).abs().max() > 1e-9  # what the comparison would see
+    assert (losses - run(put_back=False)).abs().max() > 1e-3  # the norm grows, and the steps become smaller
+
+
+def _direction(weight, variant):
+    rows = weight.detach().reshape(num_rows(weight, variant), -1)
+    return rows - rows.mean(1, keepdim=True) if variant in ("ws", "centered_fro") else rows
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_first_step_of_retraction_is_that_of_the_plain_network(optimizer):
+    outputs = []
+    for mode, begins in ((None, False), ("retract", True), ("retract", False)):
+        model = network()
+        own = OPTIMIZERS[optimizer](groups_of(model, mode, "fro", decay=0.0))
+        if begins:
+            add_projection(own)
+        train(model, own, 1)
+        outputs.append(model(next(iter(batches(1, 2)))[0]))
+    for held in outputs[1:]:
+        torch.testing.assert_close(held, outputs[0], rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_the_first_step_takes_to_the_set_take_the_step_from_there():
+    models = network(), network()
+    for model, begins in zip(models, (True, False), strict=True):
+        optimizer = torch.optim.SGD(groups_of(model, "retract", "wn"), **SGD)
+        if begins:
+            add_projection(optimizer)
+        train(model, optimizer, 3)
+    for a, b in zip(*(weights_of(model) for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_rotation_turns_by_the_angle_of_equilibrium_of_the_groups_own_settings(optimizer):
+    model = network()
+    optimizer = OPTIMIZERS[optimizer](groups_of(model, "rotate", "wn", decay=0.02))
+    train(model, optimizer, 2)
+    before = [w.detach().clone() for w in weights_of(model)]
+    optimizer.param_groups[0]["lr"] *= 0.1  # as a schedule does
+    train(model, optimizer, 1, seed=3)
+    group = optimizer.param_groups[0]
+    beta = group["betas"][0] if "betas" in group else 0.0
+    angle = equilibrium_angle(group["lr"], 0.02, beta or 0.9, beta)
+    for old, weight in zip(before, weights_of(model), strict=True):
+        cosines = F.cosine_similarity(old.flatten(1), weight.detach().flatten(1))
+        torch.testing.assert_close(cosines.acos(), torch.full_like(cosines, angle), rtol=1e-6, atol=0)
+    assert group["weight_decay"] == 0
+    assert group["enc_decay"] == 0.02
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("mode", ["retract", "rotate"])
+def test_a_resumed_run_is_the_unbroken_one(mode, optimizer):
+    whole, broken = network(), network()
+    whole_optimizer, first = (OPTIMIZERS[optimizer](groups_of(m, mode)) for m in (whole, broken))
+    train(whole, whole_optimizer, 3)
+    train(whole, whole_optimizer, 3, seed=5)
+    train(broken, first, 3)
+    state = pickle.loads(pickle.dumps((broken.state_dict(), first.state_dict())))
+    resumed = network(seed=7)
+    optimizer = OPTIMIZERS[optimizer](groups_of(resumed, mode))
+    add_projection(optimizer)
+    resumed.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    train(resumed, optimizer, 3, seed=5)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_copy_of_the_optimizer_holds_its_weights_too():
+    model = network()
+    optimizer = torch.optim.SGD(groups_of(model, "retract"), **SGD)
+    train(model, optimizer, 2)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 1)
+    assert all(w.square().sum().item() == pytest.approx(1, rel=1e-12) for w in weights_of(model))
+
+
+def test_a_step_with_a_closure_is_the_step_without():
+    models = network(), network()
+    optimizers = [torch.optim.SGD(groups_of(m, "retract"), **SGD) for m in models]
+    for optimizer in optimizers:
+        add_projection(optimizer)
+    for images, labels in batches(4):
+        for model, optimizer, with_closure in zip(models, optimizers, (False, True), strict=True):
+
+            def closure(model=model, optimizer=optimizer, images=images, labels=labels):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(images), labels)
+                loss.backward()
+                return loss
+
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+class _Wrapper(torch.optim.Optimizer):
+    """An optimizer around another, with its groups."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def test_an_optimizer_around_another_holds_them_once():
+    models = network(), network()
+    inner = [torch.optim.SGD(groups_of(m, "retract"), **SGD) for m in models]
+    for optimizer in inner:
+        add_projection(optimizer)
+    train(models[0], inner[0])
+    train(models[1], _Wrapper(inner[1]))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+class _Averaging(_Wrapper):
+    """Moves weights after the step of the inner optimizer, towards where they were."""
+
+    def step(self, closure=None):
+        before = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+        super().step(closure)
+        with torch.no_grad():
+            torch._foreach_lerp_([p for group in self.param_groups for p in group["params"]], before, 0.5)
+
+
+def test_weights_that_an_optimizer_around_another_moves_return_to_the_set():
+    model = network()
+    train(model, _Averaging(torch.optim.SGD(groups_of(model, "retract"), **SGD)))
+    for weight in weights_of(model):
+        torch.testing.assert_close(weight, enc_weight(weight, "ws"), rtol=1e-12, atol=1e-14)
+
+
+class _Derived(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_a_step_that_calls_that_of_its_class_is_one_step():
+    models = network(), network()
+    for model, kind in zip(models, (torch.optim.SGD, _Derived), strict=True):
+        train(model, kind(groups_of(model, "retract"), **SGD))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_that_an_exception_ended_leaves_nothing_behind():
+    models = network(), network()
+    optimizers = [torch.optim.SGD(groups_of(m, "retract"), **SGD) for m in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        add_projection(optimizer)
+        train(model, optimizer, 1)
+    with pytest.raises(ArithmeticError):
+        train(models[1], _Failing(optimizers[1].param_groups), 1)
+    models[1].load_state_dict(models[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 2, seed=4)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class _Failing(torch.optim.SGD):
+    def __init__(self, groups):
+        super().__init__(groups, **SGD)
+
+    def step(self, closure=None):
+        super().step()
+        raise ArithmeticError
+
+
+def test_weights_without_a_gradient_rest():
+    model = network()
+    optimizer = torch.optim.SGD(groups_of(model, "rotate"), **SGD)
+    train(model, optimizer, 1)
+    frozen = model[0].weight
+    frozen.requires_grad_(False)
+    frozen.grad = None
+    before = frozen.detach().clone()
+    train(model, optimizer, 2)
+    assert torch.equal(frozen, before)
+
+
+def test_a_group_that_is_added_later_is_held():
+    model = network()
+    held, rest = groups_of(model, "retract")
+    optimizer = torch.optim.SGD([rest], **SGD)
+    train(model, optimizer, 1)
+    optimizer.add_param_group(held)
+    train(model, optimizer, 1)
+    assert all(w.square().sum().item() == pytest.approx(1, rel=1e-12) for w in weights_of(model))
+
+
+def test_what_cannot_be_held_is_refused_before_a_step():
+    model = network()
+    with pytest.raises(ValueError, match="'rotate' turns weights as SGD or AdamW does"):
+        add_projection(torch.optim.RMSprop(groups_of(model, "rotate"), lr=0.1))
+    with pytest.raises(ValueError, match="expected one of 'retract', 'rotate', got 'turn'"):
+        add_projection(torch.optim.SGD(groups_of(model, "turn"), **SGD))
+    with pytest.raises(ValueError, match="lacks enc_variant, enc_alpha"):
+        add_projection(torch.optim.SGD([{"params": [model[0].weight], "enc_projection": "retract"}], **SGD))
+    with pytest.raises(TypeError, match="a torch optimizer"):
+        add_projection(model)

@@ -12,8 +12,8 @@ import warnings
 from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc
 from .installation import check_stack, config_path, is_installed
 from .layers import ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
+from .layers.origin import CheckpointWarning
 from .optim import add_shift, param_groups_enc
-from .origin import CheckpointWarning
 from .version import __version__
 
 __all__ = [

@@ -23,7 +23,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from .origin import KEY
+from .layers.origin import KEY
 from .refused import describe, require_file
 
 _STATISTICS = ("min", "max", "mean", "current")

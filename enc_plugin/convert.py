@@ -16,7 +16,7 @@ from .functional.checks import check_type
 from .functional.normalizable import check_all_normalizable, check_normalizable
 from .functional.weights import check_alpha_option, check_variant, is_centered
 from .layers import POST_NORM_KEYS, ENCLayer, enc_class, lacks_attribute
-from .reparametrized import copies_of_results
+from .layers.reparametrized import copies_of_results
 from .surgery.eligible import Evidence, refuse_weights_read_elsewhere
 from .surgery.folded import FoldedAudit, audit_folded
 from .surgery.late_surgery import refuse_wrapped, watch_optimizers

@@ -28,9 +28,9 @@ from .checkpoint import read_checkpoint, replacing
 from .convert import enc_layers, fold
 from .functional.checks import check_integer, check_number
 from .layers import ENC_LAYERS
+from .layers.origin import saved_settings
 from .measuring.spread import spread
 from .models import ENCImageClassifier, GBRImageClassifier
-from .origin import saved_settings
 from .surgery.eligible import refuse_weights_read_elsewhere
 from .surgery.loading import load_trained
 from .surgery.trace import RecordError, record

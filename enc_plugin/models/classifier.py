@@ -9,7 +9,7 @@ from mmpretrain.models.classifiers import ImageClassifier
 from ..convert import enc_layers, to_enc
 from ..functional.checks import check_type
 from ..functional.normalizable import check_normalizable
-from ..origin import UNKNOWN
+from ..layers.origin import UNKNOWN
 from .gbr_penalty import GBRImageClassifier
 
 

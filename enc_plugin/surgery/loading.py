@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 from ..layers import ENCLayer
-from ..origin import KEY, differences, saved_settings
-from ..reparametrized import WEIGHT_KEYS
+from ..layers.origin import KEY, differences, saved_settings
+from ..layers.reparametrized import WEIGHT_KEYS
 
 
 class Loading:

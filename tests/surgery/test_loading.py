@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from enc_plugin import CheckpointWarning, ENCConv2d, ENCLinear, fold, to_enc
 from enc_plugin.build import build_model
-from enc_plugin.origin import saved_settings
+from enc_plugin.layers.origin import saved_settings
 from enc_plugin.surgery.loading import Loading, check_trained_as, load_trained
 
 

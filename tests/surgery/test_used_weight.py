@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from enc_plugin import ENCConv2d, ENCLinear, audit, to_enc
+from enc_plugin.layers.reparametrized import copies_of_results
 from enc_plugin.models import WNConv2d
-from enc_plugin.reparametrized import copies_of_results
 
 
 class PadsInForward(nn.Conv2d):

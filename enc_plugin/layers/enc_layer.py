@@ -1,0 +1,167 @@
+"""What an ENC layer does when it is saved, loaded, moved, assigned to, or made plain."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.normalizable import check_normalizable
+from .attributes import YieldingAttribute, lacks_attribute
+from .effective import EffectiveWeightLayer
+from .origin import KEY, UNKNOWN, read_settings, warn_of_origin, write_settings
+from .plain import batch_norm_affine, rows_are_rescaled
+from .reparametrized import WEIGHT_KEYS, remove_reparametrizations
+
+# Attributes of ENC layers that users read, and all that an ENC layer keeps in its own ``__dict__``.
+PUBLIC = tuple(name for name, value in vars(EffectiveWeightLayer).items() if isinstance(value, YieldingAttribute))
+_OWN_STATE = ("enc_variant", "_enc_alpha", "_enc_norm_name", "_enc_norm_frozen", "loaded_settings", "keeps_function")
+
+
+class ENCLayer(EffectiveWeightLayer):
+    r"""What the ENC layers share: a free weight ``W`` that is optimised, and the effective weight used in its place.
+
+    Every layer computes with :math:`\hat W`, :math:`\lVert\hat W\rVert_F^2 = \alpha`
+    (:func:`enc_plugin.functional.enc_weight`). The parameters keep their stock names and shapes, so that stock
+    checkpoints load. ``post_norm=True`` appends a batch norm (keys ``norm.*``) between the layer and whatever follows
+    it; a checkpoint without those keys leaves the batch norm as it is. ``alpha='learnable'`` owns one more parameter,
+    ``log_alpha`` (a scalar, 0 at the start), so that alpha stays positive.
+
+    State dicts hold the settings of each layer beside its tensors (:meth:`get_extra_state`). Loading those of another
+    layer warns. Stock checkpoints load into ENC layers, strictly too; the other way round, the settings are a key that
+    stock layers do not expect, because they would compute with W.
+
+    Args:
+        variant: ``'ws'`` (eq. 22), ``'wn'`` (21), ``'fro'`` (20) or ``'centered_fro'`` (23).
+        alpha: Squared Frobenius norm of the effective weight, a positive number or ``'learnable'``.
+        post_norm: Whether a batch norm follows.
+    """
+
+    # Settings of the layer that the weights were last loaded from: {} for a plain one, None before anything is loaded.
+    loaded_settings: dict[str, Any] | None = None
+    # Whether the function of plain weights is kept after loading (preserve), so that no warning is due.
+    keeps_function = False
+
+    def fuse(self) -> nn.Module:
+        """The stock layer that computes the same in eval mode, as timm's ``reparameterize_model`` asks for it.
+
+        Returns:
+            A new layer of the stock class: the effective weight, with the post-norm merged into weight and bias.
+        """
+        plain = copy.deepcopy(self)
+        plain.become_plain()
+        return plain
+
+    @torch.no_grad()
+    def become_plain(self) -> None:
+        """Turn into the stock layer of :meth:`fuse`, in place; hooks and references stay valid."""
+        weight, bias, like, is_trained = self.effective_weight, self.bias, self.weight, self._is_trained()
+        if self.enc_norm is not None:
+            gain, shift = batch_norm_affine(self.enc_norm)
+            weight = weight.double() * gain.reshape(-1, *[1] * (weight.ndim - 1))
+            bias = shift if bias is None else shift + gain * bias.double()
+            del self._modules[self._enc_norm_name]
+        if self._enc_alpha is None:
+            del self._parameters["log_alpha"]
+        is_new_bias = bias is not self.bias
+        remove_reparametrizations(self)
+        for name in _OWN_STATE:
+            self.__dict__.pop(name, None)
+        self.__class__ = self.plain_class
+        # New parameters: a weight that is tied to another layer's must not change there.
+        self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=is_trained)
+        if is_new_bias:
+            self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=is_trained)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> ENCLayer:
+        norm_was_meta, alpha_was_meta = _is_meta(self.enc_norm), _is_meta(self.enc_log_alpha)
+        super()._apply(fn, recurse)
+        # Off the meta device (to_empty) tensors hold whatever the memory held. A checkpoint of a plain network has no
+        # values for these, and nothing else would set them.
+        if norm_was_meta and not _is_meta(self.enc_norm):
+            self.enc_norm.reset_parameters()
+        if alpha_was_meta and not _is_meta(self.enc_log_alpha):
+            nn.init.zeros_(self.enc_log_alpha)
+        return self
+
+    # The settings have to stand in the file, and layer by layer: without them an ENC checkpoint passes for a plain one,
+    # whose outputs are others. State dicts become plain dicts on the way (safetensors, averages, the prefix of a
+    # backbone), which loses torch's _metadata, and a config beside the file gets lost. A buffer would survive too, but
+    # averages, all-reduces, exported graphs and to_empty() would each have to treat it right. An extra state is made
+    # from the layer each time it is saved, so it cannot be wrong.
+
+    def get_extra_state(self) -> Tensor:
+        """The layer's settings for the checkpoint: the entry ``<layer>._extra_state`` of state dicts."""
+        return write_settings(self.enc_settings)
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        """Change nothing: a layer keeps its own settings, and loading compares them with those of the checkpoint."""
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
+        entry, weights = f"{prefix}{KEY}", [state_dict.get(f"{prefix}{key}") for key in WEIGHT_KEYS]
+        has_weight = any(weight is not None and weight.shape == self.weight.shape for weight in weights)
+        if has_weight:
+            own = self._norm_state(prefix)
+            has_norm = any(key in state_dict for key in own)
+            saved = read_settings(state_dict[entry]) if entry in state_dict else UNKNOWN if has_norm else {}
+            warn_of_origin(saved, self.enc_settings, self.keeps_function)
+            self.loaded_settings = saved
+            # Where the checkpoint has no post-norm or no learnable alpha, ours stays and no key is reported missing.
+            if not has_norm and not saved.get("post_norm"):
+                state_dict.update(own)
+            if self.enc_log_alpha is not None and saved.get("alpha") != "learnable":
+                start = self.enc_log_alpha.detach()
+                start = torch.zeros_like(start, device="cpu") if start.is_meta else start
+                if "alpha" in saved:
+                    start = torch.full_like(start, math.log(saved["alpha"]))
+                state_dict.setdefault(f"{prefix}log_alpha", start)
+        state_dict.setdefault(entry, None)
+        self._is_loading = True  # assign=True sets the weight as an attribute
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        finally:
+            del self._is_loading
+        if has_weight:
+            errors = args[-1]  # torch raises them once all layers are loaded
+            try:
+                check_normalizable(prefix[:-1], self.weight, self.enc_variant, self.enc_kept)
+            except ValueError as error:
+                errors.append(str(error))
+
+    def _norm_state(self, prefix: str) -> dict[str, Tensor]:
+        """State of the post-norm under its keys in a checkpoint; the initial one where it is on the meta device."""
+        norm = self.enc_norm
+        if norm is None:
+            return {}
+        if _is_meta(norm):
+            norm = self.norm_class(self.weight.shape[0], device="cpu", dtype=self._stat_dtype())
+        return {f"{prefix}{self._enc_norm_name}.{key}": value for key, value in norm.state_dict().items()}
+
+    def __setattr__(self, name, value):
+        # A layer that is being made or loaded takes any weight.
+        is_made = "enc_variant" in self.__dict__
+        if name == "weight" and isinstance(value, nn.Parameter) and is_made and "_is_loading" not in self.__dict__:
+            self._refuse_rescaled(value)
+        if name in PUBLIC and name != "norm" and is_made and lacks_attribute(self, name):
+            raise AttributeError(
+                f"{name}: the settings of an ENC layer are fixed when it is made, got {value!r}; make a new "
+                f"{type(self).__name__}, or fold the model and convert it with other options"
+            )
+        super().__setattr__(name, value)
+
+    def _refuse_rescaled(self, new: nn.Parameter) -> None:
+        if rows_are_rescaled(self._parameters.get("weight"), new):
+            raise ValueError(
+                "weight: the new value is the old one with rescaled rows, as when a batch norm is fused into the "
+                f"layer; {type(self).__name__} would normalise the scale away. Call enc_plugin.fold(model) first and "
+                "fuse the plain model that it returns (to set the weight, copy into weight.data)"
+            )
+
+
+def _is_meta(owner: nn.Module | Tensor | None) -> bool:
+    tensors = owner.state_dict().values() if isinstance(owner, nn.Module) else (owner,)
+    return any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors)

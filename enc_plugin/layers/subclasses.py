@@ -1,0 +1,90 @@
+"""ENC classes of the subclasses of torch's layers (mmcv's wrappers, timm's ``Conv2dSame``, ...), made at run time."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from .attributes import lacks_attribute
+from .enc_layer import PUBLIC, ENCLayer
+from .stock import ENC_LAYERS, LinearPostNorm
+
+# ENC layers have another name for each of these, for themselves.
+_YIELDING = (*PUBLIC, "fuse")
+
+
+class _ENCSubclass(ENCLayer):
+    """Base of the ENC classes that :func:`enc_class` derives from subclasses of the stock layers."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the stock class's own forward on the effective weight, then the post-norm if there is one."""
+        return self._post_norm(self.forward_with(self._weight(), *args, **kwargs))
+
+    def forward_with(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock class's own forward with ``weight`` in the place of the layer's."""
+        # The stock forward sees this module as it will be after fold: its class, its attributes, another weight. (A
+        # pruned layer has its own weight among its attributes.)
+        state = {key: value for key, value in self.__dict__.items() if key != "weight"}
+        state["_parameters"] = {**self._parameters, "weight": weight}
+        state["_modules"] = {key: value for key, value in self._modules.items() if key != self._enc_norm_name}
+        stock = object.__new__(self.plain_class)
+        stock.__dict__ = dict(state)
+        out: Tensor = self.plain_class.forward(stock, *args, **kwargs)
+        for key, value in stock.__dict__.items():
+            if value is not state.get(key):  # set by the stock forward
+                self.__dict__[key] = value
+        return out
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Pickle cannot import a class that was made at run time; it is made again from the stock class.
+        return _new_subclass_layer, (self.plain_class,), self.__dict__
+
+
+class _ENCSubclassLinear(_ENCSubclass, LinearPostNorm):
+    pass
+
+
+def enc_class(plain_class: type[nn.Module]) -> type[ENCLayer] | None:
+    """The ENC class of a stock layer class or of a subclass of one; None for classes that are neither.
+
+    Subclasses (mmcv's wrappers, timm's ``Conv2dSame``, ...) keep their own forward, which sees the effective weight.
+    """
+    return ENC_LAYERS.get(plain_class) or _derive_enc_class(plain_class)
+
+
+def reserved_attributes(layer: nn.Module) -> list[str]:
+    """Attributes of a subclass of a stock layer whose names the ENC class needs and has no other name for."""
+    own = [cls for cls in _ENCSubclass.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
+    defined = (name for cls in reversed(own) for name in vars(cls) if not hasattr(nn.Module, name))
+    taken = [name for name in defined if name not in _YIELDING and not lacks_attribute(layer, name)]
+    has_extra_state = type(layer).get_extra_state is not nn.Module.get_extra_state
+    return taken + ["get_extra_state"] * has_extra_state
+
+
+@cache
+def _derive_enc_class(plain_class: type[nn.Module]) -> type[ENCLayer] | None:
+    stock = next((base for base in ENC_LAYERS if issubclass(plain_class, base)), None)
+    if stock is None or issubclass(plain_class, ENCLayer):
+        return None
+    own = _ENCSubclassLinear if stock is nn.Linear else _ENCSubclass
+    # Public names that the subclass uses for something else keep its meaning.
+    kept = {name: inspect.getattr_static(plain_class, name) for name in _YIELDING if hasattr(plain_class, name)}
+    # The bases of the stock class are direct bases too, for mmengine's initialisers.
+    return type(
+        f"ENC{plain_class.__name__}",
+        (own, plain_class, *plain_class.__bases__),
+        {
+            **kept,
+            "plain_class": plain_class,
+            "norm_class": ENC_LAYERS[stock].norm_class,
+            "__doc__": f":class:`{plain_class.__module__}.{plain_class.__qualname__}` with an ENC weight.",
+            "__module__": __name__,
+        },
+    )
+
+
+def _new_subclass_layer(plain_class: type[nn.Module]) -> ENCLayer:
+    return object.__new__(_derive_enc_class(plain_class))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..functional.checks import check_integer, check_seed
 from ..functional.jacobian import check_output, check_projections, gbr
+from .intervals import bootstrap_interval
 from .samples import FixedSamples
 from .untouched import untouched
 
@@ -43,6 +44,16 @@ class GBREstimate:
     def sem(self) -> float:
         """Standard error of the mean, over samples and probes: each sample has its own, so one deviation has both."""
         return (self.values.std() / math.sqrt(len(self.values))).item()
+
+    @property
+    def median(self) -> float:
+        """Median over the samples, which a heavy tail does not move; NaN if any value is."""
+        return self.values.quantile(0.5).item()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the mean, over samples and probes."""
+        return bootstrap_interval(self.values)
 
     @property
     def num_bad(self) -> int:

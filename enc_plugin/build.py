@@ -74,6 +74,18 @@ def load_config(source: str | Path | Config, options: Mapping[str, Any] | None =
     return source
 
 
+def stack_pictures(config: Config) -> None:
+    """Let the data loaders of ``config`` stack their pictures, in place, unless it says how they collate.
+
+    mmpretrain's training tool does the same. A runner that is built without it gets lists of pictures from mmengine and
+    copies them to a GPU one by one, each time waiting for the copy.
+    """
+    for split in ("train", "val", "test"):
+        loader = config.get(f"{split}_dataloader")
+        if loader is not None:
+            loader.setdefault("collate_fn", {"type": "default_collate"})
+
+
 def pick_device(name: str | torch.device | None) -> torch.device:
     """Where to compute: ``name``, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
 

@@ -1,4 +1,4 @@
-"""What every reported number depends on: commit, versions, processor, threads."""
+"""What every reported number depends on: commit, versions, processor, threads, and the GPU with its settings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from enc_plugin.functional.precision import float32_formats
+
 # The forks with the same module names count too: a result says which were installed.
 _PACKAGES = ("torch", "torchvision", "mmengine", "mmpretrain", "mmcv", "mmcv-lite")
 _PACKAGES += ("onedl-mmengine", "onedl-mmpretrain", "onedl-mmcv", "timm", "numpy")
@@ -16,7 +18,7 @@ _CODE = (".py", ".toml", ".txt", ".sh")
 
 
 def provenance(root: str | Path) -> dict[str, object]:
-    """Commit of the checkout at ``root`` (with ``-dirty`` if its code differs), versions, processor and threads."""
+    """Commit of the checkout at ``root`` (``-dirty`` if its code differs), versions, processor, threads, and GPU."""
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     # Results that were written before, and pages made of them, are no reason to call the code another one.
     if any(name.endswith(_CODE) for name in _git(root, "diff", "--name-only", "HEAD").splitlines()):
@@ -33,7 +35,33 @@ def provenance(root: str | Path) -> dict[str, object]:
         "versions": versions,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        **gpu(),
     }
+
+
+def gpu() -> dict[str, dict[str, object]]:
+    """Card, driver, libraries and settings of the present CUDA device, under ``gpu``; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu": {
+            "name": torch.cuda.get_device_name(),
+            "driver": _driver(torch.cuda.current_device()),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "float32": float32_formats(),
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+    }
+
+
+def _driver(device: int) -> str:
+    command = ["nvidia-smi", f"--id={device}", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:
+        return "unknown"
 
 
 def _git(root: str | Path, *arguments: str) -> str:

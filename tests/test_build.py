@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import CONFIGS, digits_config
+from helpers import CONFIGS, build_runner, digits_config
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 
-from enc_plugin.build import build_dataset, build_model, config_file, load_config, pick_device
+from enc_plugin.build import build_dataset, build_model, config_file, load_config, pick_device, stack_pictures
 from enc_plugin.measuring.spread import spread
 from enc_plugin.refused import Refused, describe
 
@@ -120,3 +122,23 @@ def test_errors_are_told_on_one_line():
     assert describe(ValueError("a\n  b")) == "ValueError: a b"
     worker = "Caught X in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\nX: lost\n"
     assert describe(RuntimeError(worker)) == "X: lost"
+
+
+def test_stacked_pictures_train_the_same_weights_bit_for_bit(tmp_path):
+    weights = []
+    for stacked in (False, True):
+        cfg = digits_config(tmp_path / str(stacked))
+        if stacked:
+            stack_pictures(cfg)
+        runner = build_runner(cfg)
+        assert (runner.train_dataloader.collate_fn.func is not pseudo_collate) == stacked
+        runner.train()
+        weights.append(runner.model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+
+
+def test_a_way_to_collate_that_the_config_names_stays():
+    cfg = Config(dict(train_dataloader=dict(collate_fn=dict(type="pseudo_collate")), val_dataloader=None))
+    stack_pictures(cfg)
+    assert cfg.train_dataloader.collate_fn.type == "pseudo_collate"
+    assert cfg.val_dataloader is None

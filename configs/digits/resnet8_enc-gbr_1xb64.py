@@ -1,4 +1,2 @@
 _base_ = "./resnet8_enc-ws_1xb64.py"
-custom_hooks = [
-    dict(type="GBRHook", num_samples=64, batch_size=32, projections=None, output="logits", space="normalized")
-]
+custom_hooks = [dict(type="GBRHook", num_samples=64, projections=None, output="logits", space="normalized")]

@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
 from ..functional.checks import check_integer, check_seed, check_type
-from ..measuring.gbr import check_options, input_unit, measure_gbr
+from ..measuring.gbr import check_options, input_unit, measure_gbr, pick_batch_size
 from ..measuring.samples import FixedSamples, choose_samples, find_pipeline
 from ..measuring.untouched import statistics_note, untouched, unwrap
 from .scalars import Group, Scalar
@@ -57,13 +57,14 @@ class GBRHook(ValidatedNetworkHook):
     infinite is logged as such, with a warning.
 
     The defaults follow from ``lab/bench/gbr.py``: with 512 samples, one projection adds less than 2 % of standard error
-    (about as much as the choice of the samples) at a fifth of the time of ten classes; batches of 32 are as fast as
-    larger ones.
+    (about as much as the choice of the samples) at a fifth of the time of ten classes; on a CPU, batches of 32 are as
+    fast as larger ones.
 
     Args:
         num_samples: How many training samples; None: all. They cost a forward and ``projections`` (exact: number of
             classes) backward passes each.
-        batch_size: Samples differentiated at a time, which bounds the memory; ranks share out whole batches.
+        batch_size: Samples differentiated at a time, which bounds the memory; ranks share out whole batches. None: 32,
+            on a GPU the training batch size if that is more. Batches that do not fit into its memory are split.
         projections: Random orthonormal output directions for each sample (unbiased); None: exact.
         output: ``'logits'``, ``'probs'`` (what the head predicts: softmax or sigmoids) or ``'label_prob'`` (the paper's
             A_s(x)).
@@ -102,7 +103,7 @@ class GBRHook(ValidatedNetworkHook):
     def __init__(
         self,
         num_samples: int | None = 512,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         projections: int | None = 1,
         output: str = "logits",
         space: str = "normalized",
@@ -114,7 +115,7 @@ class GBRHook(ValidatedNetworkHook):
     ):
         super().__init__()
         check_options(output, projections, space, num_samples)
-        check_integer("batch_size", batch_size, 1)
+        check_integer("batch_size", batch_size, 1, none="as the device suggests")
         check_integer("interval", interval, 1)
         check_seed("seed", seed)
         check_type("by_epoch", by_epoch, (bool, type(None)), "True, False or None")
@@ -212,7 +213,9 @@ class GBRHook(ValidatedNetworkHook):
         dataset = runner.train_dataloader.dataset
         pipeline, loads = self._test_pipeline(runner), self.pipeline is not None
         choose_samples(dataset, 1, self.seed)  # an error comes on all ranks, before one of them chooses
-        samples = FixedSamples(dataset, pipeline, self._choose(runner), self.batch_size, own_loading=not loads).read()
+        device = next(unwrap(runner.model).parameters()).device
+        batch_size = self.batch_size or pick_batch_size(device, runner.train_dataloader.batch_size)
+        samples = FixedSamples(dataset, pipeline, self._choose(runner), batch_size, own_loading=not loads).read()
         if samples.left_out:
             runner.logger.warning(
                 f"GBR: {len(samples.left_out)} of the chosen samples cannot be read and are left out, because the "

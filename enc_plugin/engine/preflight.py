@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from ..build import NO_SAMPLES, named_parts
+from ..build import NO_SAMPLES, named_parts, stack_pictures
 from ..convert import enc_layers
 from ..layers import ENC_LAYERS
 from ..measuring.batches import learns_nothing, sample_of
@@ -180,6 +180,7 @@ def rehearse(cfg: Config) -> None:
     cfg.experiment_name = f"rehearsal_{os.urandom(4).hex()}"
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
+        stack_pictures(cfg)
         runner = RUNNERS.build(cfg)
         runner.register_hook(_StopBeforeTraining(), _StopBeforeTraining.priority)
         with contextlib.suppress(_FirstStep):

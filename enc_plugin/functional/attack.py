@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type
 from .eval_mode import require_eval_mode
+from .precision import full_float32
 
 MAX_STEPS = 10_000  # a slip of zeros would run for days
 LEAST_EPS = 0.5  # grey levels
@@ -34,7 +35,8 @@ def fgsm(
     .. math:: x' = \mathrm{clip}(x + \epsilon \, \mathrm{sign} \, \nabla_x \ell(f(x), y), \; lower, \; upper)
 
     with sign(0) = 0. One gradient serves any number of ``eps``. Nothing but the returned tensors changes: gradients of
-    parameters, modes and random state stay as they were; it works within ``torch.no_grad()`` and autocast too.
+    parameters, modes and random state stay as they were; it works within ``torch.no_grad()`` and autocast too. Float32
+    computes without TensorFloat-32.
 
     Args:
         forward: Maps images to logits ``(N, C)``; whatever normalises the images belongs within. In eval mode.
@@ -147,7 +149,7 @@ def input_gradient(
     r"""Gradient of the summed loss with respect to the images: what every attack here is made of.
 
     The loss is summed and not averaged, so that an image's gradient does not depend on the batch around it, and taken
-    in float32 at least, so that half precision does not flush it to zero.
+    in float32 at least, so that half precision does not flush it to zero. Float32 computes without TensorFloat-32.
 
     Args:
         forward: As in :func:`fgsm`.
@@ -165,7 +167,7 @@ def input_gradient(
     if not callable(loss) and not (isinstance(loss, str) and loss == "cross_entropy"):
         raise ValueError(f"loss: expected 'cross_entropy' or a callable, got {loss!r}")
     # Callers may be in no_grad or inference mode (validation loops are).
-    with torch.inference_mode(False), torch.enable_grad(), require_eval_mode(forward):
+    with torch.inference_mode(False), torch.enable_grad(), full_float32(), require_eval_mode(forward):
         # Clones: inference tensors cannot be saved. int64: torch's losses take no other integers.
         x, labels = images.detach().clone().requires_grad_(), labels.to(torch.int64, copy=True)
         logits = forward(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_type
 from .reading import reading, refuse_random
@@ -36,7 +36,7 @@ def gbr(
     for C outputs and P random orthonormal directions v. Exact computation takes one forward and C backward passes,
     a projected one P backward passes; both differentiate with respect to the inputs alone. Nothing but the returned
     tensor changes: gradients of parameters, ``requires_grad``, modes, buffers and torch's random state stay as they
-    were; it works within ``torch.no_grad()`` and ``torch.inference_mode()``.
+    were; it works within ``torch.no_grad()`` and ``torch.inference_mode()``. Float32 computes without TensorFloat-32.
 
     Args:
         forward: Maps inputs ``(N, ...)`` to outputs ``(N, C)`` (other shapes are flattened to that), each sample on
@@ -103,7 +103,8 @@ def gbr_penalty(
         inputs: Samples x, ``(N, ...)``, that require grad and that ``outputs`` were computed from.
         outputs: ``(N, C)``, with their graph.
         projections: Number of random orthonormal directions for each sample.
-        generator: Source of the directions, on any device; None: torch's global one, which advances.
+        generator: Source of the directions, on any device; None: torch's global one of the device of ``outputs``, which
+            advances. One on a GPU draws there, so that the host waits for nothing.
 
     Returns:
         Scalar with a graph, not halved, in float32 at least.
@@ -127,14 +128,51 @@ def gbr_penalty(
     check_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator or None")
     outputs = outputs.flatten(1)
     count, size = outputs.shape
-    device = generator.device if generator is not None else "cpu"
-    seeds = torch.randint(2**32, (count,), generator=generator, device=device).tolist()
-    directions, scale = _directions(size, projections, seeds, outputs)
+    device = outputs.device if generator is None else generator.device
+    if device.type == "cpu":
+        seeds = torch.randint(2**32, (count,), generator=generator).tolist()
+        directions, scale = _directions(size, projections, seeds, outputs)
+    elif projections < size:
+        directions, scale = _drawn_frames(outputs, projections, generator, device), size / projections
+    else:
+        directions, scale = _UnitVectors(outputs), 1.0
     total = 0.0
     for direction in directions:
         (gradient,) = torch.autograd.grad(outputs, inputs, direction, create_graph=True)
         total = total + gradient.to(_at_least_float32(gradient)).square().sum()
     return total * scale / count
+
+
+def check_forward(
+    forward: Callable[[Tensor], Tensor], inputs: Tensor, output: str = "logits", labels: Tensor | None = None
+) -> None:
+    """Raise unless :func:`gbr` can be taken of ``forward``: as it checks its first batch itself, on a few samples.
+
+    For measurements that come in many calls of :func:`squared_norms` and need one check.
+
+    Args:
+        forward, inputs, output, labels: As in :func:`gbr`; with fewer than three samples not every dependence shows.
+
+    Raises:
+        ValueError: As :func:`gbr`.
+        TypeError: As :func:`gbr`.
+    """
+    with reading(inputs.device):
+        _squared_norms(forward, inputs.detach(), output, labels, 1, list(range(len(inputs))), check=True)
+
+
+def squared_norms(
+    forward: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    output: str = "logits",
+    labels: Tensor | None = None,
+    projections: int | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """:func:`gbr` of one batch, without the check of :func:`check_forward`; arguments and result are the same."""
+    with reading(inputs.device):
+        given = None if seeds is None else seeds.tolist()
+        return _squared_norms(forward, inputs.detach(), output, labels, projections, given, check=False)
 
 
 def _squared_norms(
@@ -268,6 +306,13 @@ def _orthonormal(size: int, count: int, seed: int) -> Tensor:
     if count == 1:
         return (gaussian / gaussian.norm()).T
     return torch.linalg.qr(gaussian)[0].T
+
+
+def _drawn_frames(like: Tensor, projections: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Uniformly random frames as :func:`_directions` has them, of one draw for the whole batch on ``device``."""
+    gaussian = torch.randn(*like.shape, projections, generator=generator, device=device)
+    frames = nn.functional.normalize(gaussian, dim=1) if projections == 1 else torch.linalg.qr(gaussian)[0]
+    return frames.movedim(-1, 0).to(like)
 
 
 class _UnitVectors:

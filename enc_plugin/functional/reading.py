@@ -14,17 +14,18 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .eval_mode import module_of
+from .precision import full_float32
 
 
 @contextmanager
 def reading(device: torch.device) -> Iterator[None]:
-    """Block with gradients on and compilation off; random states are restored, batch norm in train mode is refused."""
+    """Block with gradients on, compilation and TF32 off; restores random states, refuses batch norm in train mode."""
     handle = register_module_forward_pre_hook(_refuse_module)
     python_state = random.getstate()
     devices = [] if device.type == "cpu" else [device]
     fork = torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), fork, _uncompiled():
+        with torch.inference_mode(False), torch.enable_grad(), fork, _uncompiled(), full_float32():
             yield
     finally:
         random.setstate(python_state)

@@ -13,7 +13,8 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from ..functional.checks import check_integer, check_seed
-from ..functional.jacobian import check_output, check_projections, gbr
+from ..functional.jacobian import check_forward, check_output, check_projections, squared_norms
+from ..functional.precision import full_float32
 from .intervals import bootstrap_interval
 from .samples import FixedSamples
 from .untouched import untouched
@@ -22,6 +23,10 @@ SPACES = {
     "normalized": "what the network receives, after the data_preprocessor",
     "pixel": "pixels in 0..255, before the data_preprocessor",
 }
+
+# Of the first batch; three are the least with which a dependence on earlier and on later samples shows.
+CHECKED_SAMPLES = 8
+BATCH_SIZE = 32  # as fast as larger ones on a CPU
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def measure_gbr(
     seeds = torch.randint(2**32, (len(samples),), generator=torch.Generator().manual_seed(int(seed)))
     positions = torch.arange(len(samples)).split([len(batch) for batch in samples.batches])
     values = torch.zeros(len(samples), dtype=torch.float64)
-    with untouched(model), torch.autocast(device.type, enabled=False):
+    with untouched(model), torch.autocast(device.type, enabled=False), full_float32():
         forward = None
         for number in samples.own:
             pixels, labels = samples.batch(number)
@@ -108,25 +113,55 @@ def measure_gbr(
             x = pixels.to(device).float()
             if space == "normalized":
                 x = _preprocess(model, x)
-            if forward is None:
-                forward, differentiated = _function(model, output, space, x)
             if output == "label_prob" and labels is None:
                 raise ValueError("dataset: 'label_prob' needs one gt_label for each sample")
+            labels = None if labels is None else labels.to(device)
+            if forward is None:
+                forward, differentiated = _function(model, output, space, x)
+                few = slice(CHECKED_SAMPLES)
+                check_forward(forward, x[few], differentiated, None if labels is None else labels[few])
             where = positions[number]
-            found = gbr(
-                forward,
-                x,
-                output=differentiated,
-                labels=None if labels is None else labels.to(device),
-                projections=projections,
-                seeds=seeds[where],
-                batch_size=len(x),
-            )
+            found = _as_memory_allows(forward, x, differentiated, labels, projections, seeds[where])
             values[where] = found.double().cpu()
             if progress is not None:
                 progress(len(x))
     all_reduce(values)
     return GBREstimate(values, time.perf_counter() - start)
+
+
+def pick_batch_size(device: torch.device, trained_with: int | None) -> int:
+    """Samples to differentiate at a time: 32, on a GPU as many as the training batch has, if that is more.
+
+    A measurement needs no more memory than a training step of as many pictures, because it keeps no gradients of
+    weights; what is too much all the same (training in half precision) is split.
+
+    Args:
+        device: Of the model.
+        trained_with: Batch size of the training data loader; None: not known.
+    """
+    return BATCH_SIZE if device.type == "cpu" else max(BATCH_SIZE, trained_with or 0)
+
+
+def _as_memory_allows(
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    output: str,
+    labels: Tensor | None,
+    projections: int | None,
+    seeds: Tensor,
+) -> Tensor:
+    """:func:`squared_norms` of a batch, or of its halves, quarters, ... where the device has too little memory."""
+    try:
+        return squared_norms(forward, x, output, labels, projections, seeds)
+    except torch.OutOfMemoryError:
+        if len(x) == 1:
+            raise
+    half = len(x) // 2  # out of the handler, because the exception holds the tensors that filled the memory
+    parts = [
+        _as_memory_allows(forward, x[part], output, None if labels is None else labels[part], projections, seeds[part])
+        for part in (slice(half), slice(half, None))
+    ]
+    return torch.cat(parts)
 
 
 def input_unit(model: BaseModel, space: str) -> str:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..functional.attack import LEAST_EPS, MAX_STEPS, input_gradient, other_unit, pgd, sign_step
 from ..functional.checks import check_integer, check_number, check_seed
+from ..functional.precision import full_float32
 from .samples import PIXEL_MAX, PixelSpan, WithoutReplacement
 from .spread import spread
 from .untouched import untouched
@@ -179,7 +180,7 @@ def measure_robustness(
         rows = [read, labels, ~_nonzero(gradient), logits.argmax(1), *(classify(x).argmax(1) for x in adversarial)]
         return torch.stack([row.long() for row in rows])
 
-    with untouched(classify):
+    with untouched(classify), full_float32():
         for done, (i, (pixels, labels)) in enumerate(zip(own, loader, strict=True), 1):
             if len(labels):
                 spans.append(PixelSpan.of(pixels))

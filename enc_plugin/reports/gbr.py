@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..build import build_dataset, load_config, load_model, pick_device
 from ..checkpoint import file_sha256
-from ..measuring.gbr import check_options, input_unit, measure_gbr
+from ..measuring.gbr import check_options, input_unit, measure_gbr, pick_batch_size
 from ..measuring.samples import FixedSamples, choose_samples, find_pipeline
 from ..refused import require_file
 from ..table import format_table
@@ -33,7 +33,7 @@ def measure_checkpoints(
     *,
     outputs: Sequence[str] = ("logits",),
     num_samples: int | None = 512,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     projections: int | None = None,
     space: str = "normalized",
     seed: int = 0,
@@ -49,7 +49,7 @@ def measure_checkpoints(
         checkpoints: Checkpoints of that model.
         outputs: Any of ``'logits'``, ``'probs'``, ``'label_prob'``.
         num_samples: How many training samples; None: all.
-        batch_size: Samples differentiated at a time.
+        batch_size: Samples differentiated at a time; None: as :class:`enc_plugin.engine.GBRHook` does.
         projections: Random orthonormal output directions for each sample; None: exact.
         space: ``'normalized'`` or ``'pixel'``, see :class:`enc_plugin.engine.GBRHook`.
         seed: Of the choice of samples and of the directions.
@@ -81,7 +81,8 @@ def measure_checkpoints(
         raise ValueError("config: neither val_dataloader nor test_dataloader has a pipeline to read the samples with")
     dataset = build_dataset(cfg, "train")
     with DefaultScope.overwrite_default_scope("mmpretrain"):
-        samples = FixedSamples(dataset, pipeline, choose_samples(dataset, num_samples, seed), batch_size)
+        size = batch_size or pick_batch_size(device, cfg.train_dataloader.get("batch_size"))
+        samples = FixedSamples(dataset, pipeline, choose_samples(dataset, num_samples, seed), size)
         samples.read()
         if space == "pixel":
             samples.check_pixels()

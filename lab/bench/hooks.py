@@ -18,6 +18,7 @@ from mmengine.registry import DATASETS, RUNNERS
 from mmpretrain.datasets import BaseDataset
 
 import enc_plugin  # noqa: F401
+from enc_plugin.build import stack_pictures
 from lab import ROOT
 
 BATCH, BATCH_VAL, EPOCH = 128, 250, 50_000
@@ -111,7 +112,9 @@ def run(rounds: int = 3, iterations: int = 20, validation: int = 10_000, samples
     """``rounds`` epochs of ``iterations`` steps and a validation; about five minutes on a quiet core."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work_dir:
-        runner = RUNNERS.build(config(work_dir, rounds, iterations, validation, samples))
+        cfg = config(work_dir, rounds, iterations, validation, samples)
+        stack_pictures(cfg)
+        runner = RUNNERS.build(cfg)
         seconds = {label(hook): time_stages(hook) for hook in runner.hooks}
         runner.train()
         whole = statistics.median(runner.message_hub.get_scalar("train/time").data[0])  # of an iteration with its hooks

@@ -16,10 +16,11 @@ import torch
 from mmengine.registry import RUNNERS
 from torch import nn
 
+from enc_plugin.build import stack_pictures
 from enc_plugin.measuring.untouched import unwrap
 from enc_plugin.reports.compare import load_run
 
-from ..provenance import provenance
+from ..provenance import gpu, provenance
 from .grid import PlannedRun
 from .measures import measure
 
@@ -90,6 +91,7 @@ def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | 
         measured = _train_and_measure(run, work_dir, root)
         finite = math.isfinite(measured["final"]["test_loss"])
         result |= {"status": FINISHED if finite else DIVERGED, **measured}
+        result["provenance"] |= gpu()  # the run has set cuDNN since
     except FloatingPointError as error:  # ENCGuardHook has stopped it
         result |= {"status": DIVERGED, "error": str(error)}
     except Exception as error:  # a failed run is a result too: it is listed, and not tried again and again
@@ -107,6 +109,7 @@ def _train_and_measure(run: PlannedRun, work_dir: Path, root: str | Path) -> dic
     cfg.launcher = "none"
     cfg.resume = (work_dir / "last_checkpoint").is_file()
     cfg.experiment_name = run.id.replace("/", "_")
+    stack_pictures(cfg)
     runner = RUNNERS.build(cfg)
     _channels_last(unwrap(runner.model))
     runner.train()

@@ -16,6 +16,7 @@ from torchvision.ops import StochasticDepth
 
 from enc_plugin import to_enc
 from enc_plugin.functional import gbr, gbr_penalty
+from enc_plugin.functional.jacobian import _drawn_frames
 
 
 class _DenseTail(nn.Module):
@@ -420,3 +421,25 @@ def test_the_penalty_is_unbiased():
     exact = gbr(net, x)
     spread = gbr(net, many.detach(), projections=1, generator=torch.Generator().manual_seed(3)).std()
     assert abs(found - exact.mean()) < 4 * spread / math.sqrt(len(many))
+
+
+@pytest.mark.parametrize("projections", [1, 3])
+def test_directions_drawn_for_a_batch_are_orthonormal_and_point_everywhere_alike(projections):
+    """What a GPU draws; E[v v^T] = 1 / C is what makes the estimate unbiased."""
+    generator = torch.Generator().manual_seed(0)
+    count, size = 20_000, 5
+    frames = _drawn_frames(torch.zeros(count, size).double(), projections, generator, torch.device("cpu"))
+    assert frames.shape == (projections, count, size)
+    gram = torch.einsum("pnc,qnc->npq", frames, frames)
+    torch.testing.assert_close(gram, torch.eye(projections).double().expand_as(gram), rtol=0, atol=1e-6)
+    for one in frames:
+        torch.testing.assert_close(one.T @ one / count, torch.eye(size).double() / size, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("projections", [1, 2, 3])
+def test_the_penalty_of_outputs_on_an_accelerator_reads_nothing_from_it(projections):
+    """Tensors of the meta device have no values: whatever would read one raises."""
+    x = torch.empty(4, 5, device="meta", requires_grad=True)
+    penalty = gbr_penalty(x, x @ torch.empty(5, 3, device="meta"), projections=projections)
+    assert penalty.device.type == "meta"
+    assert penalty.shape == ()

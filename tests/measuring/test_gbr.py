@@ -9,7 +9,7 @@ from mmpretrain.structures import DataSample
 from torch import nn
 from torch.utils.data import Dataset
 
-from enc_plugin.measuring.gbr import input_unit, measure_gbr
+from enc_plugin.measuring.gbr import input_unit, measure_gbr, pick_batch_size
 from enc_plugin.measuring.samples import FixedSamples
 
 HEADS = {
@@ -102,3 +102,47 @@ def test_the_unit_of_the_input_says_whether_the_model_normalises():
     assert input_unit(classifier(head, **NORMALISED), "normalized") == "per squared standard deviation of the input"
     assert "does not normalise" in input_unit(classifier(head), "normalized")
     assert input_unit(classifier(head), "pixel") == "per squared gray level, 1/255 of the pixel range"
+
+
+class _Counting(nn.Module):
+    """Logits of a linear map, with the sizes of the batches that came."""
+
+    def __init__(self, most=100, mix=False):
+        super().__init__()
+        self.net, self.sizes, self.most, self.mix = classifier(HEADS["softmax"][0], **NORMALISED), [], most, mix
+        self.data_preprocessor = self.net.data_preprocessor
+
+    def forward(self, inputs, mode):
+        self.sizes.append(len(inputs))
+        if len(inputs) > self.most:
+            raise torch.OutOfMemoryError
+        return self.net(inputs - inputs.mean(0) if self.mix else inputs, mode=mode)
+
+
+class _Many(Noise):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return super().__getitem__(index % 5)
+
+
+def test_a_measurement_checks_its_network_once_and_on_a_few_samples():
+    model = _Counting()
+    measure_gbr(model, FixedSamples(_Many(), [], range(40), 10))
+    assert model.sizes == [8, 1, 10, 10, 10, 10]  # eight samples, one of which is taken alone too
+    with pytest.raises(ValueError, match="depends on other samples"):
+        measure_gbr(_Counting(mix=True), FixedSamples(_Many(), [], range(40), 10))
+
+
+def test_batches_that_do_not_fit_into_the_memory_are_split_and_give_the_same_values():
+    samples = FixedSamples(_Many(), [], range(40), 20)
+    whole, split = (measure_gbr(_Counting(most), samples, projections=2) for most in (100, 8))
+    torch.testing.assert_close(split.values, whole.values, rtol=1e-5, atol=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_gbr(_Counting(most=0), samples)
+
+
+def test_a_gpu_measures_in_batches_of_the_training_batch_and_a_cpu_in_those_of_32():
+    assert pick_batch_size(torch.device("cpu"), 256) == 32
+    assert [pick_batch_size(torch.device("cuda"), size) for size in (None, 8, 256)] == [32, 32, 256]

@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 0
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 COMPAT := oldest onedl
 
-.PHONY: setup demo test test-crash test-slow test-matrix test-architectures test-long test-compat test-ecosystem lint bench study zoo clean
+.PHONY: setup demo test test-crash test-slow test-matrix test-architectures test-long test-cuda test-compat test-ecosystem lint bench study zoo clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ test-architectures: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests/test_long_training.py
+
+# What a CUDA device computes and how training runs on it; where there is none, every test skips and says so.
+test-cuda: $(STAMP)
+	$(BIN)/python -m pytest -rs tests/cuda
 
 # The suite on the oldest versions that pyproject.toml admits, and on the maintained forks of the OpenMMLab stack.
 test-compat: $(COMPAT:%=test-%)

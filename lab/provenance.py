@@ -46,7 +46,7 @@ def gpu() -> dict[str, dict[str, object]]:
     return {
         "gpu": {
             "name": torch.cuda.get_device_name(),
-            "driver": _driver(torch.cuda.current_device()),
+            "driver": _driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "float32": float32_formats(),
@@ -56,12 +56,13 @@ def gpu() -> dict[str, dict[str, object]]:
     }
 
 
-def _driver(device: int) -> str:
-    command = ["nvidia-smi", f"--id={device}", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     except FileNotFoundError:
-        return "unknown"
+        lines = []
+    return lines[0].strip() if lines else "unknown"
 
 
 def _git(root: str | Path, *arguments: str) -> str:

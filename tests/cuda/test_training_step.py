@@ -130,10 +130,13 @@ def test_no_part_of_a_training_step_waits_for_the_device(device):
     unread_step = pytest.importorskip("enc_plugin.engine.unread_step", reason="the guard needs mmengine")
     nets = [network(variant).to(device) for variant in VARIANTS]
     optimizers = [optimizer_of(net, fused=i % 2 == 0) for i, net in enumerate(nets)]
+    steps = []
+
+    def look(optimizer, args, kwargs) -> None:
+        steps.append(unread_step.UnreadStep(p for group in optimizer.param_groups for p in group["params"]))
+
     for optimizer in optimizers:
-        optimizer.register_step_pre_hook(
-            lambda optimizer, *_: unread_step.UnreadStep(p for g in optimizer.param_groups for p in g["params"])
-        )
+        optimizer.register_step_pre_hook(look)
     images, labels = batch(device)
 
     def step(net, optimizer):
@@ -154,3 +157,5 @@ def test_no_part_of_a_training_step_waits_for_the_device(device):
             step(*pair)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 2 * len(nets)
+    assert all(taken.is_finite() for taken in steps)

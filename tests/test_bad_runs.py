@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from enc_plugin import ENCConv2d, ENCLinear, to_enc
-from enc_plugin.engine.guard_hook import check_work_dir
+from enc_plugin.engine.preflight import check_work_dir
 
 
 @HOOKS.register_module()

@@ -13,7 +13,8 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
 from ..functional.checks import check_integer, check_seed, check_type
 from ..measuring.gbr import check_options, input_unit, measure_gbr, pick_batch_size
-from ..measuring.samples import FixedSamples, choose_samples, find_pipeline
+from ..measuring.pipelines import find_pipeline
+from ..measuring.samples import FixedSamples, choose_samples
 from ..measuring.untouched import statistics_note, untouched, unwrap
 from .scalars import Group, Scalar
 from .validated import ValidatedNetworkHook, describe_weights, record

@@ -1,16 +1,18 @@
-"""What a run would stumble over late, found before its first step; the doctor asks the same of a config."""
+"""Checks before training of what a run would fail at later; the doctor makes them of a config, too."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
@@ -19,11 +21,67 @@ from torch.utils.data import Dataset
 
 from ..build import NO_SAMPLES, named_parts, stack_pictures
 from ..convert import enc_layers
+from ..functional.checks import check_integer, check_type
 from ..layers import ENC_LAYERS
-from ..measuring.batches import learns_nothing, sample_of
+from ..measuring.batches import learns_nothing
+from ..measuring.pipelines import sample_of
+from ..measuring.untouched import unwrap
 from ..refused import Refused, describe
 
 _IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+def check_work_dir(work_dir: str | Path) -> None:
+    """Make the work dir, and refuse one that cannot be written to.
+
+    Args:
+        work_dir: Folder for logs and checkpoints.
+
+    Raises:
+        TypeError: If it is no path.
+        ValueError: If a file is in its place, or the disk is full or read-only.
+    """
+    check_type("work_dir", work_dir, (str, Path), "a folder's path")
+    try:
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work_dir) as file:
+            file.write(bytes(1 << 16))  # a full disk still takes an empty file
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(path for path in (Path(work_dir), *Path(work_dir).parents) if path.exists())
+        raise ValueError(f"work_dir: {file} is a file, and no folder; name another") from error
+    except OSError as error:
+        raise ValueError(
+            f"work_dir: {work_dir} cannot be written to ({error.strerror}); make room or name another folder"
+        ) from error
+
+
+def check_loop(train_cfg: Mapping | None) -> None:
+    """Refuse numbers of epochs and intervals that mmengine would stumble over after the first epoch.
+
+    Args:
+        train_cfg: Of the runner; other objects than dicts are left to mmengine.
+
+    Raises:
+        TypeError: If one is no integer.
+        ValueError: If one is below 1.
+    """
+    if isinstance(train_cfg, Mapping):
+        for name in ("max_epochs", "max_iters", "val_interval", "val_begin"):
+            if train_cfg.get(name) is not None:
+                check_integer(f"train_cfg.{name}", train_cfg[name], 1)
+
+
+def check_room(runner: Runner) -> None:
+    """Raise ``ValueError`` where the work dir has no room for one checkpoint."""
+    saves = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+    tensors = unwrap(runner.model).state_dict().values()
+    needed = sum(t.numel() * t.element_size() for t in tensors) * (1 + any(hook.save_optimizer for hook in saves))
+    free = shutil.disk_usage(runner.work_dir).free
+    if saves and free < needed:
+        raise ValueError(
+            f"work_dir: {runner.work_dir} has {free / 1e6:.1f} MB free, and a checkpoint takes about "
+            f"{needed / 1e6:.1f} MB; make room or name another folder"
+        )
 
 
 def find_labels(name: str, dataset: Dataset, num_classes: int | None) -> list[str]:

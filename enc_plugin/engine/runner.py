@@ -22,17 +22,17 @@ from torch.utils.data import DataLoader
 from ..build import make_dataset, part_class
 from ..checkpoint import find_damage, latest_checkpoint, replacing
 from ..convert import enc_layers
-from ..measuring.batches import on_all_ranks
+from ..measuring.ranks import on_all_ranks
 from ..measuring.untouched import unwrap
 from ..refused import Refused, describe, require_file
 from ..surgery.loading import Loading, check_trained_as
 from ..surgery.startup_average import average_from_start
 from .amp import without_cuda
 from .checkpoint_hook import ENCCheckpointHook
-from .guard_hook import ENCGuardHook, check_loop, check_work_dir
+from .guard_hook import ENCGuardHook
 from .limits import check_distributed, refuse_strategy
 from .loadable import make_loadable
-from .preflight import why_step_fails
+from .preflight import check_loop, check_work_dir, why_step_fails
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
 

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from mmengine.dataset import Compose, InfiniteSampler
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import all_gather_object, get_world_size
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..convert import enc_layers
-from ..refused import describe
+from .pipelines import sample_of
 from .untouched import recomputed, untouched
-
-T = TypeVar("T")
-
-
-def on_all_ranks(check: Callable[[], T]) -> T:
-    """Run ``check`` on every rank; where it fails on one, all raise, so that none waits for the others for ever.
-
-    Raises:
-        ValueError: With the message of a rank on which the check failed.
-    """
-    result, error = None, None
-    try:
-        result = check()
-    except Exception as caught:
-        error = caught
-    is_clear = isinstance(error, (ValueError, TypeError))
-    messages = all_gather_object(None if error is None else str(error) if is_clear else describe(error))
-    if error is not None:
-        raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise ValueError(f"{message} (found by process {rank})")
-    return result
 
 
 def check_batches(loader: DataLoader, model: nn.Module, steps: int | None = None) -> None:
@@ -174,18 +149,6 @@ def _cannot_normalise(norms: list[str], model: nn.Module) -> str:
 def _batch(loader: DataLoader, model: nn.Module, size: int) -> dict[str, Any]:
     samples = [sample_of(loader.dataset, index % len(loader.dataset)) for index in range(size)]
     return model.data_preprocessor(loader.collate_fn(samples), True)
-
-
-def sample_of(dataset: Dataset, index: int) -> Any:
-    """A sample as training gets it, by a copy of the transforms: some own a random generator."""
-    inner = dataset
-    while not hasattr(inner, "pipeline"):
-        inner = getattr(inner, "dataset", None) or next(iter(getattr(inner, "datasets", [])), None)
-        if inner is None:
-            return dataset[index]
-    transforms = Compose(copy.deepcopy(getattr(inner.pipeline, "transforms", inner.pipeline)))
-    sample = transforms(dataset.get_data_info(index)) if hasattr(dataset, "get_data_info") else None
-    return dataset[index] if sample is None else sample  # it takes another one for a picture that is damaged
 
 
 def learns_nothing(head: nn.Module) -> bool:

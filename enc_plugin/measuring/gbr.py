@@ -16,6 +16,7 @@ from ..functional.checks import check_integer, check_seed
 from ..functional.jacobian import check_forward, check_output, check_projections, squared_norms
 from ..functional.precision import full_float32
 from .intervals import bootstrap_interval
+from .pixels import preprocess
 from .samples import FixedSamples
 from .untouched import untouched
 
@@ -112,7 +113,7 @@ def measure_gbr(
                 continue
             x = pixels.to(device).float()
             if space == "normalized":
-                x = _preprocess(model, x)
+                x = preprocess(model, x)
             if output == "label_prob" and labels is None:
                 raise ValueError("dataset: 'label_prob' needs one gt_label for each sample")
             labels = None if labels is None else labels.to(device)
@@ -180,7 +181,7 @@ def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Cal
     """
 
     def run(mode: str) -> Callable[[Tensor], Tensor | list]:
-        return lambda x: model(_preprocess(model, x) if space == "pixel" else x, mode=mode)
+        return lambda x: model(preprocess(model, x) if space == "pixel" else x, mode=mode)
 
     def scores(x: Tensor) -> Tensor:
         return torch.stack([sample.pred_score for sample in run("predict")(x)])
@@ -208,10 +209,6 @@ def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Cal
             "of its logits; measure 'probs' (the scores that it predicts) or 'logits'"
         )
     return scores, "logits"
-
-
-def _preprocess(model: BaseModel, pixels: Tensor) -> Tensor:
-    return model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
 
 
 def check_options(output: str, projections: int | None, space: str, num_samples: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,45 +9,23 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce, get_dist_info
-from mmengine.evaluator import Evaluator
+from mmengine.dist import all_reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..functional.attack import LEAST_EPS, MAX_STEPS, input_gradient, other_unit, pgd, sign_step
 from ..functional.checks import check_integer, check_number, check_seed
 from ..functional.precision import full_float32
-from .samples import PIXEL_MAX, PixelSpan, WithoutReplacement
+from .pipelines import WithoutReplacement
+from .pixels import PIXEL_MAX, PixelClassifier, PixelSpan, collate_pixels
+from .ranks import joined, own_share
+from .samples import in_batches
 from .spread import spread
 from .untouched import untouched
 
 ZERO_GRAD_LIMIT = 0.01  # share of samples without any gradient above which the attack says little
 CHECKED_SAMPLES = 64
 PGD_MARGIN = 10.0  # percentage points that FGSM may leave above PGD
-
-
-class PixelClassifier(nn.Module):
-    """Logits of a classifier as a function of pixels: its ``data_preprocessor`` (mean, std, channel order) lies within.
-
-    Runs in float32 whatever autocast is active around it, as mmengine's validation does.
-
-    Args:
-        model: Classifier of mmpretrain: ``ENCImageClassifier``, ``ImageClassifier``, ``TimmClassifier``.
-
-    Shape:
-        ``(N, C, H, W)`` pixels in 0..255, as the pipeline's ``PackInputs`` delivers them -> ``(N, classes)`` logits.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.training = model.training  # train() would reach into the model and wake frozen layers
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Normalise as the model's data preprocessor does, then classify."""
-        with torch.autocast(pixels.device.type, enabled=False):
-            inputs = self.model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
-            return self.model(inputs, mode="tensor")
 
 
 @dataclass(frozen=True)
@@ -141,14 +118,12 @@ def measure_robustness(
     """
     start = time.perf_counter()
     eps = check_pixel_eps(eps)
-    for name, value, minimum in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        check_integer(name, value, minimum)
+    check_integer("num_workers", num_workers, 0)
     check_integer("pgd_steps", pgd_steps, 0, below=MAX_STEPS)
     check_seed("seed", seed)
     indices = spread(len(dataset), num_samples)
-    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    rank, world_size = get_dist_info()
-    own = range(rank, len(batches), world_size)
+    batches = in_batches(indices, batch_size)
+    own = own_share(len(batches))
     loader = DataLoader(
         WithoutReplacement(dataset),
         batch_sampler=[batches[i] for i in own],
@@ -189,7 +164,7 @@ def measure_robustness(
             if progress is not None:
                 progress(done, len(own))
     all_reduce(table)
-    PixelSpan.join([span for part in all_gather_object(spans) for span in part]).check()
+    PixelSpan.join(joined(spans)).check()
 
     table = table[1:, table[0] == 1]
     if not table.shape[1]:
@@ -221,30 +196,6 @@ def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:
     return values
 
 
-def collate_pixels(samples: Sequence[dict | None]) -> tuple[Tensor, Tensor]:
-    """Pixels ``(N, C, H, W)`` in their own dtype and labels ``(N,)`` of packed samples, without those that are None.
-
-    Raises:
-        ValueError: If sizes differ, a pixel is out of the range, or a sample has no single label.
-    """
-    samples = [sample for sample in samples if sample is not None]
-    if not samples:
-        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    inputs = [sample["inputs"] for sample in samples]
-    shapes = {tuple(x.shape) for x in inputs}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"dataset: expected images of one size, got {', '.join(map(str, sorted(shapes)))}; resize or crop them "
-            "in the test pipeline, or use batch_size=1"
-        )
-    pixels = torch.stack(inputs)
-    PixelSpan.of(pixels).check(whole=False)
-    labels = [sample["data_samples"].get("gt_label") for sample in samples]
-    if any(label is None or label.numel() != 1 for label in labels):
-        raise ValueError("dataset: expected one gt_label for each sample; attacks use the true label")
-    return pixels, torch.cat(labels)
-
-
 def check_dataset(dataset: Dataset, num_samples: int | None) -> None:
     """Raise ``ValueError`` if some of the samples that an attack would meet show that it cannot be made.
 
@@ -263,18 +214,7 @@ def _nonzero(gradient: Tensor) -> Tensor:
 
 
 def _accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy in percent by mmpretrain's metric, from predictions that every rank holds in full."""
+    """Top-1 accuracy in percent, as mmpretrain's metric computes it."""
     from mmpretrain.evaluation import Accuracy  # here: the hooks register with mmengine alone
 
-    rank, world_size = get_dist_info()
-    count = len(labels)
-    # The evaluator takes the ranks' results in turn and drops what exceeds the count: pad the last turn.
-    own = [min(turn * world_size + rank, count - 1) for turn in range(math.ceil(count / world_size))]
-    evaluator = Evaluator(Accuracy(topk=(1,), collect_device="gpu"))  # 'cpu' would go through files
-    evaluator.process(
-        [
-            {"pred_label": torch.tensor([p]), "gt_label": torch.tensor([t])}
-            for p, t in zip(predicted[own].tolist(), labels[own].tolist(), strict=True)
-        ]
-    )
-    return evaluator.evaluate(count)["accuracy/top1"]
+    return Accuracy.calculate(predicted, labels).item()

@@ -23,14 +23,9 @@ from ..build import build_dataset, load_config, load_model, pick_device
 from ..checkpoint import file_sha256
 from ..convert import format_table
 from ..functional import fgsm
-from ..measuring.robustness import (
-    PixelClassifier,
-    Robustness,
-    check_pixel_eps,
-    collate_pixels,
-    measure_robustness,
-)
-from ..measuring.samples import PIXEL_MAX, WithoutReplacement
+from ..measuring.pipelines import WithoutReplacement
+from ..measuring.pixels import PIXEL_MAX, PixelClassifier, collate_pixels
+from ..measuring.robustness import Robustness, check_pixel_eps, measure_robustness
 from ..measuring.spread import spread
 from ..measuring.untouched import untouched
 from ..refused import Refused, require_file

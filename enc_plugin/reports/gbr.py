@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..build import build_dataset, load_config, load_model, pick_device
 from ..checkpoint import file_sha256
 from ..measuring.gbr import check_options, input_unit, measure_gbr, pick_batch_size
-from ..measuring.samples import FixedSamples, choose_samples, find_pipeline
+from ..measuring.pipelines import find_pipeline
+from ..measuring.samples import FixedSamples, choose_samples
 from ..refused import require_file
 from ..table import format_table
 from ..version import __version__

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from enc_plugin.convert import audit
 from enc_plugin.functional import map_spectral_norm, residual_log_bound
-from enc_plugin.measuring.robustness import PixelClassifier, collate_pixels, measure_robustness
-from enc_plugin.measuring.samples import find_pipeline
+from enc_plugin.measuring.pipelines import find_pipeline
+from enc_plugin.measuring.pixels import PixelClassifier, collate_pixels
+from enc_plugin.measuring.robustness import measure_robustness
 from enc_plugin.measuring.spread import spread
 from enc_plugin.measuring.untouched import untouched, unwrap
 from enc_plugin.surgery.folded import FoldedAudit

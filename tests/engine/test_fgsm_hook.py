@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from enc_plugin.engine import FGSMHook
-from enc_plugin.measuring.robustness import PixelClassifier, Robustness, measure_robustness, spread
+from enc_plugin.measuring.pixels import PixelClassifier
+from enc_plugin.measuring.robustness import Robustness, measure_robustness, spread
 from enc_plugin.measuring.untouched import untouched
 
 MEAN, STD = [120.0, 115.0, 100.0], [60.0, 65.0, 70.0]

@@ -13,7 +13,8 @@ from torch import nn
 
 from enc_plugin.datasets import Digits
 from enc_plugin.engine import GBRHook
-from enc_plugin.measuring.samples import FixedSamples, choose_samples, find_pipeline
+from enc_plugin.measuring.pipelines import find_pipeline
+from enc_plugin.measuring.samples import FixedSamples, choose_samples
 
 PACK = [dict(type="PackInputs")]
 

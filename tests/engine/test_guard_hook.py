@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from enc_plugin.engine.guard_hook import number_of_classes
+from enc_plugin.engine.preflight import number_of_classes
 from enc_plugin.measuring.batches import check_batches, learns_nothing, norms_of_single_values
 from enc_plugin.models import ResNetCIFAR6n
 

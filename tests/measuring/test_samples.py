@@ -16,8 +16,9 @@ from mmpretrain.datasets import CustomDataset, KFoldDataset
 from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset, Subset
 
+from enc_plugin.measuring.pipelines import WithoutReplacement
 from enc_plugin.measuring.robustness import check_dataset, measure_robustness
-from enc_plugin.measuring.samples import FixedSamples, WithoutReplacement, choose_samples
+from enc_plugin.measuring.samples import FixedSamples, choose_samples
 
 ARCHIVES = {"train": 10, "more": 90, "val": 200}  # first grey level; the keys of all begin at 0
 

@@ -1,12 +1,14 @@
-"""How much weight decay acts in a run that a config describes."""
+"""How much weight decay acts in a run: of a config before it, and of optimizers as they step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS, DefaultScope
+from torch import Tensor
 
 from ..build import part_class
 from ..functional import decay_efolds
@@ -30,10 +32,59 @@ def config_efolds(cfg: Config, iterations: int) -> float | None:
     kind = part_class(optimizer, OPTIMIZERS)
     if kind not in (torch.optim.SGD, torch.optim.AdamW):
         return None
-    is_sgd = kind is torch.optim.SGD
-    momentum = {key: optimizer.get(key, 0.0) for key in ("momentum", "dampening")} if is_sgd else {}
-    decay = optimizer.get("weight_decay", 0.0 if is_sgd else 0.01)
-    return decay_efolds(learning_rates(cfg, iterations), decay, **momentum)
+    defaults = {"weight_decay": 0.0 if kind is torch.optim.SGD else 0.01}
+    return decay_efolds(learning_rates(cfg, iterations), **_settings(kind, defaults | optimizer))
+
+
+class DecayTally:
+    """E-folds of weight decay as they accumulate, step by step, with the learning rate and decay that each step has.
+
+    They are those of :func:`enc_plugin.functional.decay_efolds` for each group of parameters. A group without a
+    gradient does not decay and does not count. A learning rate that is a tensor is added up on its device: a step never
+    waits for it.
+
+    Args:
+        optimizers: Whose steps are counted from now on; only SGD and AdamW have e-folds.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]):
+        kinds = (torch.optim.SGD, torch.optim.AdamW)
+        self._optimizers = {o: kind for o in optimizers for kind in kinds if isinstance(o, kind)}
+        self._sums: list[list[float | Tensor]] = [[0.0 for _ in o.param_groups] for o in self._optimizers]
+        for optimizer in self._optimizers:
+            optimizer.register_step_post_hook(self._add)
+
+    def _add(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        sums = self._sums[list(self._optimizers).index(optimizer)]
+        for i, group in enumerate(optimizer.param_groups):
+            if any(p.grad is not None for p in group["params"]):
+                lr = group["lr"].double() if isinstance(group["lr"], Tensor) else group["lr"]
+                sums[i] = sums[i] + decay_efolds([lr], **_settings(self._optimizers[optimizer], group))
+
+    def of(self, weight: Tensor) -> float | None:
+        """E-folds of the group that holds a weight, 0 for one that is frozen; None if no optimizer of ours has it."""
+        for optimizer, sums in zip(self._optimizers, self._sums, strict=True):
+            for group, total in zip(optimizer.param_groups, sums, strict=True):
+                if any(p is weight for p in group["params"]):
+                    return float(total) if weight.requires_grad else 0.0
+        return None
+
+    def state(self) -> list[list[float]]:
+        """The sums of each optimizer's groups, for a checkpoint."""
+        return [[float(total) for total in sums] for sums in self._sums]
+
+    def load(self, state: list[list[float]]) -> bool:
+        """Go on from what :meth:`state` returned; False, and from zero, if these are other optimizers or groups."""
+        same = [len(sums) for sums in state] == [len(sums) for sums in self._sums]
+        if same:
+            self._sums = [list(sums) for sums in state]
+        return same
+
+
+def _settings(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> dict[str, float]:
+    """Decay of a group, and what SGD's momentum makes of it; decoupled decay bypasses the moments."""
+    names = ("weight_decay", "momentum", "dampening") if kind is torch.optim.SGD else ("weight_decay",)
+    return {name: group[name] for name in names if name in group}
 
 
 def learning_rates(cfg: Config, iterations: int) -> Iterator[float]:

@@ -11,36 +11,38 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..convert import enc_layers
 from ..functional.weights import num_rows
 from ..layers import ENCLayer
 from ..measuring.untouched import unwrap
+from .efolds import DecayTally
 from .scalars import Group, Scalar
 
-QUANTITIES = {  # title and unit
+STEP = {  # of a measured step: title and unit
     "norm": ("Norm of the free weights W", "Frobenius norm of W"),
     "deviation": ("Deviation from the constraint", "|squared norm / alpha - 1|"),
     "angle": ("Rotation of W in one step", "angle (radians)"),
     "effective_lr": ("Effective learning rate", "lr / squared length of W"),
 }
-_GROUP = Group("Free weights", "Median over the ENC layers; band: smallest to largest.")
+_GROUP = Group("Free weights", "Median over the layers; band: smallest to largest.")
 
 
-def _scalars(quantity: str, title: str, unit: str) -> Iterator[Scalar]:
+def _scalars(quantity: str, title: str, unit: str, **options) -> Iterator[Scalar]:
     low, high = (f"enc_monitor/{quantity}/{bound}" for bound in ("min", "max"))
-    yield Scalar(f"enc_monitor/{quantity}/median", title, unit, _GROUP, log=True, band=(low, high), by_iteration=True)
-    yield from (Scalar(bound, title, unit, log=True, by_iteration=True) for bound in (low, high))
-    yield Scalar(f"enc_monitor/<layer>/{quantity}", f"{title}: <layer>", unit, log=True, by_iteration=True)
+    yield Scalar(f"enc_monitor/{quantity}/median", title, unit, _GROUP, band=(low, high), by_iteration=True, **options)
+    yield from (Scalar(bound, title, unit, by_iteration=True) for bound in (low, high))
+    yield Scalar(f"enc_monitor/<layer>/{quantity}", f"{title}: <layer>", unit, by_iteration=True)
 
 
 @HOOKS.register_module()
 class ENCMonitorHook(Hook):
-    r"""Logs norm, constraint, rotation and effective learning rate of the ENC layers every ``interval`` iterations.
+    r"""Logs norm, constraint, rotation, effective learning rate and decay of ENC layers every ``interval`` iterations.
 
-    The function of an ENC layer does not depend on the scale of W: only its direction is trained, at a speed that the
-    scale sets. For each layer, after the measured step:
+    The function of an ENC layer does not depend on the scale of W. Training changes only the direction of W, and the
+    scale sets how fast. For each layer, after the measured step:
 
     ================  ==========================================================================================
     ``norm``          :math:`\lVert W \rVert_F`
@@ -50,11 +52,16 @@ class ENCMonitorHook(Hook):
                       :math:`\lVert W\rVert_F` (eq. 20), the mean over rows of :math:`\lVert W_j\rVert` (21) and of
                       :math:`\lVert W_j - \bar W_j\rVert` (22), :math:`\lVert W - \bar W\rVert_F` (23). It is the
                       learning rate that the direction sees (momentum not counted)
+    ``efolds``        e-folds by which weight decay alone has lowered :math:`\lVert W\rVert^2` so far: twice decay
+                      times learning rate over (1 - momentum), summed over all steps with the group's own settings
+                      (:func:`enc_plugin.functional.decay_efolds`; SGD and AdamW). Below 1, decay has hardly acted
     ================  ==========================================================================================
 
     Scalars, with the iteration as step: ``enc_monitor/<quantity>/min``, ``/median`` and ``/max`` over the layers, which
     the log states in a line too; with ``per_layer`` also ``enc_monitor/<layer>/<quantity>``. With gradient accumulation
     the measurement waits for the iteration that steps. Only the main process measures: weights are equal on all.
+    Checkpoints hold the e-folds, so a resumed run goes on counting. Of a model without ENC layers, the e-folds of its
+    convolutions and linear layers are logged, and nothing else.
 
     It only reads. A measurement costs a copy of the weights, one pass over them, and one wait for the device.
 
@@ -67,7 +74,10 @@ class ENCMonitorHook(Hook):
     """
 
     priority = "HIGH"  # before ParamSchedulerHook changes the learning rate of the step
-    scalars = tuple(s for quantity, texts in QUANTITIES.items() for s in _scalars(quantity, *texts))
+    scalars = (
+        *(scalar for quantity, texts in STEP.items() for scalar in _scalars(quantity, *texts, log=True)),
+        *_scalars("efolds", "Weight decay so far", "e-folds of the squared norm of W", column="e-folds of decay"),
+    )
 
     def __init__(self, interval: int = 100, per_layer: bool = False):
         if interval < 1:
@@ -75,39 +85,65 @@ class ENCMonitorHook(Hook):
         self.interval = interval
         self.per_layer = per_layer
         self._layers: dict[str, ENCLayer] = {}
+        self._names: list[str] = []
         self._before: list[Tensor] | None = None
+        self._tally: DecayTally | None = None
+        self._saved: list[list[float]] | None = None
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep the e-folds until training goes on."""
+        self._saved = checkpoint.get("efolds")
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add the e-folds."""
+        if self._tally is not None:
+            checkpoint["efolds"] = self._tally.state()
 
     def before_train(self, runner: Runner) -> None:
-        """Find the layers."""
-        self._layers = dict(enc_layers(unwrap(runner.model)))
+        """Find the layers, and count the steps of the optimizers."""
+        model = unwrap(runner.model)
+        self._layers = dict(enc_layers(model))
+        self._names = [*self._layers] or [n for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
         if not self._layers:
-            runner.logger.warning("ENCMonitorHook: this model has no ENC layers, nothing is measured")
+            runner.logger.warning("ENCMonitorHook: this model has no ENC layers, only e-folds of decay are logged")
+        self._tally = DecayTally(wrapper.optimizer for wrapper in _wrappers(runner))
+        if runner.iter and not (self._saved and self._tally.load(self._saved)):
+            runner.logger.warning("ENCMonitorHook: the checkpoint has no e-folds of this optimizer: they start at 0")
 
     @master_only
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Keep the weights of before a step that is to be measured."""
-        if self._layers and self.every_n_train_iters(runner, self.interval):
+        if self.every_n_train_iters(runner, self.interval):
             self._before = [layer.enc_free_weight.detach().clone() for layer in self._layers.values()]
 
     @master_only
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
         """Measure and log, unless gradients are still being accumulated."""
-        wrapper = runner.optim_wrapper
-        wrappers = list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        wrappers = _wrappers(runner)
         if self._before is None or not all(w.should_update() for w in wrappers):
             return
-        layers = list(self._layers.values())
-        table = measure_step(layers, self._before, _learning_rates(wrappers, layers))
+        table: dict[str, Tensor] = {}
+        if self._layers:
+            layers = list(self._layers.values())
+            table = dict(zip(STEP, measure_step(layers, self._before, _learning_rates(wrappers, layers)), strict=True))
         self._before = None
+        weights = map(unwrap(runner.model).get_submodule, self._names)
+        efolds = [self._tally.of(layer.enc_free_weight if self._layers else layer.weight) for layer in weights]
+        if efolds and None not in efolds:
+            table["efolds"] = torch.tensor(efolds, dtype=torch.float64)
+        self._log(runner, table)
 
+    def _log(self, runner: Runner, table: dict[str, Tensor]) -> None:
         scalars, parts = {}, []
-        for quantity, values in zip(QUANTITIES, table, strict=True):
+        for quantity, values in table.items():
             summary = {"min": values.min(), "median": values.quantile(0.5), "max": values.max()}  # NaN passes through
             scalars |= {f"enc_monitor/{quantity}/{key}": value.item() for key, value in summary.items()}
             parts.append(f"{quantity} {summary['min']:.3g} / {summary['median']:.3g} / {summary['max']:.3g}")
-        if self.per_layer:
-            for name, values in zip(self._layers, table.T.tolist(), strict=True):
-                scalars |= {f"enc_monitor/{name}/{q}": value for q, value in zip(QUANTITIES, values, strict=True)}
+            if self.per_layer:
+                layers = zip(self._names, values.tolist(), strict=True)
+                scalars |= {f"enc_monitor/{name}/{quantity}": value for name, value in layers}
+        if not table:
+            return
         step = runner.iter + 1
         # Not through the message hub: the log of every later iteration would repeat its latest values.
         runner.visualizer.add_scalars(scalars, step=step, file_path=f"{runner.timestamp}.json")
@@ -148,6 +184,11 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
     angle = 2 * torch.asin((chord / 2).clamp(max=1))
     deviation = (effective.square() / alpha - 1).abs()
     return torch.stack([new, deviation, angle, host(learning_rates) / length.square()])
+
+
+def _wrappers(runner: Runner) -> list[OptimWrapper]:
+    wrapper = runner.optim_wrapper
+    return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
 def _learning_rates(wrappers: list[OptimWrapper], layers: list[ENCLayer]) -> list[float]:

@@ -1,12 +1,14 @@
-"""E-folds of whole configs against the sum written out, and against the learning rates of a real run."""
+"""E-folds of configs and of optimizers that step, against the sum written out and measured norms."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers import ROOT
 from mmengine.config import Config
 
-from enc_plugin.engine.efolds import config_efolds, learning_rates
+from enc_plugin import ENCLinear
+from enc_plugin.engine.efolds import DecayTally, config_efolds, learning_rates
 
 
 def test_the_papers_recipe_has_33_e_folds():
@@ -39,3 +41,46 @@ def test_momentum_plays_no_part_in_decoupled_decay_and_adam_has_no_e_folds():
     assert config_efolds(cfg, iterations=50) == pytest.approx(2 * 0.01 * 0.01 * 50)
     cfg.optim_wrapper.optimizer.type = "Adam"
     assert config_efolds(cfg, iterations=50) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.SGD, dict(momentum=0.9)),
+        (torch.optim.SGD, dict(momentum=0.5, dampening=0.5, foreach=True)),
+        (torch.optim.AdamW, {}),
+    ],
+)
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_the_tally_is_what_decay_takes_from_a_weight_with_zero_gradient(kind, settings, tensor_lr):
+    layers = [ENCLinear(8, 4, bias=False, dtype=torch.float64) for _ in range(3)]
+    start = [layer.weight.detach().clone() for layer in layers]
+    groups = [
+        dict(params=[layers[0].weight], weight_decay=0.02),
+        dict(params=[layers[1].weight], weight_decay=0.005),
+        dict(params=[layers[2].weight], weight_decay=0.02),
+    ]
+    optimizer = kind(groups, lr=torch.tensor(0.05) if tensor_lr else 0.05, **settings)
+    tally = DecayTally([optimizer])
+    for layer in layers[:2]:
+        layer.weight.grad = torch.zeros_like(layer.weight)  # the third has none: it does not decay
+    for step in range(400):
+        for group in optimizer.param_groups:
+            rate = 0.05 * (1 - step / 400)
+            group["lr"] = torch.tensor(rate) if tensor_lr else rate
+        optimizer.step()
+    lost = [(a.square().sum() / b.weight.detach().square().sum()).log().item() for a, b in zip(start, layers)]
+    found = [tally.of(layer.weight) for layer in layers]
+    assert found == pytest.approx(lost, rel=0.02)
+    assert found[0] == pytest.approx(4 * found[1])
+    assert (found[0] > 0.3, found[2]) == (True, 0.0)
+    again = DecayTally([optimizer])
+    assert again.load(tally.state())
+    assert [again.of(layer.weight) for layer in layers] == found
+    assert not DecayTally([]).load(tally.state())
+
+
+def test_optimizers_without_a_rate_of_decay_and_foreign_weights_have_no_tally():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    tally = DecayTally([torch.optim.Adam([weight])])
+    assert tally.of(weight) is None

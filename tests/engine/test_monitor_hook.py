@@ -16,7 +16,8 @@ from mmengine.registry import HOOKS
 
 from enc_plugin import ENCLinear
 from enc_plugin.convert import enc_layers
-from enc_plugin.engine.monitor_hook import QUANTITIES, ENCMonitorHook, measure_step
+from enc_plugin.engine.efolds import config_efolds
+from enc_plugin.engine.monitor_hook import STEP, ENCMonitorHook, measure_step
 
 
 @HOOKS.register_module(force=True)
@@ -136,7 +137,7 @@ def test_training_with_the_hook_gives_bit_identical_weights_and_optimizer_state(
 
 def test_without_per_layer_log_and_scalars_hold_summaries_alone(tmp_path):
     train(digits_config(tmp_path, epochs=2, custom_hooks=[dict(type="ENCMonitorHook", interval=3)]))
-    expected = {f"enc_monitor/{q}/{s}" for q in QUANTITIES for s in ("min", "median", "max")}
+    expected = {f"enc_monitor/{q}/{s}" for q in (*STEP, "efolds") for s in ("min", "median", "max")}
     for line in monitored(tmp_path):
         assert set(line) == expected | {"step"}
     text = next(tmp_path.glob("*/*.log")).read_text()
@@ -158,10 +159,22 @@ def test_with_accumulation_the_step_itself_is_measured(tmp_path):
         assert line["enc_monitor/backbone.conv1/angle"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_model_without_enc_layers_is_reported_and_trains(tmp_path):
-    train(digits_config(tmp_path, "resnet8_1xb64", custom_hooks=[dict(type="ENCMonitorHook", interval=1)]))
-    assert "ENCMonitorHook: this model has no ENC layers" in next(tmp_path.glob("*/*.log")).read_text()
-    assert monitored(tmp_path) == []
+@pytest.mark.parametrize("name", ["resnet8_enc-ws_1xb64", "resnet8_1xb64"])
+def test_the_last_e_folds_are_those_of_the_config_with_and_without_enc(tmp_path, name):
+    options = dict(optim_wrapper__optimizer__weight_decay=0.3, custom_hooks=[dict(type="ENCMonitorHook", interval=1)])
+    cfg = digits_config(tmp_path, name, epochs=2, **options)
+    cfg.param_scheduler = dict(type="CosineAnnealingLR", by_epoch=False, T_max=6)  # a rate that differs at each step
+    expected = config_efolds(cfg, iterations=3)
+    train(cfg)
+    lines = [line for line in scalars(tmp_path) if "enc_monitor/efolds/median" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    values = [line["enc_monitor/efolds/median"] for line in lines]
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx(expected, rel=1e-12)
+    assert lines[-1]["enc_monitor/efolds/min"] == lines[-1]["enc_monitor/efolds/max"] == values[-1]
+    if name == "resnet8_1xb64":
+        assert {key for line in lines for key in line if "/median" in key} == {"enc_monitor/efolds/median"}
+        assert "this model has no ENC layers, only e-folds" in next(tmp_path.glob("*/*.log")).read_text()
 
 
 @pytest.mark.parametrize("interval", [0, -3])

@@ -66,6 +66,7 @@ class _OwnNoise(BaseTransform):
 
 OWN_NOISE, PACK = dict(type="_OwnNoise"), dict(type="PackInputs")
 EMA = dict(type="EMAHook", momentum=0.1)
+MONITOR = dict(type="ENCMonitorHook", interval=1)
 EVERY_TWO = dict(type="CheckpointHook", by_epoch=False, interval=2)
 WORKERS = dict(train_dataloader__num_workers=2, val_dataloader__num_workers=1)
 PERSISTENT = WORKERS | dict(train_dataloader__persistent_workers=True, val_dataloader__persistent_workers=True)
@@ -81,7 +82,7 @@ CASES = {
     "workers": (WORKERS | MIXUP, dict(epoch=1), "epoch_3.pth"),
     "persistent workers": (PERSISTENT | MIXUP, dict(val=2), "epoch_3.pth"),
     "bf16, averaging, accumulation": (
-        dict(hooks=[EMA], optim_wrapper__type="AmpOptimWrapper", optim_wrapper__accumulative_counts=2),
+        dict(hooks=[EMA, MONITOR], optim_wrapper__type="AmpOptimWrapper", optim_wrapper__accumulative_counts=2),
         dict(epoch=1),
         "epoch_3.pth",
     ),
@@ -99,7 +100,7 @@ CASES = {
         "iter_9.pth",
     ),
     "within an epoch, workers": (WORKERS | dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
-    "at an epoch's last iteration": (dict(default_hooks__checkpoint=EVERY_TWO), dict(val=2), "iter_9.pth"),
+    "at an epoch's last iteration": (dict(hooks=[MONITOR], default_hooks__checkpoint=EVERY_TWO), dict(val=2), "iter_9.pth"),
     "iterations, before a validation": (by_iterations(interval=3), dict(val=2), "iter_9.pth"),
     "iterations, workers": (by_iterations(**WORKERS), dict(iter=5), "iter_9.pth"),
 }

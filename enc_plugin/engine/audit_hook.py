@@ -19,7 +19,7 @@ from ..surgery.eligible import refuse_weights_read_elsewhere
 from ..surgery.loading import enc_layers_of_plain_ones, why_not_plain
 from ..surgery.trace import RecordError, Trace, record
 from .limits import warn_of_recomputation
-from .scalars import Scalar
+from .scalars import Scalar, log_scalars
 
 DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
 
@@ -98,9 +98,7 @@ class ENCAuditHook(Hook):
             f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with a "
             f"batch norm of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"
         )
-        runner.visualizer.add_scalars(
-            {"enc/layers": len(table), "enc/max_deviation": table.max_deviation}, step=runner.epoch
-        )
+        log_scalars(runner, {"enc/layers": len(table), "enc/max_deviation": table.max_deviation}, runner.epoch)
         if not table.max_deviation < DEVIATION_LIMIT:  # NaN too
             worst = max(table, key=lambda row: math.inf if math.isnan(row.deviation) else row.deviation)
             runner.logger.warning(

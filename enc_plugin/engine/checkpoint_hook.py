@@ -64,7 +64,9 @@ class ENCCheckpointHook(CheckpointHook):
             with replacing(Path(runner.work_dir, "last_checkpoint")) as partial:
                 partial.write_text(self.last_ckpt)
             for old in outdated:
-                _remove(self.file_backend, self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)))
+                _remove_checkpoint(
+                    self.file_backend, self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
+                )
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """Save a new best as mmengine does, but in training alone: ``runner.val()`` by itself compares nothing."""
@@ -81,7 +83,7 @@ class ENCCheckpointHook(CheckpointHook):
         info = runner.message_hub.runtime_info
         current = {value for key, value in info.items() if key.startswith("best_ckpt")}
         for path in later.outdated - current:
-            _remove(backend, path)
+            _remove_checkpoint(backend, path)
 
 
 class _RemovesLater:
@@ -100,7 +102,7 @@ class _RemovesLater:
     rmtree = remove
 
 
-def _remove(backend, path: str) -> None:
+def _remove_checkpoint(backend, path: str) -> None:
     """Remove a checkpoint, a file or (sharded) a folder; it may be gone already."""
     if backend.isfile(path):
         backend.remove(path)

@@ -13,10 +13,10 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
 
-from .. import shift
 from ..build import part_class
 from ..functional.checks import check_type
 from ..optim import DEFAULT_SHIFT_EPS, DecayRules, describe_groups
+from ..shift import add_shift
 from .limits import refuse_sharding
 
 # What the decay rules know, then what concerns mmengine and the optimizer.
@@ -95,21 +95,11 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         wrapper = super().__call__(model)
         # Of a Config's optimizer, groups are of Config's own kind of dict, which torch.compile cannot trace.
         wrapper.optimizer.param_groups = [dict(group) for group in wrapper.optimizer.param_groups]
-        add_shift(wrapper.optimizer, self.paramwise_cfg.get("decoupled_decay"))
+        warn = partial(print_log, logger="current", level=logging.WARNING)
+        add_shift(wrapper.optimizer, self.paramwise_cfg.get("decoupled_decay"), warn=warn)
         wrapper.optimizer.register_load_state_dict_pre_hook(_compare_with_checkpoint, prepend=True)
         print_log(describe_groups(wrapper.optimizer), logger="current")
         return wrapper
-
-
-def add_shift(optimizer: torch.optim.Optimizer, decoupled: bool | None = None) -> None:
-    """:func:`enc_plugin.shift.add_shift`, with its warnings in mmengine's log.
-
-    Args:
-        optimizer: Any torch optimizer whose groups hold ``lr`` and ``weight_decay``.
-        decoupled: Whether its weight decay is decoupled from the gradient; None: found by a trial, or taken as False
-            with a warning.
-    """
-    shift.add_shift(optimizer, decoupled, warn=partial(print_log, logger="current", level=logging.WARNING))
 
 
 def _compare_with_checkpoint(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

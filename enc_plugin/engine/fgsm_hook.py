@@ -11,8 +11,8 @@ from ..functional.attack import LEAST_EPS, other_unit
 from ..functional.checks import check_integer
 from ..measuring.robustness import ZERO_GRAD_LIMIT, check_dataset, check_pixel_eps, measure_robustness
 from ..measuring.untouched import untouched, unwrap
-from .scalars import Group, Scalar
-from .validated import ValidatedNetworkHook, describe_weights, record
+from .scalars import Group, Scalar, log_scalars, weights_in_words, write_measurements
+from .validated_hook import ValidatedNetworkHook
 from .watched import check_watched
 
 _GROUP = Group(
@@ -125,7 +125,7 @@ class FGSMHook(ValidatedNetworkHook):
             check_dataset(dataset, self.num_samples)
         share = "" if self.num_samples is None else f"{min(self.num_samples, len(dataset))} of "
         entry = {"weights": "validated", "samples": f"{share}{len(dataset)} validation samples"}
-        record(runner, {name: entry | {"unit": "%"} for name in self.scalar_names if "top1" in name})
+        write_measurements(runner, {name: entry | {"unit": "%"} for name in self.scalar_names if "top1" in name})
 
     def due(self, runner: Runner) -> int | None:
         """Every ``interval``-th epoch, or validation, and the last one."""
@@ -151,12 +151,11 @@ class FGSMHook(ValidatedNetworkHook):
         )
         values = [found.clean, *found.fgsm.values(), found.zero_grad, float(averaged), found.seconds]
         self._scalars = dict(zip(self.scalar_names, values, strict=True))
-        # Not through the message hub: the log of every later validation would repeat its latest values.
-        runner.visualizer.add_scalars(self._scalars, step=step, file_path=f"{runner.timestamp}.json")
+        log_scalars(runner, self._scalars, step)
         under_attack = ", ".join(f"{accuracy:.2f} % at eps {eps:g}" for eps, accuracy in found.fgsm.items())
         runner.logger.info(
             f"FGSM: top-1 {found.clean:.2f} % clean, {under_attack} (1/255 of the pixel range; "
-            f"{describe_weights(averaged)}, {found.num_samples} validation samples, {found.zero_grad:.1%} without "
+            f"{weights_in_words(averaged)}, {found.num_samples} validation samples, {found.zero_grad:.1%} without "
             f"gradient, {found.seconds:.1f} s)"
         )
         for warning in found.warnings:

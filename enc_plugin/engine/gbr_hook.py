@@ -16,8 +16,8 @@ from ..measuring.gbr import check_options, input_unit, measure_gbr, pick_batch_s
 from ..measuring.pipelines import find_pipeline
 from ..measuring.samples import FixedSamples, choose_samples
 from ..measuring.untouched import statistics_note, untouched, unwrap
-from .scalars import Group, Scalar
-from .validated import ValidatedNetworkHook, describe_weights, record
+from .scalars import Group, Scalar, log_scalars, weights_in_words, write_measurements
+from .validated_hook import ValidatedNetworkHook
 
 _GROUP = Group(
     "Generalization bound regularizer (GBR)",
@@ -186,14 +186,13 @@ class GBRHook(ValidatedNetworkHook):
         values = [found.mean, found.sem]
         scalars = dict(zip(self.scalar_names, values, strict=True))
         scalars |= {"gbr/averaged": float(averaged), self._seconds: found.seconds}
-        # Not through the message hub: the log of every later validation would repeat its latest values.
-        runner.visualizer.add_scalars(scalars, step=step, file_path=f"{runner.timestamp}.json")
+        log_scalars(runner, scalars, step)
         how = "exact" if self.projections is None else f"{self.projections} projection(s)"
         when = f"{'epoch' if self.by_epoch else 'iteration'} {step}"
         note = statistics_note(unwrap(runner.model))
         runner.logger.info(
             f"GBR: {found.mean:.5g} ± {found.sem:.2g} at {when} ({self.output} to {self.space} inputs, "
-            f"{describe_weights(averaged)}, {len(self._samples)} different training samples, {how}, "
+            f"{weights_in_words(averaged)}, {len(self._samples)} different training samples, {how}, "
             f"{found.seconds:.1f} s)" + (f"; {note}" if note else "")
         )
         if found.num_bad:
@@ -230,7 +229,7 @@ class GBRHook(ValidatedNetworkHook):
             "samples": f"{len(samples)} of {len(dataset)} training samples",
             "unit": f"{self.output}² {input_unit(unwrap(runner.model), self.space)}",
         }
-        record(runner, dict.fromkeys(self.scalar_names, entry))
+        write_measurements(runner, dict.fromkeys(self.scalar_names, entry))
 
     def _choose(self, runner: Runner) -> list[int]:
         """The samples' indices, the same on all ranks: from the work dir if they are there, else chosen and stored."""

@@ -1,4 +1,4 @@
-"""What training cannot have, or has at a price, said before it starts."""
+"""Checks before training: unsupported settings raise, costly ones warn."""
 
 from __future__ import annotations
 

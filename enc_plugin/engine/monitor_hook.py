@@ -19,7 +19,7 @@ from ..functional.weights import num_rows
 from ..layers import ENCLayer
 from ..measuring.untouched import unwrap
 from .efolds import DecayTally
-from .scalars import Group, Scalar
+from .scalars import Group, Scalar, log_scalars
 
 STEP = {  # of a measured step: title and unit
     "norm": ("Norm of the free weights W", "Frobenius norm of W"),
@@ -106,7 +106,7 @@ class ENCMonitorHook(Hook):
         self._names = [*self._layers] or [n for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
         if not self._layers:
             runner.logger.warning("ENCMonitorHook: this model has no ENC layers, only e-folds of decay are logged")
-        self._tally = DecayTally(wrapper.optimizer for wrapper in _wrappers(runner))
+        self._tally = DecayTally(wrapper.optimizer for wrapper in _optim_wrappers(runner))
         if runner.iter and not (self._saved and self._tally.load(self._saved)):
             runner.logger.warning("ENCMonitorHook: the checkpoint has no e-folds of this optimizer: they start at 0")
 
@@ -119,7 +119,7 @@ class ENCMonitorHook(Hook):
     @master_only
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
         """Measure and log, unless gradients are still being accumulated."""
-        wrappers = _wrappers(runner)
+        wrappers = _optim_wrappers(runner)
         if self._before is None or not all(w.should_update() for w in wrappers):
             return
         table: dict[str, Tensor] = {}
@@ -145,8 +145,7 @@ class ENCMonitorHook(Hook):
         if not table:
             return
         step = runner.iter + 1
-        # Not through the message hub: the log of every later iteration would repeat its latest values.
-        runner.visualizer.add_scalars(scalars, step=step, file_path=f"{runner.timestamp}.json")
+        log_scalars(runner, scalars, step)
         runner.logger.info(f"ENC monitor: iteration {step}, min / median / max of the layers: {', '.join(parts)}")
 
 
@@ -186,7 +185,7 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
     return torch.stack([new, deviation, angle, host(learning_rates) / length.square()])
 
 
-def _wrappers(runner: Runner) -> list[OptimWrapper]:
+def _optim_wrappers(runner: Runner) -> list[OptimWrapper]:
     wrapper = runner.optim_wrapper
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 

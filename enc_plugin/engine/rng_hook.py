@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from mmengine.dist import gather_object, get_rank, get_world_size
 from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..measuring.untouched import unwrap
-from .generators import Generator, get_state, owned_generators, set_state
+from .position import SkippedFirst, is_validation_due, skip
+from .random_states import random_states, restore_random_states, run_generators
 
 
 @HOOKS.register_module()
@@ -113,26 +111,26 @@ class RNGStateHook(Hook):
         same = self._is_same_run(runner, saved)
         state = saved["ranks"][get_rank()] if get_rank() < len(saved["ranks"]) else None
         if state is not None:
-            self._check_generators(runner, state)
+            self._checkrun_generators(runner, state)
             _restore(runner, state, tensors=same)
-        if not saved["validated"] and _is_validation_due(loop, saved["batch"]):
+        if not saved["validated"] and is_validation_due(loop, saved["batch"]):
             runner.logger.info("RNGStateHook: the checkpoint is from before its validation, which comes first")
             runner.val_loop.run()
         if not same or state is None:
             return
         # Loading the batches that are skipped draws random numbers.
-        restore = partial(_restore_rng, runner, _rng_state(runner))
+        restore = partial(restore_random_states, runner, random_states(runner))
         if isinstance(loop, IterBasedTrainLoop):
-            loop.dataloader_iterator = _SkippedFirst(loop, loop.iter, restore)
+            loop.dataloader_iterator = SkippedFirst(loop, loop.iter, restore)
         elif saved["batch"]:
             runner.logger.info(
                 f"RNGStateHook: {saved['batch']} batches of epoch {loop.epoch + 1} are done, and skipped"
             )
-            _skip(loop, saved["batch"], restore)
+            skip(loop, saved["batch"], restore)
 
     def _check_generators(self, runner: Runner, state: dict) -> None:
         """Warn of generators that will not go on where they stopped."""
-        own, saved = _generators(runner), state.get("generators", {})
+        own, saved = run_generators(runner), state.get("generators", {})
         lost = sorted(own.keys() ^ saved.keys())
         if runner.train_dataloader.num_workers and runner.train_dataloader.persistent_workers:
             lost += [name for name in sorted(own) if name.startswith("train_dataset")]
@@ -169,7 +167,7 @@ def _epoch_length(runner: Runner) -> int | None:
 def _state(runner: Runner) -> dict:
     """What this rank needs: plain values and tensors, which ``torch.load(weights_only=True)`` reads."""
     model = unwrap(runner.model)
-    return _rng_state(runner) | {
+    return random_states(runner) | {
         # Between updates there are none, unless they are being accumulated.
         "gradients": {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None},
         "buffers": {name: value.cpu() for name, value in model.named_buffers()} if get_world_size() > 1 else {},
@@ -178,7 +176,7 @@ def _state(runner: Runner) -> dict:
 
 def _restore(runner: Runner, state: dict, tensors: bool) -> None:
     """Restore a rank's random state, and its own gradients and buffers if ``tensors``."""
-    _restore_rng(runner, state)
+    restore_random_states(runner, state)
     if not tensors:
         return
     model = unwrap(runner.model)
@@ -188,85 +186,3 @@ def _restore(runner: Runner, state: dict, tensors: bool) -> None:
             parameters[name].grad = value.to(parameters[name].device, copy=True)
         for name, value in state["buffers"].items():
             buffers[name].copy_(value)
-
-
-def _generators(runner: Runner) -> dict[str, Generator]:
-    """Generators that belong to what is trained and validated with."""
-    roots = {"model": unwrap(runner.model)}
-    for name, loop in (("train", runner._train_loop), ("val", runner._val_loop)):
-        if isinstance(loop, BaseLoop):
-            loader = loop.dataloader
-            roots |= {f"{name}_dataset": loader.dataset, f"{name}_collate": loader.collate_fn}
-            roots |= {f"{name}_sampler": loader.sampler, f"{name}_batch_sampler": loader.batch_sampler}
-    return owned_generators(**roots)
-
-
-def _rng_state(runner: Runner) -> dict:
-    name, keys, *rest = np.random.get_state()
-    return {
-        "generators": {name: get_state(generator) for name, generator in _generators(runner).items()},
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def _restore_rng(runner: Runner, state: dict) -> None:
-    for name, generator in _generators(runner).items():
-        if name in state.get("generators", {}):
-            set_state(generator, state["generators"][name])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())  # a resumed checkpoint is loaded to the training device
-    if torch.cuda.is_available():
-        for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-            torch.cuda.set_rng_state(value.cpu(), device)
-
-
-def _is_validation_due(loop: BaseLoop, batch: int) -> bool:
-    """Whether ``loop`` validates at this point before it trains on."""
-    if isinstance(loop, IterBasedTrainLoop):
-        done, last = loop.iter, loop.max_iters
-    elif isinstance(loop, EpochBasedTrainLoop) and batch == 0:
-        done, last = loop.epoch, loop.max_epochs
-    else:
-        return False
-    if loop.runner.val_loop is None:
-        return False
-    loop._decide_current_val_interval()
-    return done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
-
-
-def _skip(loop: EpochBasedTrainLoop, batches: int, then: Callable[[], None]) -> None:
-    """Let ``loop`` drop its next ``batches`` batches, and call ``then`` before it loads the one behind them."""
-    run_iter = loop.run_iter
-
-    def drop(idx: int, data_batch) -> None:
-        if idx + 1 == batches:
-            loop.run_iter = run_iter
-            then()
-
-    loop.run_iter = drop
-
-
-class _SkippedFirst:
-    """Batches of a resumed ``IterBasedTrainLoop``, which drops the first ones itself: ``then`` is called after that."""
-
-    def __init__(self, loop: IterBasedTrainLoop, batches: int, then: Callable[[], None]):
-        self._loop = loop
-        self._batches = loop.dataloader_iterator
-        self._left = batches
-        self._then = then
-
-    def skip_iter(self, batches: int) -> None:
-        """What onedl-mmengine drops them by: loading, so that workers and transforms draw what they had drawn."""
-        for _ in range(batches):
-            next(self)
-
-    def __next__(self):
-        if self._left == 0:
-            self._loop.dataloader_iterator = self._batches
-            self._then()
-        self._left -= 1
-        return next(self._batches)

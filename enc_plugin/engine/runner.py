@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,6 @@ import torch
 from mmengine.dist import broadcast_object_list, is_distributed, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
@@ -25,13 +22,15 @@ from ..convert import enc_layers
 from ..measuring.ranks import on_all_ranks
 from ..measuring.untouched import unwrap
 from ..refused import Refused, describe, require_file
-from ..surgery.loading import Loading, check_trained_as
+from ..surgery.loading import Loading
 from ..surgery.startup_average import average_from_start
 from .amp import without_cuda
 from .checkpoint_hook import ENCCheckpointHook
+from .gloo import ddp_on_cpu, join_gloo
 from .guard_hook import ENCGuardHook
 from .limits import check_distributed, refuse_strategy
 from .loadable import make_loadable
+from .loaded import check_loaded
 from .preflight import check_loop, check_work_dir, why_step_fails
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
@@ -71,16 +70,7 @@ class ENCRunner(Runner):
     def setup_env(self, env_cfg: dict) -> None:
         """Set the environment up as mmengine does, with gloo as the backend where there is no CUDA."""
         if self.distributed and not is_distributed() and not torch.cuda.is_available():
-            if self._launcher != "pytorch":
-                raise ValueError(
-                    f"launcher: without CUDA only 'pytorch' works, got {self._launcher!r}; "
-                    "start the processes with torchrun (tools/dist_train.sh)"
-                )
-            # mmengine would select a CUDA device first; it leaves an existing process group alone.
-            torch.distributed.init_process_group("gloo")
-            atexit.register(_leave_process_group)
-            if torch.distributed.get_rank() == 0:
-                print_log("ENC: no CUDA, the distributed backend is gloo", logger=None)
+            join_gloo(self._launcher)  # mmengine leaves an existing process group alone
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
@@ -93,17 +83,11 @@ class ENCRunner(Runner):
         if self.distributed:
             check_distributed(self.cfg.get("sync_bn"), model_wrapper_cfg, model)
         if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():
-            model_wrapper_cfg = {
-                "type": "MMDistributedDataParallel",
-                "device_ids": None,
-                "broadcast_buffers": False,
-                "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
-            }
+            model_wrapper_cfg = ddp_on_cpu(self.cfg.get("find_unused_parameters", False))
         wrapped = super().wrap_model(model_wrapper_cfg, model)
         if next(enc_layers(wrapped), None) is not None:
-            average_from_start(
-                unwrap(wrapped)
-            )  # again: a backbone may be ENC by conv_cfg alone, or have got other norms
+            # Again: a backbone may be ENC by conv_cfg alone, or have got other norms.
+            average_from_start(unwrap(wrapped))
         return wrapped
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
@@ -268,14 +252,11 @@ class ENCRunner(Runner):
             checkpoint.update({key: make_loadable(value, key) for key, value in checkpoint.items()})
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        """Load as mmengine does, which only logs what does not fit: a checkpoint of another network is an error.
-
-        To train from, half of the tensors that have a place in the model have to fit it (a classifier of other classes
-        may be left out); to validate or test, every tensor of the model has to be loaded, by the model's own hooks too
-        (:class:`~enc_plugin.surgery.loading.Loading`), and be of layers that compute the same.
+        """Load as mmengine does, which only logs what does not fit: here a checkpoint of another network is an error.
 
         Raises:
-            ValueError: If the file is damaged, too little of it fits the model, or it holds NaN or Inf.
+            ValueError: If the file is damaged, too little of it fits the model
+                (:func:`~enc_plugin.engine.loaded.check_loaded`), or it holds NaN or Inf.
         """
         damage = find_damage(filename) if Path(filename).is_file() else None  # else a URL: mmengine's business
         if damage is not None:
@@ -285,31 +266,8 @@ class ENCRunner(Runner):
             )
         loading = Loading(self.model)
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
-        saved = {key.removeprefix("module."): value for key, value in checkpoint.get("state_dict", checkpoint).items()}
-        loaded, left, broken = loading.loaded, loading.left, loading.broken
-        misfits = [key for key in left if key.removeprefix("module.") in saved]
-        if not loaded and not misfits:
-            raise ValueError(
-                f"load_from: nothing of {filename} fits the model; its keys are {', '.join(map(repr, [*saved][:3]))}, "
-                f"..., the model's are {', '.join(map(repr, left[:3]))}, ...; is it a checkpoint of another codebase?"
-            )
-        if len(misfits) > len(loaded):
-            key = misfits[0]
-            there, here = (tuple(x.shape) for x in (saved[key.removeprefix("module.")], self.model.state_dict()[key]))
-            raise ValueError(
-                f"load_from: only {len(loaded)} of the {len(loaded) + len(misfits)} tensors that {filename} shares "
-                f"with the model have its shapes ({key!r}: {there} there, {here} in the model); "
-                "is it a checkpoint of another architecture?"
-            )
-        if broken:
-            raise ValueError(f"load_from: {filename} holds NaN or Inf in {len(broken)} tensors: {broken[0]!r}, ...")
-        if filename == self._load_from and not isinstance(self._train_loop, BaseLoop):
-            if left:
-                raise ValueError(
-                    f"load_from: {filename} lacks {len(left)} tensors of the model ({left[0]!r}, ...), which would be "
-                    "measured untrained; use the config that it was trained with (a copy is in its work_dir)"
-                )
-            check_trained_as(self.model)
+        to_measure = filename == self._load_from and not isinstance(self._train_loop, BaseLoop)
+        check_loaded(filename, checkpoint.get("state_dict", checkpoint), loading, to_measure)
         return checkpoint
 
     def register_hook(self, hook: Hook | dict, priority: str | int | None = None) -> None:
@@ -331,10 +289,3 @@ class ENCRunner(Runner):
         # None switches off; mmengine knows that of its own hooks only.
         hooks = {name: hook for name, hook in (own | (hooks or {})).items() if name not in own or hook is not None}
         super().register_default_hooks(hooks)
-
-
-def _leave_process_group() -> None:
-    """Leave gloo in order: its threads sometimes abort the interpreter while it exits, after all is saved."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        time.sleep(0.2)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner
+
+MEASUREMENTS = "measurements.json"  # in the work dir
 
 
 @dataclass(frozen=True)
@@ -82,11 +89,39 @@ def declared(scalars: Iterable[Scalar], name: str) -> Scalar | None:
     for scalar in scalars:
         words = scalar.words(name)
         if words is not None:
-            return replace(scalar, **{f.name: _filled(getattr(scalar, f.name), words) for f in fields(scalar)})
+            return replace(scalar, **{f.name: _fill_in(getattr(scalar, f.name), words) for f in fields(scalar)})
     return None
 
 
-def _filled(value: object, words: dict[str, str]) -> object:
+def log_scalars(runner: Runner, values: dict[str, float], step: int) -> None:
+    """Log to all visualizers under ``step``, an epoch or an iteration."""
+    # Not through the message hub: the log of every later iteration would repeat its latest values.
+    runner.visualizer.add_scalars(values, step=step, file_path=f"{runner.timestamp}.json")
+
+
+def weights_in_words(averaged: bool) -> str:
+    """Which weights were measured, for the log."""
+    return "averaged weights, as validated" if averaged else "weights in training"
+
+
+def write_measurements(runner: Runner, entries: dict[str, dict[str, str]]) -> None:
+    """Write into the work dir what scalars are: their weights, samples and unit. Only the main process writes.
+
+    Args:
+        runner: The run.
+        entries: Of each scalar, words for each of ``weights``, ``samples`` and ``unit``.
+    """
+    if not is_main_process():
+        return
+    path = Path(runner.work_dir, MEASUREMENTS)
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    path.write_text(json.dumps({**known, **entries}, indent=1) + "\n")
+
+
+def _fill_in(value: object, words: dict[str, str]) -> object:
     if isinstance(value, str):
         return re.sub(r"<(\w+)>", lambda m: words.get(m[1], m[0]), value)
-    return tuple(_filled(part, words) for part in value) if isinstance(value, tuple) else value
+    return tuple(_fill_in(part, words) for part in value) if isinstance(value, tuple) else value

@@ -1,7 +1,7 @@
 """mmpretrain parts, registered on mmengine's root registry so that every scope finds them.
 
-With mmengine alone the ENC layers are registered, for ``conv_cfg`` of its other libraries; the other parts are built on
-mmpretrain's classes, and asking for one of them raises an error that names the extra.
+With mmengine alone the layers and the penalty are registered, for configs of its other libraries. The other parts are
+built on mmpretrain's classes; without it, asking for one of them raises an error that names the extra.
 """
 
 from ..installation import needs_mmengine  # noqa: F401
@@ -11,16 +11,17 @@ from mmengine.registry import MODELS
 
 from ..installation import is_installed, require
 from ..layers import ENC_LAYERS
+from .gbr_penalty import GBRPenalty
+from .weight_norm import WNConv2d
 
 for _layer in ENC_LAYERS.values():
     MODELS.register_module(module=_layer)
 
 if is_installed("mmpretrain"):
     from .backbones import ResNetCIFAR6n
-    from .baselines import BNLinearClsHead, DropoutLinearClsHead, WNConv2d
-    from .classifier import ENCImageClassifier
+    from .classifier import ENCImageClassifier, GBRImageClassifier
     from .dropblock import DropBlock, DropBlockResNet, DropBlockResNetCIFAR6n, DropBlockScheduleHook
-    from .gbr_penalty import GBRImageClassifier, GBRPenalty
+    from .heads import BNLinearClsHead, DropoutLinearClsHead
 
 __all__ = [
     "BNLinearClsHead",

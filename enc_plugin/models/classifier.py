@@ -1,16 +1,55 @@
-"""mmpretrain's image classifier that makes itself an ENC network."""
+"""mmpretrain's image classifier with a penalty on the GBR, and one that makes itself an ENC network."""
 
 from __future__ import annotations
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmpretrain.models.classifiers import ImageClassifier
+from torch import Tensor
 
 from ..convert import enc_layers, to_enc
 from ..functional.checks import check_type
 from ..functional.normalizable import check_normalizable
 from ..layers.origin import UNKNOWN
-from .gbr_penalty import GBRImageClassifier
+from .gbr_penalty import GBRPenalty
+
+
+@MODELS.register_module()
+class GBRImageClassifier(ImageClassifier):
+    """``ImageClassifier`` that can add a :class:`GBRPenalty` on its logits to the loss, logged as ``loss_gbr``.
+
+    x is the normalised input. In train mode batch norms couple the samples of a batch; the penalty is on what training
+    computes, so that one forward pass serves both. Without activation checkpointing only.
+
+    Args:
+        *args, **kwargs: As for mmpretrain's ``ImageClassifier``.
+        gbr_penalty: Options of :class:`GBRPenalty`; None: no penalty, and training is the stock one.
+    """
+
+    def __init__(self, *args, gbr_penalty: dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_type("gbr_penalty", gbr_penalty, (dict, type(None)), "a dict of options or None")
+        self.gbr_penalty = None if gbr_penalty is None else GBRPenalty(**gbr_penalty)
+
+    def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """The head's losses, and ``loss_gbr``."""
+        if self.gbr_penalty is None:
+            return super().loss(inputs, data_samples)
+        inputs = inputs.detach().requires_grad_()
+        logits: list[Tensor] = []
+        # The head's own loss computes the logits: a second pass would update its batch norm twice.
+        handle = self.head.register_forward_hook(lambda head, args, out: logits.append(out))
+        try:
+            losses = super().loss(inputs, data_samples)
+        finally:
+            handle.remove()
+        if len(logits) != 1 or not isinstance(logits[0], Tensor):
+            raise TypeError(
+                f"gbr_penalty: expected {type(self.head).__name__} to compute one tensor of logits for its loss, got "
+                f"{[type(x).__name__ for x in logits]}; use a head like LinearClsHead"
+            )
+        losses["loss_gbr"] = self.gbr_penalty(inputs, logits[0])
+        return losses
 
 
 @MODELS.register_module()

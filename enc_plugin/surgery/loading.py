@@ -23,7 +23,7 @@ class Loading:
     """
 
     def __init__(self, model: nn.Module):
-        self._model = model
+        self.model = model
         before = _tensors(model)
         self._before = {name: (tensor, tensor._version) for name, tensor in before.items()}
         # Some buffers (masks) are infinite on purpose.
@@ -34,7 +34,7 @@ class Loading:
         """The tensors that were loaded, by their keys in state dicts."""
         return {
             name: tensor
-            for name, tensor in _tensors(self._model).items()
+            for name, tensor in _tensors(self.model).items()
             if tensor is not self._before[name][0] or tensor._version != self._before[name][1]
         }
 

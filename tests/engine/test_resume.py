@@ -100,7 +100,11 @@ CASES = {
         "iter_9.pth",
     ),
     "within an epoch, workers": (WORKERS | dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
-    "at an epoch's last iteration": (dict(hooks=[MONITOR], default_hooks__checkpoint=EVERY_TWO), dict(val=2), "iter_9.pth"),
+    "at an epoch's last iteration": (
+        dict(hooks=[MONITOR], default_hooks__checkpoint=EVERY_TWO),
+        dict(val=2),
+        "iter_9.pth",
+    ),
     "iterations, before a validation": (by_iterations(interval=3), dict(val=2), "iter_9.pth"),
     "iterations, workers": (by_iterations(**WORKERS), dict(iter=5), "iter_9.pth"),
 }

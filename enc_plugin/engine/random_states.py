@@ -1,4 +1,4 @@
-"""Random generators that datasets, transforms, samplers and models own, beside the global ones."""
+"""All random states of a run: the global ones, and those that datasets, transforms, samplers and the model own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,52 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.runner import BaseLoop, Runner
 from torch import Tensor
+
+from ..measuring.untouched import unwrap
 
 Generator = random.Random | np.random.Generator | np.random.RandomState | np.random.BitGenerator | torch.Generator
 
 # Long lists are of samples.
 _MAX_ITEMS = 1000
 _NO_OWNERS = (Tensor, np.ndarray, str, bytes, int, float, complex, type, type(None), types.ModuleType)
+
+
+def run_generators(runner: Runner) -> dict[str, Generator]:
+    """Generators that belong to what is trained and validated with."""
+    roots = {"model": unwrap(runner.model)}
+    for name, loop in (("train", runner._train_loop), ("val", runner._val_loop)):
+        if isinstance(loop, BaseLoop):
+            loader = loop.dataloader
+            roots |= {f"{name}_dataset": loader.dataset, f"{name}_collate": loader.collate_fn}
+            roots |= {f"{name}_sampler": loader.sampler, f"{name}_batch_sampler": loader.batch_sampler}
+    return owned_generators(**roots)
+
+
+def random_states(runner: Runner) -> dict:
+    """The random states of this process, in plain values and tensors."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "generators": {name: _get_state(generator) for name, generator in run_generators(runner).items()},
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.getrandom_states(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_random_states(runner: Runner, state: dict) -> None:
+    """Set what :func:`random_states` has returned."""
+    for name, generator in run_generators(runner).items():
+        if name in state.get("generators", {}):
+            _set_state(generator, state["generators"][name])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.setrandom_states(state["torch"].cpu())  # a resumed checkpoint is loaded to the training device
+    if torch.cuda.is_available():
+        for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.setrandom_states(value.cpu(), device)
 
 
 def owned_generators(**roots: Any) -> dict[str, Generator]:
@@ -51,7 +90,7 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from getattr(value, "__dict__", {}).items()
 
 
-def get_state(generator: Generator) -> Any:
+def _get_state(generator: Generator) -> Any:
     """The generator's state, in plain values and tensors."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
@@ -62,8 +101,8 @@ def get_state(generator: Generator) -> Any:
     return getattr(generator, "bit_generator", generator).state
 
 
-def set_state(generator: Generator, state: Any) -> None:
-    """Set what :func:`get_state` has returned."""
+def _set_state(generator: Generator, state: Any) -> None:
+    """Set what ``_get_state`` has returned."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state.cpu())
     elif isinstance(generator, random.Random):

@@ -1,4 +1,4 @@
-"""WN layer and dropout head: torch's own weight_norm and closed forms as oracles."""
+"""The WN layer against torch's own weight_norm."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 from mmcv.cnn import build_conv_layer, fuse_conv_bn
-from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from enc_plugin.models import DropoutLinearClsHead, WNConv2d
+from enc_plugin.models import WNConv2d
 
 
 def wn_pair(**options) -> tuple[WNConv2d, nn.Module]:
@@ -83,14 +82,3 @@ def test_wn_layer_survives_deepcopy():
 
 def test_conv_cfg_builds_the_wn_layer():
     assert type(build_conv_layer(dict(type="WNConv2d"), 3, 8, 3)) is WNConv2d
-
-
-def test_dropout_head_drops_in_training_and_not_in_evaluation():
-    head = MODELS.build(dict(type="DropoutLinearClsHead", num_classes=4, in_channels=1000, dropout=0.2))
-    assert isinstance(head, DropoutLinearClsHead)
-    features = torch.ones(8, 1000)
-    dropped = head.pre_logits((features,))
-    assert abs((dropped == 0).float().mean().item() - 0.2) < 0.02
-    assert dropped.max().item() == pytest.approx(1 / 0.8)
-    assert torch.equal(head.eval().pre_logits((features,)), features)
-    assert list(head.state_dict()) == ["fc.weight", "fc.bias"]

@@ -1,23 +1,17 @@
-"""Measurements of the network that validation sees, whatever other hooks do with the weights."""
+"""Base of hooks that measure the network that validation sees, whatever other hooks do with the weights."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..measuring.untouched import unwrap
-
-RECORD = "measurements.json"
+from .exchanged import as_validated, fingerprint, holding, tensors
 
 
 class ValidatedNetworkHook(Hook):
@@ -98,7 +92,7 @@ class ValidatedNetworkHook(Hook):
         if self._pending is None:
             return
         if self._kept is not None and self._kept[0] == self._pending:
-            with _holding(unwrap(runner.model), self._kept[1]):
+            with holding(unwrap(runner.model), self._kept[1]):
                 self._measure(runner, averaged=True)
         else:
             self._measure_outside(runner)
@@ -115,26 +109,26 @@ class ValidatedNetworkHook(Hook):
             runner._hooks = [self._ahead, *(hook for hook in runner.hooks if hook is not self._ahead)]
 
     def _validation_begins(self, runner: Runner) -> None:
-        self._training_weights = _fingerprint(unwrap(runner.model))
+        self._training_weights = fingerprint(unwrap(runner.model))
 
     def _validation_ends(self, runner: Runner) -> None:
         """Measure what is due; the weights that were validated are in place."""
         model = unwrap(runner.model)
-        averaged = self._training_weights is not None and not torch.equal(_fingerprint(model), self._training_weights)
+        averaged = self._training_weights is not None and not torch.equal(fingerprint(model), self._training_weights)
         self._unknown_average = averaged and not any(isinstance(hook, EMAHook) for hook in runner.hooks)
         if self._pending is None:
             self._pending = self.due(runner)
         if self._pending is not None:
             self._measure(runner, averaged)
         elif self._unknown_average:
-            self._kept = self._now(runner), [tensor.detach().clone() for tensor in _tensors(model)]
+            self._kept = self._now(runner), [tensor.detach().clone() for tensor in tensors(model)]
 
     def _before_training_goes_on(self, runner: Runner) -> None:
         if self._pending is not None:
             self._measure_outside(runner)
         self._kept = None
         if self._training_weights is not None:
-            if not torch.equal(_fingerprint(unwrap(runner.model)), self._training_weights):
+            if not torch.equal(fingerprint(unwrap(runner.model)), self._training_weights):
                 runner.logger.warning(
                     f"{type(self).__name__}: training goes on with other weights than before the validation; hooks "
                     "that exchange weights for it must give them back in the reverse order (two averaging hooks do not)"
@@ -172,68 +166,3 @@ class _AheadOfAll(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._owner._validation_ends(runner)
-
-
-@contextmanager
-def as_validated(runner: Runner) -> Iterator[bool]:
-    """Block with the weights that ``EMAHook`` would let a validation see; yields whether they are others."""
-    # mmpretrain's may be told to validate the weights that are being trained.
-    hooks = [h for h in runner.hooks if isinstance(h, EMAHook) and getattr(h, "evaluate_on_ema", True)]
-    model = unwrap(runner.model)
-    before = _fingerprint(model)
-    for hook in hooks:
-        hook._swap_ema_parameters()
-    try:
-        yield not torch.equal(_fingerprint(model), before)
-    finally:
-        for hook in reversed(hooks):
-            hook._swap_ema_parameters()
-
-
-def describe_weights(averaged: bool) -> str:
-    """Which weights were measured, for the log."""
-    return "averaged weights, as validated" if averaged else "weights in training"
-
-
-def record(runner: Runner, entries: dict[str, dict[str, str]]) -> None:
-    """Write into the work dir what scalars are: their weights, samples and unit. Only the main process writes.
-
-    Args:
-        runner: The run.
-        entries: Of each scalar, words for each of ``weights``, ``samples`` and ``unit``.
-    """
-    if not is_main_process():
-        return
-    path = Path(runner.work_dir, RECORD)
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
-    path.write_text(json.dumps({**known, **entries}, indent=1) + "\n")
-
-
-@contextmanager
-def _holding(model: nn.Module, values: list[Tensor]) -> Iterator[None]:
-    """Block in which the model's parameters and buffers have these values."""
-    own = [tensor.detach().clone() for tensor in _tensors(model)]
-    try:
-        _copy(model, values)
-        yield
-    finally:
-        _copy(model, own)
-
-
-def _copy(model: nn.Module, values: list[Tensor]) -> None:
-    for tensor, value in zip(_tensors(model), values, strict=True):
-        tensor.data.copy_(value)
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-@torch.no_grad()
-def _fingerprint(model: nn.Module) -> Tensor:
-    """Sum and norm of each parameter, in one vector."""
-    weights = [parameter.detach().float() for parameter in model.parameters()]
-    return torch.stack([*(weight.sum() for weight in weights), *torch._foreach_norm(weights)]).nan_to_num()

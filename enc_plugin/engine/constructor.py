@@ -25,30 +25,31 @@ _OPTIONS = (*DecayRules.OPTIONS, "bypass_duplicate", "decoupled_decay")
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    r"""Builds the optimizer with the paper's decay: weights decay, biases do not, ENC weights by the shifted L2.
+    r"""Builds the optimizer with the paper's weight decay: weights decay, biases do not, ENC weights by the shifted L2.
 
-    Biases (they do not appear in the bound, eq. 10-13), learnable alphas and batch norm biases get no decay; batch norm
-    weights keep theirs. ENC weights get the gradient of the epsilon-shifted regularizer,
-    :math:`\lambda (W - \epsilon U)` (:func:`enc_plugin.functional.shifted_l2_grad`), once per optimizer step, after
-    unscaling and clipping. Works for any torch optimizer: with coupled decay (SGD, Adam, LARS) the shift joins the
-    gradient; with decoupled decay (AdamW) it joins the decay, which Lamb scales together with the rest of the update.
-    A resumed run takes the shift of its config, not the checkpoint's, and logs a warning if they differ.
-    Parameters with equal settings share one group.
+    Biases, batch norm biases and learnable alphas get no decay, because the bound does not contain them (eq. 10-13).
+    Batch norm weights keep theirs. The decay of an ENC weight is the gradient of the eps-shifted regularizer,
+    :math:`\lambda (W - \epsilon U)` (:func:`enc_plugin.functional.shifted_l2_grad`), applied once in each optimizer
+    step, after unscaling and clipping. Any torch optimizer works: with coupled decay (SGD, Adam, LARS) the shift joins
+    the gradient; with decoupled decay (AdamW) it joins the decay, which Lamb scales together with the rest of the step.
+    A resumed run uses the shift of its config, not of the checkpoint, and logs a warning if they differ. Parameters
+    with equal settings share one group.
 
     Args:
         optim_wrapper_cfg: As for mmengine's default constructor.
-        paramwise_cfg: Stock options (``custom_keys``, ``bias_lr_mult``, ``bias_decay_mult`` (default 0),
-            ``norm_decay_mult`` (norm weights), ``dwconv_decay_mult``, ``flat_decay_mult``, ``bypass_duplicate``), and
+        paramwise_cfg: A dict of options, or None. mmengine's own: ``custom_keys``, ``bias_lr_mult``,
+            ``bias_decay_mult`` (default 0), ``norm_decay_mult`` (of norm weights), ``dwconv_decay_mult``,
+            ``flat_decay_mult``, ``bypass_duplicate``. And here:
 
-            - ``lr_mult``, ``decay_mult``: factors for all parameters;
-            - ``shift_eps``: the shift epsilon, in units of W, default 1e-3; 0 is plain decay. Also allowed within
-              ``custom_keys``;
-            - ``plain_shift``: variant by whose rule the weights of plain convolutions and linear layers get the shift
-              too, to tell its effect from that of the constraint; default None: they get plain decay;
-            - ``decoupled_decay``: whether the optimizer's decay is decoupled, for optimizers that a trial cannot tell.
+            - ``lr_mult``, ``decay_mult``: factors for all parameters.
+            - ``shift_eps``: the shift eps, in units of W, default 1e-3; 0 is plain decay. Also within ``custom_keys``.
+            - ``plain_shift``: a variant (``'ws'``, ...): plain convolutions and linear layers get its shift too, which
+              separates the effect of the shift from that of the constraint. Default None: they get plain decay.
+            - ``decoupled_decay``: whether the optimizer's decay is decoupled, for an optimizer where a trial step
+              cannot tell.
 
-            An entry of ``custom_keys`` multiplies and overrides only what it names; biases below it stay without decay
-            unless it sets ``decay_mult``.
+            An entry of ``custom_keys`` applies to the parameters whose name contains the key. It changes only the
+            settings that it names; biases among them stay without decay unless it sets ``decay_mult``.
 
     Raises:
         ValueError: If an option is unknown, a ``custom_keys`` entry matches no parameter, ``shift_eps`` is negative, or

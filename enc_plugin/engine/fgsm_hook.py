@@ -25,40 +25,40 @@ _TITLE = "Accuracy under white-box FGSM, last measurement"
 
 @HOOKS.register_module()
 class FGSMHook(ValidatedNetworkHook):
-    """Logs the white-box accuracy on the validation set after validation, and leaves no trace in the run.
+    """Logs the accuracy on the validation set under a white-box attack (FGSM) after validation.
 
-    Pixels are attacked as the pipeline delivers them, 0..255, before the ``data_preprocessor`` normalises them: eps
-    means the same whatever mean, std and channel order the model has. The attack is FGSM, untargeted, with the true
-    labels (:func:`enc_plugin.functional.fgsm`), in float32. The weights are those that were validated: with ``EMAHook``
-    or an averaging hook of one's own the averaged ones, whatever the priorities. The batch norm statistics are those of
-    the checkpoint (rank 0's). Samples that cannot be read, and that the dataset would replace by others, are left out.
+    The attack is untargeted, uses the true labels (:func:`enc_plugin.functional.fgsm`) and runs in float32. It moves
+    pixels of 0..255 before the ``data_preprocessor`` normalises them, so eps means the same for any mean, std and
+    channel order. The network has the weights that were validated (with ``EMAHook`` or an averaging hook of your own,
+    the averaged ones, whatever the priorities) and the batch norm statistics of rank 0, which the checkpoint holds.
+    Samples that cannot be read are left out, with a warning.
 
-    Logged for each measurement, to the visualizer's scalars and into the validation metrics (so that ``save_best`` can
-    name them, as long as every validation is followed by an attack):
+    Each measurement logs, to the visualizers and into the validation metrics (so ``save_best`` can name these scalars,
+    as long as every validation is followed by an attack):
 
     ====================  ==============================================================================
     ``fgsm/top1_clean``   accuracy without attack, percent
     ``fgsm/top1_eps<E>``  accuracy at eps E / 255 of the pixel range, percent
-    ``fgsm/zero_grad``    share of samples, 0..1, whose gradient is zero at every pixel: above 0.01 the
-                          accuracy under attack is overrated (masked gradients)
-    ``fgsm/averaged``     1 if the weights are others than those that are being trained, else 0
-    ``fgsm/seconds``      time that the measurement took
+    ``fgsm/zero_grad``    share of samples, 0..1, whose gradient is zero at every pixel; above 0.01 the
+                          attack overestimates the robustness (masked gradients)
+    ``fgsm/averaged``     1 if averaged weights were attacked, 0 if the weights in training were
+    ``fgsm/seconds``      seconds that the measurement took
     ====================  ==============================================================================
 
-    Training with and without the hook gives the same weights, bit by bit; one process and several log the same accuracy
-    for the same weights. It costs a gradient and one forward pass per eps for each sample.
+    Training with and without the hook gives the same weights bit for bit. Any number of processes logs the same
+    accuracy for the same weights. Each sample costs one gradient, and one forward pass for each eps.
 
     Args:
-        eps: Budgets in 1/255 of the pixel range (8, not 8 / 255, which is warned of), a number or a sequence.
-        interval: Measure every ``interval`` epochs, and when training ends, also early. Where training goes by
-            iterations: at every ``interval``-th validation.
-        num_samples: How many samples of the validation set, spread evenly over it; None: all.
+        eps: One or several step sizes in 1/255 of the pixel range: 8, not 8 / 255 (a value that small is warned of).
+        interval: Epochs between two measurements, or validations where training goes by iterations. The end of training
+            is always measured, also if it comes early.
+        num_samples: Number of samples, spread evenly over the validation set; None: all.
         batch_size: Samples per batch; None: that of the validation dataloader.
 
     Raises:
-        ValueError: If ``eps`` holds other than different numbers above 0 and up to 255, or (before training starts) the
-            validation pipeline does not deliver pixels in 0..255, or ``save_best`` names a metric of this hook and
-            ``interval`` leaves out validations.
+        ValueError: Unless ``eps`` holds different numbers above 0 and up to 255. Before training: if the validation
+            pipeline does not deliver pixels in 0..255, or ``save_best`` names a scalar of this hook and ``interval``
+            leaves out validations.
     """
 
     priority = "ABOVE_NORMAL"  # before CheckpointHook reads metrics

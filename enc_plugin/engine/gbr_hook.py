@@ -29,58 +29,59 @@ _GROUP = Group(
 
 @HOOKS.register_module()
 class GBRHook(ValidatedNetworkHook):
-    r"""Logs the Generalization Bound Regularizer (eq. 18) before training and while it goes on, and leaves no trace.
+    r"""Logs the Generalization Bound Regularizer (eq. 18) on fixed training samples, before and during training.
 
-    Measured on the same training samples through the whole run, without training augmentation, in eval mode, on the
-    weights that validation sees: with ``EMAHook`` or an averaging hook of one's own the averaged ones, which are also
-    those of the checkpoint's ``state_dict``; before training, on those that it starts from. Batch norm statistics are
-    rank 0's. Each picture is loaded by the training
-    dataset's own steps, up to where it is there; the validation pipeline, without its loading, takes the place of
-    the rest. The samples are different ones, however often the dataset repeats them, are chosen by ``seed``, and their
-    indices are stored in the work dir (``gbr_samples_*.json``), which a resumed run reads. They are kept in memory as
-    the pipeline delivers them (150 kB a picture of 224 x 224). Samples that cannot be read, and that the dataset would
-    replace by others, are left out.
+    Each measurement uses the same training samples and the same random probes, so a change of the curve is a change of
+    the network. Samples are read without training augmentation: the training dataset loads the picture, then come the
+    steps of the validation pipeline that do not load. The network is in eval mode and has the weights that validation
+    sees (with ``EMAHook`` or an averaging hook of your own the averaged ones, which are also those in the checkpoint's
+    ``state_dict``) and the batch norm statistics of rank 0.
 
-    Logged for each measurement, to the visualizer's scalars, with the epoch (or iteration) as step:
+    The samples are chosen by ``seed``. No sample is taken twice, even if the dataset repeats it. Their indices are
+    stored in the work dir (``gbr_samples_*.json``), and a resumed run reads them from there. The pictures stay in
+    memory as the pipeline delivers them (150 kB for 224 x 224). Samples that cannot be read are left out, with a
+    warning.
+
+    Each measurement logs, with the epoch (or iteration) as step:
 
     ======================  ============================================================================
     ``gbr/<name>``          mean of :math:`\lVert \partial f / \partial x \rVert_F^2`: logits or
                             probabilities squared, per unit of x squared (see ``space``)
     ``gbr/<name>_sem``      its standard error, over samples and probes
-    ``gbr/averaged``        1 if the weights are others than those that are being trained, else 0
-    ``gbr/seconds``         time that the measurement took (of a second hook: ``gbr/<name>_seconds``)
+    ``gbr/averaged``        1 if averaged weights were measured, 0 if the weights in training were
+    ``gbr/seconds``         seconds that the measurement took (of a second hook: ``gbr/<name>_seconds``)
     ======================  ============================================================================
 
-    ``measurements.json`` in the work dir says of each scalar which weights, samples and unit it has.
+    ``measurements.json`` in the work dir states the weights, samples and unit of each scalar.
 
-    Training with and without the hook gives the same weights, bit by bit; any number of processes logs the same values
-    for the same weights. Every measurement uses the same probes, so that curves do not jitter. A value that is NaN or
-    infinite is logged as such, with a warning.
+    Training with and without the hook gives the same weights bit for bit. Any number of processes logs the same values
+    for the same weights. A value that is NaN or infinite is logged as it is, with a warning.
 
     The defaults follow from ``lab/bench/gbr.py``: with 512 samples, one projection adds less than 2 % of standard error
-    (about as much as the choice of the samples) at a fifth of the time of ten classes; on a CPU, batches of 32 are as
-    fast as larger ones.
+    (about as much as the choice of the samples) and takes a fifth of the time of all ten classes. On a CPU, batches of
+    32 are as fast as larger ones.
 
     Args:
-        num_samples: How many training samples; None: all. They cost a forward and ``projections`` (exact: number of
-            classes) backward passes each.
-        batch_size: Samples differentiated at a time, which bounds the memory; ranks share out whole batches. None: 32,
-            on a GPU the training batch size if that is more. Batches that do not fit into its memory are split.
-        projections: Random orthonormal output directions for each sample (unbiased); None: exact.
-        output: ``'logits'``, ``'probs'`` (what the head predicts: softmax or sigmoids) or ``'label_prob'`` (the paper's
-            A_s(x)).
-        space: What x is: ``'normalized'``, what the network receives, or ``'pixel'``, 0..255 before normalisation.
-        interval: Measure every ``interval`` epochs (where training goes by iterations: iterations), and when training
-            ends, also early.
-        seed: Of the choice of samples and of the probes.
+        num_samples: Number of training samples, at least 2; None: all. Each costs one forward pass and ``projections``
+            (exact: number of classes) backward passes.
+        batch_size: Samples that are differentiated at a time; it sets the memory. Processes share out whole batches.
+            None: 32, on a GPU the training batch size if that is more. A batch that does not fit into a GPU's memory
+            is split.
+        projections: Number of random orthonormal output directions for each sample (unbiased); None: exact.
+        output: Function f that is differentiated: ``'logits'``, ``'probs'`` (the head's predictions, softmax or
+            sigmoids) or ``'label_prob'`` (probability of the true class, the paper's A_s(x)).
+        space: Input x: ``'normalized'`` (as the network receives it) or ``'pixel'`` (0..255, before normalisation).
+        interval: Epochs between two measurements, or iterations where training goes by iterations. The end of training
+            is always measured, also if it comes early.
+        seed: Seed of the choice of samples and of the probes.
         by_epoch: Whether ``interval`` counts epochs or iterations; None: as the training loop does.
         pipeline: Transforms for the samples, loading included; None: those of the validation, else of the test
-            dataloader, behind the training dataset's own loading.
-        name: What the scalars are called: ``gbr/<name>``; None: ``output``. Two hooks of one output need two names.
+            dataloader, after the training dataset's own loading.
+        name: Name of the scalars, ``gbr/<name>``; None: ``output``. Two hooks of one output need two names.
 
     Raises:
-        ValueError: If an option is out of range, or (before training starts) another hook logs under the same names,
-            the pixels are not in 0..255 (``space='pixel'``), or the head predicts no probabilities (``'probs'``).
+        ValueError: If an option is out of range. Before training: if another hook logs under the same names, pixels
+            are not in 0..255 (``space='pixel'``), or the head predicts no probabilities (``output='probs'``).
     """
 
     priority = "LOW"  # after SyncBuffersHook

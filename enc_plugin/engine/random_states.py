@@ -40,7 +40,7 @@ def random_states(runner: Runner) -> dict:
         "generators": {name: _get_state(generator) for name, generator in run_generators(runner).items()},
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.getrandom_states(),
+        "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
@@ -52,10 +52,10 @@ def restore_random_states(runner: Runner, state: dict) -> None:
             _set_state(generator, state["generators"][name])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-    torch.setrandom_states(state["torch"].cpu())  # a resumed checkpoint is loaded to the training device
+    torch.set_rng_state(state["torch"].cpu())  # a resumed checkpoint is loaded to the training device
     if torch.cuda.is_available():
         for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-            torch.cuda.setrandom_states(value.cpu(), device)
+            torch.cuda.set_rng_state(value.cpu(), device)
 
 
 def owned_generators(**roots: Any) -> dict[str, Generator]:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CONFIGS, ROOT, run_command
+from mmengine.config import Config
 
 from enc_plugin.doctor import BROKEN, NOTE, OK, run
 from enc_plugin.doctor.config import check_config
+from enc_plugin.doctor.decay import examine_decay
 
 DIGITS = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"
 INSTALLED = Path(torch.__file__).parents[1]
@@ -237,6 +239,22 @@ def test_an_imagenet_config_is_examined_without_its_data():
     assert re.match(r"86 layers \(ws\); 33 with a batch norm", findings["ENC"].found)
     assert findings["forward"].state == OK
     assert "two made-up images of 224 x 224 pixels" in findings["forward"].found
+
+
+@pytest.mark.parametrize(
+    ("decay", "counts", "state", "found"),
+    [(1e-3, 1, NOTE, "0.2 e-folds"), (1e-2, 4, NOTE, "0.5 e-folds"), (1e-2, 1, OK, "2 e-folds"), (0, 1, OK, "no")],
+)
+def test_a_decay_that_hardly_acts_is_noted_with_its_e_folds(decay, counts, state, found):
+    """100 steps of learning rate 0.1 with momentum 0.9: 2 * decay * 10 / 0.1."""
+    sgd = dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=decay)
+    optim_wrapper = dict(optimizer=sgd, accumulative_counts=counts)
+    loops = dict(train_cfg=dict(max_epochs=10), train_dataloader=dict(batch_size=100))
+    (finding,) = examine_decay(Config(dict(optim_wrapper=optim_wrapper, **loops)), samples=901)
+    assert finding.state == state
+    assert finding.found.startswith(found)
+    if state == NOTE:
+        assert f"weight_decay x {counts / (200 * decay):.2g}" in finding.advice
 
 
 def test_options_change_the_config_and_a_plain_one_is_noted():

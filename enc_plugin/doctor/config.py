@@ -20,6 +20,7 @@ from ..convert import enc_layers
 from ..engine.preflight import check_is_enc, check_metrics, find_labels, rehearse, why_step_fails
 from ..refused import Refused, describe
 from ..surgery.eligible import Evidence
+from .decay import examine_decay
 from .finding import BROKEN, NOTE, OK, Finding, examine, quietly, refusal
 
 
@@ -31,6 +32,7 @@ class _Examined:
     device: torch.device
     samples: dict[str, list[dict]] = field(default_factory=dict)
     model: nn.Module | None = None
+    train_samples: int | None = None
 
     @property
     def num_classes(self) -> int | None:
@@ -104,6 +106,8 @@ def _data(examined: _Examined) -> Iterator[Finding]:
         except Exception as error:
             yield Finding("data", BROKEN, f"{split}: {describe(error)}", f"check {key}: its paths and its pipeline")
             continue
+        if split == "train":
+            examined.train_samples = len(dataset)
         yield Finding("data", OK, f"{split}: {len(dataset):,} samples of {settings['type']}, two were read")
         try:
             notes = find_labels(key, dataset, examined.num_classes)
@@ -171,6 +175,11 @@ def _forward(examined: _Examined) -> Iterator[Finding]:
     yield Finding("forward", OK, f"{source}, on {examined.device}: loss {total:.4g}")
 
 
+def _decay(examined: _Examined) -> Iterator[Finding]:
+    if examined.train_samples is not None and examined.cfg.get("train_cfg"):
+        yield from examine_decay(examined.cfg, examined.train_samples)
+
+
 def _run(examined: _Examined) -> Iterator[Finding]:
     try:
         quietly(rehearse, examined.cfg)
@@ -190,6 +199,7 @@ _CHECKS = (
     ("model", _model, {"types"}),
     ("ENC", _enc, {"types", "model"}),
     ("forward", _forward, {"types", "model"}),
+    ("decay", _decay, {"types", "data"}),
     ("run", _run, {"custom_imports", "types", "data", "model", "ENC", "forward"}),
 )
 

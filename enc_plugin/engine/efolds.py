@@ -94,9 +94,10 @@ def learning_rates(cfg: Config, iterations: int) -> Iterator[float]:
         cfg: As for :func:`config_efolds`.
         iterations: Steps an epoch.
     """
-    by_epoch = cfg.train_cfg.get("by_epoch", True)
-    steps = cfg.train_cfg.max_epochs * iterations if by_epoch else cfg.train_cfg.max_iters
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
+    loop = cfg.train_cfg
+    steps = loop.max_epochs * iterations if loop.get("max_epochs") else loop.max_iters
+    lr = cfg.optim_wrapper.optimizer.get("lr", 1e-3)  # the default of SGD and AdamW
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     configs = cfg.get("param_scheduler") or []
     schedulers = []
     with DefaultScope.overwrite_default_scope("mmengine"):

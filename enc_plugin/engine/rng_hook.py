@@ -12,7 +12,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..measuring.untouched import unwrap
 from .position import SkippedFirst, is_validation_due, skip
-from .random_states import random_states, restore_random_states, run_generators
+from .generators import random_states, restore_random_states, run_generators
 
 
 @HOOKS.register_module()

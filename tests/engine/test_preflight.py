@@ -8,7 +8,8 @@ from helpers import CONFIGS, build_runner, digits_config
 from mmengine.config import Config
 from mmpretrain import get_model
 
-from enc_plugin.doctor import BROKEN, check_config
+from enc_plugin.doctor import BROKEN
+from enc_plugin.doctor.config import check_config
 from enc_plugin.engine.preflight import find_labels, rehearse
 from enc_plugin.refused import Refused, describe
 

@@ -20,7 +20,8 @@ from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 from mmengine.runner import Runner
 
-from enc_plugin.doctor import BROKEN, check_config
+from enc_plugin.doctor import BROKEN
+from enc_plugin.doctor.config import check_config
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)

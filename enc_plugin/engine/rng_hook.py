@@ -11,8 +11,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..measuring.untouched import unwrap
-from .position import SkippedFirst, is_validation_due, skip
 from .generators import random_states, restore_random_states, run_generators
+from .position import SkippedFirst, is_validation_due, skip
 
 
 @HOOKS.register_module()

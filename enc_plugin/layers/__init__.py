@@ -11,7 +11,7 @@ They are subclasses of the stock layers and not parametrizations (``torch.nn.uti
 from .attributes import lacks_attribute
 from .effective import POST_NORM_KEYS
 from .enc_layer import ENCLayer
-from .plain import batch_norm_affine, rows_are_rescaled
+from .plain import RefusesRescaledRows, batch_norm_affine
 from .stock import ENC_LAYERS, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
 from .subclasses import enc_class, reserved_attributes
 
@@ -23,9 +23,9 @@ __all__ = [
     "ENCLayer",
     "ENCLinear",
     "POST_NORM_KEYS",
+    "RefusesRescaledRows",
     "batch_norm_affine",
     "enc_class",
     "lacks_attribute",
     "reserved_attributes",
-    "rows_are_rescaled",
 ]

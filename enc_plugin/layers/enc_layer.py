@@ -14,7 +14,7 @@ from ..functional.normalizable import check_normalizable
 from .attributes import YieldingAttribute, lacks_attribute
 from .effective import EffectiveWeightLayer
 from .origin import KEY, UNKNOWN, read_settings, warn_of_origin, write_settings
-from .plain import batch_norm_affine, rows_are_rescaled
+from .plain import RefusesRescaledRows, batch_norm_affine
 from .reparametrized import WEIGHT_KEYS, remove_reparametrizations
 
 # Attributes of ENC layers that users read, and all that an ENC layer keeps in its own ``__dict__``.
@@ -22,7 +22,7 @@ PUBLIC = tuple(name for name, value in vars(EffectiveWeightLayer).items() if isi
 _OWN_STATE = ("enc_variant", "_enc_alpha", "_enc_norm_name", "_enc_norm_frozen", "loaded_settings", "keeps_function")
 
 
-class ENCLayer(EffectiveWeightLayer):
+class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
     r"""What the ENC layers share: a free weight ``W`` that is optimised, and the effective weight used in its place.
 
     Every layer computes with :math:`\hat W`, :math:`\lVert\hat W\rVert_F^2 = \alpha`
@@ -45,6 +45,8 @@ class ENCLayer(EffectiveWeightLayer):
     loaded_settings: dict[str, Any] | None = None
     # Whether the function of plain weights is kept after loading (preserve), so that no warning is due.
     keeps_function = False
+
+    _instead = "Call enc_plugin.fold(model) first and fuse the plain model that it returns"
 
     def fuse(self) -> nn.Module:
         """The stock layer that computes the same in eval mode, as timm's ``reparameterize_model`` asks for it.
@@ -120,11 +122,7 @@ class ENCLayer(EffectiveWeightLayer):
                     start = torch.full_like(start, math.log(saved["alpha"]))
                 state_dict.setdefault(f"{prefix}log_alpha", start)
         state_dict.setdefault(entry, None)
-        self._is_loading = True  # assign=True sets the weight as an attribute
-        try:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        finally:
-            del self._is_loading
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if has_weight:
             errors = args[-1]  # torch raises them once all layers are loaded
             try:
@@ -141,25 +139,16 @@ class ENCLayer(EffectiveWeightLayer):
             norm = self.norm_class(self.weight.shape[0], device="cpu", dtype=self._stat_dtype())
         return {f"{prefix}{self._enc_norm_name}.{key}": value for key, value in norm.state_dict().items()}
 
+    def _normalises_rows(self) -> bool:
+        return "enc_variant" in self.__dict__
+
     def __setattr__(self, name, value):
-        # A layer that is being made or loaded takes any weight.
-        is_made = "enc_variant" in self.__dict__
-        if name == "weight" and isinstance(value, nn.Parameter) and is_made and "_is_loading" not in self.__dict__:
-            self._refuse_rescaled(value)
-        if name in PUBLIC and name != "norm" and is_made and lacks_attribute(self, name):
+        if name in PUBLIC and name != "norm" and self._normalises_rows() and lacks_attribute(self, name):
             raise AttributeError(
                 f"{name}: the settings of an ENC layer are fixed when it is made, got {value!r}; make a new "
                 f"{type(self).__name__}, or fold the model and convert it with other options"
             )
         super().__setattr__(name, value)
-
-    def _refuse_rescaled(self, new: nn.Parameter) -> None:
-        if rows_are_rescaled(self._parameters.get("weight"), new):
-            raise ValueError(
-                "weight: the new value is the old one with rescaled rows, as when a batch norm is fused into the "
-                f"layer; {type(self).__name__} would normalise the scale away. Call enc_plugin.fold(model) first and "
-                "fuse the plain model that it returns (to set the weight, copy into weight.data)"
-            )
 
 
 def _is_meta(owner: nn.Module | Tensor | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,3 +48,34 @@ def rows_are_rescaled(old: Tensor | None, new: Tensor) -> bool:
     factor = (w * v).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
     is_multiple = (v - factor * w).norm() <= tolerance * v.norm()
     return bool(is_multiple and (factor - 1).abs().max() > tolerance / 10)
+
+
+class RefusesRescaledRows(nn.Module):
+    """Base of layers that normalise the rows of their weight: a weight that is the old one rescaled is an error.
+
+    Whoever assigns such a weight has fused a batch norm into the layer, which would normalise its scale away. Loading
+    (``assign=True``) may set any weight, and so may a layer that is being made.
+    """
+
+    _instead = ""  # what to do, for the error
+
+    def _normalises_rows(self) -> bool:
+        """Whether the layer is made."""
+        return True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._is_loading = True
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            del self._is_loading
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_new = name == "weight" and isinstance(value, nn.Parameter) and "_is_loading" not in self.__dict__
+        if is_new and self._normalises_rows() and rows_are_rescaled(self._parameters.get("weight"), value):
+            raise ValueError(
+                "weight: the new value is the old one with rescaled rows, as when a batch norm is fused into the "
+                f"layer; {type(self).__name__} would normalise the scale away. {self._instead} (to set the weight, "
+                "copy into weight.data)"
+            )
+        super().__setattr__(name, value)

@@ -6,11 +6,11 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import rows_are_rescaled
+from ..layers import RefusesRescaledRows
 
 
 @MODELS.register_module()
-class WNConv2d(nn.Conv2d):
+class WNConv2d(RefusesRescaledRows, nn.Conv2d):
     r""":class:`torch.nn.Conv2d` with weight normalization (Salimans & Kingma, 2016): a learnable gain for every row.
 
     .. math:: \hat W_j = g_j\, W_j / \lVert W_j \rVert
@@ -30,6 +30,8 @@ class WNConv2d(nn.Conv2d):
         32.0
     """
 
+    _instead = "Put a torch.nn.Conv2d with the weight effective_weight in the layer's place and fuse that"
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.gain = nn.Parameter(torch.ones_like(self.weight[:, :1, :1, :1]))
@@ -43,27 +45,11 @@ class WNConv2d(nn.Conv2d):
         """Convolve with the effective weight: ``(N, C_in, H, W)`` to ``(N, C_out, H', W')``."""
         return self._conv_forward(input, self.effective_weight, self.bias)
 
-    def __setattr__(self, name, value):
-        if name == "weight" and isinstance(value, nn.Parameter) and self._is_rescaled(value):
-            raise ValueError(
-                "weight: the new value is the old one with rescaled rows, as when a batch norm is fused into the "
-                f"layer; {type(self).__name__} would normalise the scale away. Put a torch.nn.Conv2d with the weight "
-                "effective_weight in the layer's place and fuse that (to set the weight, copy into weight.data)"
-            )
-        super().__setattr__(name, value)
-
-    def _is_rescaled(self, new: Tensor) -> bool:
-        # Before the gain there is nothing to protect; loading (assign=True) brings the gains that belong to the weight.
-        if "gain" not in self._parameters or "_is_loading" in self.__dict__:
-            return False
-        return rows_are_rescaled(self._parameters.get("weight"), new)
+    def _normalises_rows(self) -> bool:
+        return "gain" in self._parameters
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         weight = state_dict.get(f"{prefix}weight")
         if weight is not None and f"{prefix}gain" not in state_dict:
             state_dict[f"{prefix}gain"] = weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        self._is_loading = True
-        try:
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        finally:
-            del self._is_loading
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

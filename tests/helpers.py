@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -58,6 +60,47 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def on_processes(count: int, work: Callable, *args, timeout: float = 240) -> None:
+    """Call ``work(*args)`` in ``count`` processes that find each other as torchrun's do; all have to end well.
+
+    A server imports the package once, for the tests of all modules, and forks: what starts is at once ready. (A fork of
+    the process of the tests could not run autograd.)
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["enc_plugin", "mmpretrain.datasets", "mmpretrain.models"])
+    port = free_port()
+    ranks = [context.Process(target=_rank, args=(rank, count, port, work, args)) for rank in range(count)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout)
+    assert [process.exitcode for process in ranks] == [0] * count
+
+
+def _rank(rank: int, count: int, port: int, work: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{count}", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    work(*args)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none leaves while another still sends
+        torch.distributed.destroy_process_group()
+
+
+def train_on_processes(cfg: Config, count: int, timeout: float = 240) -> None:
+    """Train a config on gloo processes, without the tool that users start."""
+    path = Path(cfg.work_dir).with_suffix(".py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cfg.dump(path)
+    on_processes(count, _train_file, path, timeout=timeout)
+
+
+def _train_file(path: Path) -> None:
+    cfg = Config.fromfile(path)
+    cfg.launcher = "pytorch"
+    train(cfg)
 
 
 def run_command(command: list[str], timeout: float = 240, **env: str) -> subprocess.CompletedProcess:

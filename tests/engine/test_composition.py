@@ -17,7 +17,17 @@ import pytest
 import torch
 from functional.test_decay import literal as shifted
 from functional.test_weights import ALL
-from helpers import CONFIGS, ROOT, build_runner, digits_config, dist_train, free_port, run_command, scalars, train
+from helpers import (
+    CONFIGS,
+    ROOT,
+    build_runner,
+    digits_config,
+    free_port,
+    run_command,
+    scalars,
+    train,
+    train_on_processes,
+)
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, OPTIMIZERS
@@ -351,9 +361,7 @@ def distributed(work_dir: Path, processes: int, **options) -> dict:
         model__backbone__frozen_stages=0,
         **options,
     )
-    work_dir.mkdir()
-    cfg.dump(work_dir / "config.py")
-    dist_train(work_dir / "config.py", processes, timeout=600)
+    train_on_processes(cfg, processes)
     return audited_checkpoint(work_dir)
 
 
@@ -426,7 +434,6 @@ def test_two_nodes_of_one_process_are_one_node_of_two(tmp_path):
     two_nodes = audited_checkpoint(tmp_path / "nodes")
 
     cfg.work_dir = str(tmp_path / "one")
-    cfg.dump(tmp_path / "one.py")
-    dist_train(tmp_path / "one.py", 2, timeout=600)
+    train_on_processes(cfg, 2)
     one_node = audited_checkpoint(tmp_path / "one")
     assert_close(two_nodes["state_dict"], one_node["state_dict"], 0)

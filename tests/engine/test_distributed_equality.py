@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from functional.test_decay import literal as shifted
-from helpers import build_runner, digits_config, dist_train, scalars, train
+from helpers import build_runner, digits_config, scalars, train, train_on_processes
 
 from enc_plugin import audit
 from enc_plugin.convert import enc_layers
@@ -41,9 +41,7 @@ def run(work_dir, processes: int, clip: float | None = None):
     if processes == 1:
         train(cfg)
     else:
-        work_dir.mkdir()
-        cfg.dump(work_dir / "config.py")
-        dist_train(work_dir / "config.py", processes, timeout=600)
+        train_on_processes(cfg, processes)
     return torch.load(work_dir / "epoch_1.pth")["state_dict"], logged(work_dir)
 
 

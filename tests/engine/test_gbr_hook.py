@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build_runner, digits_config, dist_train, scalars, train
+from helpers import build_runner, digits_config, scalars, train, train_on_processes
 from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -166,8 +166,7 @@ def test_one_two_and_three_processes_log_the_same_values(exact_run, tmp_path):
         if processes == 1:
             train(cfg)
         else:
-            cfg.dump(tmp_path / f"{processes}.py")
-            dist_train(tmp_path / f"{processes}.py", processes)
+            train_on_processes(cfg, processes)
         keys = ("gbr/logits", "gbr/logits_sem", "gbr/probs", "gbr/probs_sem")
         values[processes] = [logged(work_dir, key)[0] for key in keys]
         assert math.isfinite(logged(work_dir)[1])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
 from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from exactness import Stopped, assert_same, assert_same_run
-from helpers import build_runner, digits_config, free_port, train
+from helpers import build_runner, digits_config, on_processes, train
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
@@ -149,31 +147,14 @@ def test_a_seed_that_was_drawn_is_drawn_with_again(tmp_path):
     assert_same_run(tmp_path / "unbroken", tmp_path / "resumed", "epoch_2.pth")
 
 
-def ddp_rank(rank: int, port: int, path: Path, resume: bool) -> None:
-    """One of two processes that train the config at ``path``; ends quietly where it is stopped."""
-    torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
+def train_or_stop(path: Path, resume: bool) -> None:
+    """Train the config at ``path``, and end quietly where it is stopped."""
     cfg = Config.fromfile(path)
     cfg.resume = resume
     if resume:
         cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != "StopHook"]
     with suppress(Stopped):
         train(cfg)
-    torch.distributed.barrier()
-
-
-def ddp(path: Path, resume: bool = False) -> None:
-    # The server imports the package once and forks; a fork of this process could not run autograd.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["enc_plugin", "exactness"])
-    port = free_port()
-    ranks = [context.Process(target=ddp_rank, args=(rank, port, path, resume)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-    assert [process.exitcode for process in ranks] == [0, 0]
 
 
 @pytest.mark.timeout(900)
@@ -185,8 +166,8 @@ def test_two_processes_resume_exactly_and_one_says_what_it_cannot(tmp_path):
         cfg.launcher = "pytorch"
         cfg.randomness = dict(seed=0, diff_rank_seed=True)
         cfg.dump(tmp_path / f"{name}.py")
-        ddp(tmp_path / f"{name}.py")
-    ddp(tmp_path / "resumed.py", resume=True)
+        on_processes(2, train_or_stop, tmp_path / f"{name}.py", False)
+    on_processes(2, train_or_stop, tmp_path / "resumed.py", True)
     assert_same_run(tmp_path / "unbroken", tmp_path / "resumed", "epoch_2.pth")
     first, second = torch.load(tmp_path / "unbroken" / "epoch_1.pth")["rng_state"]["ranks"]
     assert first["python"] != second["python"]

@@ -1,0 +1,49 @@
+"""A block in which a model is measured leaves modes, buffers, flags, forwards and random states as they were."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
+from torch import nn
+
+from enc_plugin.measuring.untouched import untouched
+
+
+def test_untouched_restores_modes_buffers_flags_and_random_states():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 3))
+    model[1].eval()
+    model[2].with_cp = True
+    mean = model[0].running_mean.clone()
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+
+    def measure():
+        with untouched(model):
+            assert not any(module.training for module in model.modules())
+            assert not model[2].with_cp
+            model[0].running_mean.fill_(7)
+            torch.rand(1), np.random.rand(), random.random()
+            raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        measure()
+    assert [module.training for module in model] == [True, False, True]
+    assert model[2].with_cp
+    assert torch.equal(model[0].running_mean, mean)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+
+
+def test_untouched_unwraps_forwards_that_mmengine_checkpoints():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    turn_on_activation_checkpointing(model, ["0", "0", "1"])  # 0 twice
+    wrapped = [module.forward for module in model]
+    x = torch.rand(2, 3, requires_grad=True)
+    with untouched(model), torch.enable_grad():
+        (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(gradient, (model[1].weight @ model[0].weight).sum(0).expand(2, 3))
+    assert all(module.forward is forward for module, forward in zip(model, wrapped, strict=True))

@@ -111,7 +111,7 @@ class RNGStateHook(Hook):
         same = self._is_same_run(runner, saved)
         state = saved["ranks"][get_rank()] if get_rank() < len(saved["ranks"]) else None
         if state is not None:
-            self._checkrun_generators(runner, state)
+            self._check_generators(runner, state)
             _restore(runner, state, tensors=same)
         if not saved["validated"] and is_validation_due(loop, saved["batch"]):
             runner.logger.info("RNGStateHook: the checkpoint is from before its validation, which comes first")

@@ -77,7 +77,7 @@ test-ecosystem: $(STAMP)
 	    > "$$(.venv-ecosystem/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
 	.venv-ecosystem/bin/pip install --quiet -r requirements/ecosystem.txt
 	.venv-ecosystem/bin/pip install --quiet --no-deps openmim==0.3.9
-	PYTHONPATH=. .venv-ecosystem/bin/python -m pytest -rs -m "slow or not slow" tests/test_visualizers.py tests/test_mim.py \
+	PYTHONPATH=. .venv-ecosystem/bin/python -m pytest -rs -m "slow or not slow" tests/test_visualizers.py tests/test_package.py \
 	    tests/test_doctor.py tests/test_start.py tests/test_readme.py
 
 bench: $(STAMP)

@@ -4,11 +4,9 @@ It uses ``enc_plugin``, which knows nothing of it, and runs from a checkout: ``p
 ``python -m lab.bench``, ``python -m lab.zoo``.
 """
 
-import sys
 from pathlib import Path
+
+from tools import _bootstrap  # noqa: F401  (threads and warnings, before torch is imported)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "lab" / "results"
-
-sys.path.insert(0, str(ROOT / "tools"))
-import _bootstrap  # noqa: E402, F401  (threads and warnings, before torch is imported)

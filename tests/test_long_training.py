@@ -23,26 +23,26 @@ def closed_form(shifted: bool, noisy: bool, start: float, lr: float, steps: int)
 
 
 def check(dtype: str, steps: int, lr: float, start: float) -> dict[str, dict]:
-    """Every cell of a dtype against the closed form; the results."""
-    cells = [cell for cell in long_training.CELLS if cell.dtype == dtype]
-    found = long_training.simulate(cells, steps, lr, start)
+    """Every toy layer of a dtype against the closed form; the results."""
+    toys = [toy for toy in long_training.TOYS if toy.dtype == dtype]
+    found = long_training.simulate(toys, steps, lr, start)
     assert len(found) == 4 * 2 * 2
-    for cell in cells:
-        run = found[cell.name]
+    for toy in toys:
+        run = found[toy.name]
         lengths = [length / run["target"] for length in run["length"]]
-        expected = closed_form(cell.shift, cell.noise, start, lr, steps)
-        assert run["predicted"] / run["target"] == pytest.approx(expected, rel=0.01, abs=1e-12), cell.name
-        if dtype == "bfloat16" and not cell.noise:
+        expected = closed_form(toy.shift, toy.noise, start, lr, steps)
+        assert run["predicted"] / run["target"] == pytest.approx(expected, rel=0.01, abs=1e-12), toy.name
+        if dtype == "bfloat16" and not toy.noise:
             continue
-        assert run["first_bad"] is None, cell.name
-        settled = statistics.mean(lengths[-10:]) if cell.noise else lengths[-1]
-        assert settled == pytest.approx(expected, rel=0.02), cell.name
+        assert run["first_bad"] is None, toy.name
+        settled = statistics.mean(lengths[-10:]) if toy.noise else lengths[-1]
+        assert settled == pytest.approx(expected, rel=0.02), toy.name
         assert run["effective_lr"][-1] == pytest.approx(lr / run["length"][-1] ** 2, rel=1e-3)
-        if cell.noise:
+        if toy.noise:
             gradient = statistics.mean(value**2 for value in run["gradient"][-10:]) ** 0.5
-            rows, _ = cell.freedom
+            rows, _ = toy.freedom
             length = statistics.mean(run["length"][-10:])
-            assert gradient == pytest.approx(cell.gradient_scale(lr) * rows**0.5 / length, rel=0.1), cell.name
+            assert gradient == pytest.approx(toy.gradient_scale(lr) * rows**0.5 / length, rel=0.1), toy.name
     return found
 
 
@@ -83,6 +83,6 @@ def test_fifty_thousand_steps_settle_where_predicted_with_the_shift_and_shrink_w
 def test_the_recorded_run_is_of_fifty_thousand_steps_of_every_cell():
     record = json.loads((long_training.RESULTS / "long_training.json").read_text())
     assert record["settings"]["steps"] == 50_000
-    assert set(record["cells"]) == {cell.name for cell in long_training.CELLS}
+    assert set(record["cells"]) == {toy.name for toy in long_training.TOYS}
     bad = {name for name, run in record["cells"].items() if run["first_bad"] is not None}
     assert bad == {f"{variant}_plain_fitted_bfloat16" for variant in long_training.VARIANTS}

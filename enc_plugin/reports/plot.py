@@ -168,8 +168,6 @@ def intervals(
     reference: float | None = None,
     logx: bool = False,
     width: float = SIZE[0],
-    groups: Sequence[str] | None = None,
-    band: tuple[float, float] | None = None,
 ) -> bytes:
     """One row a label, from the top: a point (or a bar) with its horizontal interval, as a PNG.
 
@@ -184,27 +182,19 @@ def intervals(
         reference: Where to draw a vertical line, such as at no difference.
         logx: Logarithmic values.
         width: Inches; the height follows from the number of rows.
-        groups: What each row belongs to: rows of a group share a look, which the legend names; None: each has its own.
-        band: Interval of x to shade, such as that of a baseline.
     """
     axes = new_axes(xlabel, "", title, (width, 1.1 + 0.34 * max(2, len(labels))))
     rows = np.arange(len(labels))
     values, lower, upper = _finite(values), _finite(lower), _finite(upper)
     # An interval need not hold its point: a mean of percentiles may lie outside by rounding.
     errors = [np.maximum(values - lower, 0), np.maximum(upper - values, 0)]
-    names = list(dict.fromkeys(groups or ()))
     for row in rows:
-        kind = names.index(groups[row]) if groups else row
-        color = PALETTE[kind % len(PALETTE)]
+        color = PALETTE[row % len(PALETTE)]
         if bars:
             axes.barh(row, values[row], height=0.62, color=color, alpha=0.75)
         error = [[errors[0][row]], [errors[1][row]]]
-        mark = {"fmt": "none", "ecolor": "#222222"} if bars else {"fmt": MARKERS[kind % len(MARKERS)], "color": color}
-        if groups and groups.index(groups[row]) == row:
-            mark["label"] = groups[row]
+        mark = {"fmt": "none", "ecolor": "#222222"} if bars else {"fmt": MARKERS[row % len(MARKERS)], "color": color}
         axes.errorbar(values[row], row, xerr=error, capsize=3.5, linewidth=1.6, markersize=6, **mark)
-    if band is not None:
-        axes.axvspan(*band, color="#666666", alpha=0.15, linewidth=0, zorder=0.5)
     if reference is not None:
         axes.axvline(reference, color="#666666", linewidth=1, linestyle=(0, (4, 2)), zorder=0.9)
     axes.set_yticks(rows, [shorten(label) for label in labels])
@@ -212,8 +202,7 @@ def intervals(
     axes.grid(visible=False, axis="y")
     if logx and np.any(values > 0):
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis)
-    legend_below(axes)
+        log_ticks(axes.xaxis)
     return to_png(axes.figure)
 
 
@@ -262,7 +251,7 @@ def _finish(
     drawn = [one for one in series if one is not None]
     if logx and any(np.any(_finite(one.x) > 0) for one in drawn):
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis)
+        log_ticks(axes.xaxis)
     elif whole_x:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     if logy and any(np.any(_finite(one.y) > 0) for one in drawn):
@@ -270,13 +259,13 @@ def _finish(
     if ylim is not None:
         axes.set_ylim(*ylim)
     if axes.get_yscale() == "log":
-        _log_ticks(axes.yaxis)
+        log_ticks(axes.yaxis)
     if legend:
         legend_below(axes)
     return to_png(axes.figure)
 
 
-def _log_ticks(axis: Axis) -> None:
+def log_ticks(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis of few decades, where matplotlib writes powers of ten over each other."""
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)

@@ -6,35 +6,37 @@ import sys
 import time
 from pathlib import Path
 
-BENCH = Path(__file__).parent
+from lab import RESULTS
 
 
-def sections() -> list[str]:
+def section_names() -> list[str]:
     """Names of the modules here that have a ``run() -> dict``."""
-    return sorted(path.stem for path in BENCH.glob("*.py") if "\ndef run(" in path.read_text())
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\ndef run(" in path.read_text())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m lab.bench", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=sections(), help="sections to run (default: all)")
+    parser.add_argument("--only", nargs="+", choices=section_names(), help="sections to run (default: all)")
     parser.add_argument("--rounds", type=int, help="rounds of each timing (default: the section's own)")
+    parser.add_argument("--results", type=Path, default=RESULTS / "bench", help="default: lab/results/bench")
     parser.add_argument("--readme", action="store_true", help="run nothing: write charts and README.md anew")
     parser.add_argument("--list", action="store_true", help="name the sections and stop")
     args = parser.parse_args()
     if args.list:
-        print("\n".join(sections()))
+        print("\n".join(section_names()))
         sys.exit()
     import torch
 
-    from .harness import RESULTS, draw, readme, save
+    from .harness import draw_ratios, readme, write_section
 
     torch.set_num_threads(1)  # figures are for one thread; sections may say otherwise
     options = {} if args.rounds is None else {"rounds": args.rounds}
-    for name in [] if args.readme else args.only or sections():
+    for name in [] if args.readme else args.only or section_names():
         start = time.perf_counter()
-        path = save(name, importlib.import_module(f"lab.bench.{name}").run(**options))
+        path = args.results / f"{name}.json"
+        write_section(path, importlib.import_module(f"lab.bench.{name}").run(**options))
         print(f"{name}: {path} ({time.perf_counter() - start:.0f} s)", flush=True)
     if args.readme:
-        for path in RESULTS.glob("*.json"):
-            draw(path.stem)
-    (RESULTS / "README.md").write_text(readme())
+        for path in args.results.glob("*.json"):
+            draw_ratios(path)
+    (args.results / "README.md").write_text(readme(args.results))

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
-from training_step import step
 
 from .harness import interleave, ratios
 from .rivals import converted
+from .training_step import step
 
 NETWORKS = ("plain", "ENC, eq. 21", "ENC, eq. 22", "torch weight_norm", "timm StdConv2d", "naive eq. 22")
 

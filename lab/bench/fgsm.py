@@ -13,7 +13,7 @@ from torch import nn
 from enc_plugin import to_enc
 from enc_plugin.functional import fgsm
 
-from .harness import interleave, ratios, save
+from .harness import interleave, ratios
 
 EPS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 BATCH = 64
@@ -75,11 +75,3 @@ def run(rounds: int = 5, batch: int = BATCH) -> dict:
             for name, images_ in others.items()
         },
     }
-
-
-if __name__ == "__main__":
-    result = run()
-    for reference in ("torchattacks", "art"):
-        for name, row in result[f"to_{reference}"].items():
-            print(f"{name:24s} {row['seconds']:8.3f} s  {row['ratio']:.3f} of {reference}")
-    print(save("fgsm", result))

@@ -14,7 +14,8 @@ from torch import nn
 from enc_plugin import fold
 
 from .harness import goal, interleave, ratios
-from .rivals import converted, resnet50
+from .networks import resnet50
+from .rivals import converted
 
 SIZE = 224
 LIVE = (

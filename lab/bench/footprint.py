@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from enc_plugin.surgery.startup_average import drop_averages
 
 from .harness import goal
-from .rivals import converted, resnet50
+from .networks import resnet50
+from .rivals import converted
 
 
 class CallCount(TorchDispatchMode):

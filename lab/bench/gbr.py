@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mmpretrain.models import build_classifier
 from torch import nn
 
 from enc_plugin import to_enc
@@ -23,20 +22,10 @@ from enc_plugin.functional import gbr
 from enc_plugin.functional.jacobian import _orthonormal
 from lab import ROOT
 
-from .harness import interleave, ratios, save
+from .harness import interleave, ratios
+from .networks import classifier, resnet18, resnet20
 
 CLASSES = 10
-
-
-def network(backbone: str, channels: int, classes: int = CLASSES, **options) -> nn.Module:
-    return build_classifier(
-        dict(
-            type="ImageClassifier",
-            backbone=dict(type=backbone, **options),
-            neck=dict(type="GlobalAveragePooling"),
-            head=dict(type="LinearClsHead", num_classes=classes, in_channels=channels),
-        )
-    ).eval()
 
 
 def loop(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -66,7 +55,7 @@ def floor(model: nn.Module, images: torch.Tensor):
 
 
 def exact_section(rounds: int, batch: int = 16) -> dict:
-    model = network("ResNet_CIFAR", 512, depth=18)
+    model = resnet18().eval()
     images = torch.randn(batch, 3, 32, 32)
     forward, backward = floor(model, images)
     forward_last, backward_last = floor(model, images.contiguous(memory_format=torch.channels_last))
@@ -109,14 +98,14 @@ def exact_section(rounds: int, batch: int = 16) -> dict:
 
 def peak_memory(method: str, samples: int) -> float:
     """Peak resident memory in MB above that of the model at rest, in a process of its own."""
-    command = [sys.executable, "-m", "lab.bench.gbr", "--peak", method, str(samples)]
+    command = [sys.executable, "-m", "lab.bench.gbr", method, str(samples)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def print_peak(method: str, samples: int) -> None:
     torch.set_num_threads(1)
-    model = network("ResNet_CIFAR", 512, depth=18)
+    model = resnet18().eval()
     images = torch.randn(samples, 3, 32, 32)
     at_rest = _resident_kb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -140,7 +129,7 @@ def trained_on_digits(steps: int = 150) -> tuple[nn.Module, torch.Tensor]:
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1)
     images, labels = (images - images.mean()) / images.std(), torch.tensor(data.target)
-    model = network("ResNetCIFAR6n", 64, depth=8)
+    model = classifier("ResNetCIFAR6n", 64, depth=8)
     to_enc(model)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
@@ -179,7 +168,7 @@ def relative_errors(grams: torch.Tensor, projections: int, draws: int = 200) -> 
 
 
 def probes_section(rounds: int, samples: int = 32, wanted: float = 0.02) -> dict:
-    model = network("ResNet_CIFAR", 512, depth=18)
+    model = resnet18().eval()
     images = torch.randn(samples, 3, 32, 32)
     cases = {
         "ResNet-18 (CIFAR) as initialised": gram(model, images),
@@ -217,7 +206,7 @@ def probes_section(rounds: int, samples: int = 32, wanted: float = 0.02) -> dict
 
 
 def imagenet_section(rounds: int, batch: int = 16) -> dict:
-    model = network("ResNet", 2048, classes=1000, depth=50)
+    model = classifier("ResNet", 2048, classes=1000, depth=50).eval()
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
@@ -241,7 +230,7 @@ def hook_section(rounds: int, batch: int = 64, num_samples: int = 512, epoch: in
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(0, CLASSES, (batch,))
     result = {"what": f"{num_samples} samples beside an epoch of {epoch}, ResNet-20 (CIFAR), batch {batch}"}
     for name in ("plain", "ENC"):
-        model = network("ResNetCIFAR6n", 64, depth=20)
+        model = resnet20().eval()
         if name == "ENC":
             to_enc(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -283,10 +272,5 @@ def run(rounds: int = 7) -> dict:
     }
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak"]:
-        print_peak(sys.argv[2], int(sys.argv[3]))
-    else:
-        result = run()
-        print(json.dumps(result, indent=1))
-        print(save("gbr", result))
+if __name__ == "__main__":  # the process of ``peak_memory``
+    print_peak(sys.argv[1], int(sys.argv[2]))

@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 from scipy.stats import quantile_test
 
-from lab import RESULTS as ALL
+from lab import ROOT
 from lab.provenance import provenance
-
-RESULTS = ALL / "bench"
 
 
 def interleave(candidates: dict[str, Callable[[], object]], rounds: int = 7, warmup: int = 1) -> dict[str, list[float]]:
@@ -57,7 +55,7 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[st
 
 def machine() -> dict[str, object]:
     """What the figures depend on: processor, threads, versions, and the commit (with ``-dirty`` if files differ)."""
-    found = provenance(RESULTS.parent)
+    found = provenance(ROOT)
     return {
         "cpu": found["processor"],
         "commit": found["commit"],
@@ -75,20 +73,18 @@ def goal(what: str, found: float | dict[str, float], at_most: float, at_least: f
     return {"what": what, "value": value, "low": low, "high": high, "at_least": at_least, "at_most": at_most}
 
 
-def verdict(row: dict) -> str:
+def held(row: dict) -> str:
     """Whether a goal holds: ``yes`` or ``no`` if its whole interval says so."""
     if row["at_least"] <= row["low"] and row["high"] <= row["at_most"]:
         return "yes"
     return "**no**" if row["low"] > row["at_most"] or row["high"] < row["at_least"] else "within the noise"
 
 
-def save(section: str, result: dict) -> Path:
-    """Write ``<section>.json``, with the machine beside the figures, and the bar chart ``<section>.png``."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{section}.json"
+def write_section(path: Path, result: dict) -> None:
+    """Write the figures, with the machine beside them, to ``path``, a JSON file, and their bar chart next to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1, sort_keys=False) + "\n")
-    draw(section)
-    return path
+    draw_ratios(path)
 
 
 def tables(result: dict, name: str = "") -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
@@ -102,14 +98,14 @@ def tables(result: dict, name: str = "") -> Iterator[tuple[str, dict[str, dict[s
                 yield from tables(value, title)
 
 
-def draw(section: str) -> None:
-    """Write ``<section>.png``: a panel of bars for each table, with whiskers over the 95 % interval of the median."""
+def draw_ratios(path: Path) -> None:
+    """Write the chart of a section's JSON file: a panel of bars for each table, whiskers over the median's interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = list(tables(json.loads((RESULTS / f"{section}.json").read_text())))
+    found = list(tables(json.loads(path.read_text())))
     if not found:
         return
     heights = [0.3 * len(rows) + 0.9 for _, rows in found]
@@ -129,13 +125,13 @@ def draw(section: str) -> None:
         ax.set_title(title, fontsize=9, loc="left")
         ax.tick_params(labelsize=8)
     axes[-1, 0].set_xlabel("time, ratio to the reference (median; whiskers: its 95 % interval)")
-    figure.savefig(RESULTS / f"{section}.png", dpi=100)
+    figure.savefig(path.with_suffix(".png"), dpi=100)
     plt.close(figure)
 
 
-def readme() -> str:
+def readme(folder: Path) -> str:
     """Text of the results' README: the goals, and the tables and charts of all sections, from the JSON files alone."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     lines = [
         "# Benchmarks",
         "",
@@ -156,7 +152,7 @@ def readme() -> str:
             measured = f"{row['value']:.3f}"
             if row["low"] < row["high"]:
                 measured += f" [{row['low']:.3f}, {row['high']:.3f}]"
-            lines.append(f"| {section} | {row['what']} | {measured} | {wanted} | {verdict(row)} |")
+            lines.append(f"| {section} | {row['what']} | {measured} | {wanted} | {held(row)} |")
     for section, result in results.items():
         on = result["machine"]
         lines += ["", f"## {section}", ""]

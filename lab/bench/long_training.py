@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import lab
 from enc_plugin import ENCLinear
 from enc_plugin.engine.monitor_hook import measure_step
 from enc_plugin.functional import VARIANTS
 from enc_plugin.optim import add_shift, param_groups_enc
+from lab import RESULTS
 
 from .harness import machine
 
@@ -38,11 +38,10 @@ ROWS, COLUMNS = 16, 32
 DECAY, SHIFT = 1e-2, 1e-3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RUNS = {"float32": {"lr": 0.05, "start": 1000.0}, "bfloat16": {"lr": 0.5, "start": 10.0}}
-RESULTS = lab.RESULTS / "long_training"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Toy:
     """One layer of the toy problem: a variant, with or without the shift, with or without gradient noise."""
 
     variant: str
@@ -86,8 +85,8 @@ class Cell:
         return length
 
 
-CELLS = [
-    Cell(variant, shift, noise, dtype)
+TOYS = [
+    Toy(variant, shift, noise, dtype)
     for dtype in DTYPES
     for noise in (True, False)
     for shift in (True, False)
@@ -95,39 +94,39 @@ CELLS = [
 ]
 
 
-def simulate(cells: list[Cell], steps: int, lr: float, start: float, records: int = 50) -> dict[str, dict]:
-    """Train cells side by side with SGD, ``param_groups_enc`` and ``add_shift``; weights and noise have seed 0.
+def simulate(toys: list[Toy], steps: int, lr: float, start: float, records: int = 50) -> dict[str, dict]:
+    """Train toys side by side with SGD, ``param_groups_enc`` and ``add_shift``; weights and noise have seed 0.
 
     Args:
-        cells: Which ones.
+        toys: Which ones.
         steps: Number of steps.
         lr: Learning rate.
-        start: Length of the rows at the start, in units of :attr:`Cell.target`.
+        start: Length of the rows at the start, in units of :attr:`Toy.target`.
         records: How often to measure, evenly spaced.
 
     Returns:
-        By cell's name, lists over the measured steps: ``step``, ``length`` (of the rows, their mean), ``gradient``
+        By toy's name, lists over the measured steps: ``step``, ``length`` (of the rows, their mean), ``gradient``
         (Frobenius norm), ``effective_lr``; and ``target``, ``predicted`` (length at the end), ``norm`` (of W at the
         end), ``first_bad`` (the first step with NaN or infinity in weights or gradients, None: no step).
     """
     torch.manual_seed(0)
     layers = {}
-    for cell in cells:
-        layer = ENCLinear(COLUMNS, ROWS, bias=False, variant=cell.variant)
+    for toy in toys:
+        layer = ENCLinear(COLUMNS, ROWS, bias=False, variant=toy.variant)
         length = measure_step([layer], [layer.weight.detach()], [1.0])[3].rsqrt().item()
-        layer.weight.data.mul_(start * cell.target / length)
-        layers[cell.name] = layer.to(DTYPES[cell.dtype])
+        layer.weight.data.mul_(start * toy.target / length)
+        layers[toy.name] = layer.to(DTYPES[toy.dtype])
     model = nn.ModuleDict(layers)
     groups = param_groups_enc(model, DECAY, shift_eps=SHIFT, custom_keys={"plain": {"shift_eps": 0.0}})
     optimizer = torch.optim.SGD(groups, lr=lr)
     add_shift(optimizer)
 
-    stds = torch.tensor([cell.noise_std(lr) for cell in cells])[:, None, None]
+    stds = torch.tensor([toy.noise_std(lr) for toy in toys])[:, None, None]
     modules = list(layers.values())
     weights = [layer.weight for layer in modules]
-    table, finite_steps = [], torch.zeros(len(cells), dtype=torch.int64)
+    table, finite_steps = [], torch.zeros(len(toys), dtype=torch.int64)
     for step in range(1, steps + 1):
-        noise = stds * torch.randn(len(cells), ROWS, COLUMNS)
+        noise = stds * torch.randn(len(toys), ROWS, COLUMNS)
         optimizer.zero_grad()
         sum((layer.effective_weight * g).sum() for layer, g in zip(modules, noise, strict=True)).backward()
         gradient = torch.stack(torch._foreach_norm([w.grad for w in weights], dtype=torch.float32))
@@ -141,10 +140,10 @@ def simulate(cells: list[Cell], steps: int, lr: float, start: float, records: in
             table.append((step, norm, (lr / effective_lr).sqrt(), gradient.double(), effective_lr))
 
     found = {}
-    for i, cell in enumerate(cells):
-        found[cell.name] = {
-            "target": cell.target,
-            "predicted": cell.predicted(lr, start * cell.target, steps),
+    for i, toy in enumerate(toys):
+        found[toy.name] = {
+            "target": toy.target,
+            "predicted": toy.predicted(lr, start * toy.target, steps),
             "first_bad": None if finite_steps[i] == steps else finite_steps[i].item() + 1,
             "norm": table[-1][1][i].item(),
             "step": [row[0] for row in table],
@@ -155,7 +154,7 @@ def simulate(cells: list[Cell], steps: int, lr: float, start: float, records: in
     return found
 
 
-def draw(found: dict[str, dict], path: Path) -> None:
+def draw_lengths(found: dict[str, dict], path: Path) -> None:
     """Length, gradient and effective learning rate of float32 weights, and the length of bfloat16 weights."""
     import matplotlib.pyplot as plt
 
@@ -206,13 +205,13 @@ def main() -> None:
     """Run the whole length, and write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50_000)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "long_training")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for dtype, settings in RUNS.items():
-        found |= simulate([cell for cell in CELLS if cell.dtype == dtype], args.steps, **settings)
-    draw(found, args.out / "long_training.png")
+        found |= simulate([toy for toy in TOYS if toy.dtype == dtype], args.steps, **settings)
+    draw_lengths(found, args.out / "long_training.png")
     rounded = {
         name: {key: [_rounded(x) for x in value] if isinstance(value, list) else value for key, value in run.items()}
         for name, run in found.items()

@@ -6,10 +6,9 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-import enc_plugin  # noqa: F401
-
 from .harness import goal, interleave, ratios
-from .rivals import DECAY, LR, MOMENTUM, converted, resnet50, sgd
+from .networks import resnet50
+from .rivals import DECAY, LR, MOMENTUM, converted, sgd
 
 PER_PARAMETER = dict(norm_decay_mult=1.0)  # any option makes mmengine's constructor put each parameter in its own group
 

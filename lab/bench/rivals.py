@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import torch
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
-from mmengine.hub import get_config
-from mmpretrain.registry import MODELS
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -77,23 +75,6 @@ CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "naive eq. 22": lambda model: replace_convolutions(model, NaiveConv2d),
     "a copy of the weight": lambda model: replace_convolutions(model, CopyConv2d),
 }
-
-
-def resnet50() -> nn.Module:
-    """mmpretrain's ResNet-50 for 1000 classes."""
-    return MODELS.build(get_config("mmpretrain::resnet/resnet50_8xb32_in1k.py").model)
-
-
-def resnet20() -> nn.Module:
-    """ResNet-20 for CIFAR-10."""
-    return MODELS.build(
-        dict(
-            type="mmpretrain.ImageClassifier",
-            backbone=dict(type="ResNetCIFAR6n", depth=20),
-            neck=dict(type="mmpretrain.GlobalAveragePooling"),
-            head=dict(type="mmpretrain.LinearClsHead", num_classes=10, in_channels=64),
-        )
-    )
 
 
 def converted(model: nn.Module, names: tuple[str, ...] = tuple(CONVERSIONS)) -> dict[str, nn.Module]:

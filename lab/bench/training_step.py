@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from .harness import goal, interleave, ratios
-from .rivals import converted, resnet20, resnet50, sgd
+from .networks import resnet20, resnet50
+from .rivals import converted, sgd
 
 # Network, classes, batch, size, share of the rounds. At 8 x 224 x 224 a weight's part is four times that at 32.
 CASES = {

@@ -5,7 +5,7 @@ from enc_plugin.installation import needs_mmpretrain  # noqa: F401
 # isort: split
 from .execute import execute, pending, read_result, result_path, runs_folder
 from .grid import CELLS, Arena, Cell, Grid, PlannedRun, load_grid
-from .page import write_study
+from .pages import write_study
 from .plan import describe_plan, run_all
 
 __all__ = [

@@ -3,12 +3,11 @@
 import argparse
 import sys
 
-import _bootstrap
-
 from lab import RESULTS, ROOT
+from tools._bootstrap import one_line
 
 if __name__ == "__main__":
-    with _bootstrap.one_line("study"):
+    with one_line("study"):
         from lab import study
         from lab.study.plan import own_command
 
@@ -25,7 +24,7 @@ if __name__ == "__main__":
     parser.add_argument("--pages", action="store_true", help="run nothing: write the pages from the results")
     parser.add_argument("--readme", metavar="FILE", help="with --pages: rewrite the verdicts in this file")
     args = parser.parse_args()
-    with _bootstrap.one_line("study"):
+    with one_line("study"):
         if args.pages:
             for path in study.write_study(args.results, args.readme, args.grid):
                 print(f"wrote {path}")
@@ -38,14 +37,8 @@ if __name__ == "__main__":
             sys.exit(f"study: the grid has no run {args.run!r}")
         sys.exit(study.execute(chosen[0], folder, args.work_dir, ROOT)["status"] == "failed")
     print(study.describe_plan(runs, folder), flush=True)
-    if not args.dry_run:
-        failed = study.run_all(
-            runs,
-            folder,
-            own_command(args.grid, args.results, args.work_dir),
-            args.work_dir,
-            workers=args.workers,
-            threads=args.threads,
-            retry_failed=args.retry_failed,
-        )
-        sys.exit(1 if failed else 0)
+    if args.dry_run:
+        sys.exit()
+    command = own_command(args.grid, args.results, args.work_dir)
+    options = dict(workers=args.workers, threads=args.threads, retry_failed=args.retry_failed)
+    sys.exit(bool(study.run_all(runs, folder, command, args.work_dir, **options)))

@@ -6,13 +6,44 @@ that would be worth having is declared in its place, and ``paper`` says so.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from . import results as metrics
-from .verdicts import Claim, Terms
+from .results import Metric
+from .verdicts import Terms
 
 ENC, PLAIN = "enc-ws", "baseline"
 AUGMENTATIONS = ("cutout", "mixup", "cutmix", "ls")
 
-_VERSUS_PLAIN: Terms = ((1, ENC), (-1, PLAIN))
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper as one number, declared before the runs that decide it.
+
+    Attributes:
+        title: The claim, as tables call it.
+        paper: What the paper reports; where it states no number, what is taken for one.
+        terms: Weights and cells; the weights sum to 0.
+        metric: What is measured. Metrics that compare by ratio are contrasted in their logarithms.
+        effect: The paper's effect in the unit of the metric, a factor for ratios. Its side is the claimed one.
+        beside: Contrasts without a verdict that tell why: other measures of the same cells, cells with a part of ENC.
+        curve: Figures beside it: ``'accuracy'`` or ``'gbr'`` over training, ``'fgsm'`` over eps, or none.
+    """
+
+    name: str
+    title: str
+    paper: str
+    terms: Terms
+    metric: Metric
+    effect: float
+    beside: tuple[tuple[Terms, Metric], ...] = ()
+    curve: str = ""
+
+
+def _versus(cell: str, other: str) -> Terms:
+    return (1, cell), (-1, other)
+
+
 _AUGMENTED: Terms = tuple(
     term
     for name in AUGMENTATIONS
@@ -24,15 +55,16 @@ CLAIMS = (
         "accuracy",
         "ENC raises the accuracy",
         "+0.90 points of top-1 (table 1; +0.27 to +0.90 over seven networks, table 4)",
-        _VERSUS_PLAIN,
+        _versus(ENC, PLAIN),
         metrics.TOP1,
         effect=0.90,
+        beside=((_versus(ENC, PLAIN), metrics.TRAIN_LOSS), (_versus(ENC, PLAIN), metrics.GAP)),
     ),
     Claim(
         "norm-only",
         "Equal norms alone ('wn', eq. 21) raise it",
         "+0.71 points (table 1)",
-        ((1, "enc-wn"), (-1, PLAIN)),
+        _versus("enc-wn", PLAIN),
         metrics.TOP1,
         effect=0.71,
     ),
@@ -40,7 +72,7 @@ CLAIMS = (
         "standardization",
         "ENC beats weight standardization",
         "+0.70 points (table 1)",
-        ((1, ENC), (-1, "ws")),
+        _versus(ENC, "ws"),
         metrics.TOP1,
         effect=0.70,
     ),
@@ -48,23 +80,32 @@ CLAIMS = (
         "convergence",
         "ENC converges faster",
         "figure 2, no number; taken as +1 point of mean accuracy over the first half of the epochs",
-        _VERSUS_PLAIN,
+        _versus(ENC, PLAIN),
         metrics.EARLY_TOP1,
         effect=1.0,
+        beside=((_versus(ENC, "bn"), metrics.EARLY_TOP1),),
+        curve="accuracy",
     ),
     Claim(
         "gbr",
         "ENC ends with a smaller GBR",
         "figure 3, no number; taken as x0.8",
-        _VERSUS_PLAIN,
+        _versus(ENC, PLAIN),
         metrics.GBR_LOGITS,
         effect=0.8,
+        beside=(
+            (_versus(ENC, PLAIN), metrics.GBR_PROBS),
+            (_versus("bn", PLAIN), metrics.GBR_LOGITS),
+            (_versus(ENC, "wd1e-3"), metrics.GBR_LOGITS),
+            (_versus(ENC, "wd3e-2"), metrics.GBR_LOGITS),
+        ),
+        curve="gbr",
     ),
     Claim(
         "gbr-margin",
         "... also in units of the margin, free of the logits' scale",
         "not measured in the paper; taken as x0.8",
-        _VERSUS_PLAIN,
+        _versus(ENC, PLAIN),
         metrics.GBR_MARGIN,
         effect=0.8,
     ),
@@ -72,9 +113,11 @@ CLAIMS = (
         "robustness",
         "ENC is more robust to FGSM",
         "+12.3 points, eps not stated (table 3)",
-        _VERSUS_PLAIN,
+        _versus(ENC, PLAIN),
         metrics.FGSM,
         effect=12.33,
+        beside=((_versus(ENC, PLAIN), metrics.PGD), (_versus("ws-bn", PLAIN), metrics.FGSM)),
+        curve="fgsm",
     ),
     Claim(
         "augmentations",
@@ -88,7 +131,7 @@ CLAIMS = (
         "all-together",
         "ENC + CutMix + LS beats ENC",
         "+0.52 points (table 2)",
-        ((1, "enc-cutmix-ls"), (-1, ENC)),
+        _versus("enc-cutmix-ls", ENC),
         metrics.TOP1,
         effect=0.52,
     ),
@@ -104,7 +147,7 @@ CLAIMS = (
         "alpha",
         "A learnable alpha does worse than alpha 1",
         "-0.36 points (table 5)",
-        ((1, "enc-alearn"), (-1, ENC)),
+        _versus("enc-alearn", ENC),
         metrics.TOP1,
         effect=-0.36,
     ),
@@ -121,12 +164,12 @@ NEEDED_EFOLDS = 1.0  # at the largest decay, below which decay hardly acts and t
 
 # Questions that the paper does not ask: what each part does. No claim, hence no verdict.
 PARTS = (
-    ("the classifier's batch norm, on the plain network", ((1, "bn"), (-1, PLAIN))),
-    ("the epsilon shift, under ENC", ((1, ENC), (-1, "enc-ws-noshift"))),
-    ("batch norm's eps (1e-12 for 1e-5), under ENC", ((1, "enc-ws-bneps"), (-1, ENC))),
-    ("the constraint on the classifier, without its batch norm", ((1, "enc-ws-nobn"), (-1, "ws"))),
-    ("removed row means, with the classifier's batch norm", ((1, "ws-bn"), (-1, "bn"))),
-    ("the constraint, on weight standardization + classifier BN", ((1, ENC), (-1, "ws-bn"))),
-    ("all of ENC but the classifier's batch norm", ((1, ENC), (-1, "bn"))),
+    ("the classifier's batch norm, on the plain network", _versus("bn", PLAIN)),
+    ("the epsilon shift, under ENC", _versus(ENC, "enc-ws-noshift")),
+    ("batch norm's eps (1e-12 for 1e-5), under ENC", _versus("enc-ws-bneps", ENC)),
+    ("the constraint on the classifier, without its batch norm", _versus("enc-ws-nobn", "ws")),
+    ("removed row means, with the classifier's batch norm", _versus("ws-bn", "bn")),
+    ("the constraint, on weight standardization + classifier BN", _versus(ENC, "ws-bn")),
+    ("all of ENC but the classifier's batch norm", _versus(ENC, "bn")),
 )
 NOT_TESTED = "SE, ResNeXt and DenseNet networks, Dropout, DropBlock, 300 epochs, ImageNet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os.path
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from functools import cache
 from pathlib import Path
 
 from mmengine.config import Config
+
+from enc_plugin.engine.efolds import config_efolds
+from lab import ROOT
 
 CELLS = Path(__file__).with_name("cells.py")  # the committed grid
 
@@ -89,6 +93,12 @@ class PlannedRun:
 def _read(path: Path) -> Config:
     """A config file, read once a process: mmengine reads all of mmpretrain's model index for each stock base."""
     return Config.fromfile(path)
+
+
+def cell_efolds(cell: Cell) -> float:
+    """E-folds of ||W||^2 by decay in the runs of a cell."""
+    cfg = PlannedRun(cell, cell.seeds[0]).config(ROOT)
+    return config_efolds(cfg, math.ceil(cell.arena.images / cfg.train_dataloader.batch_size)) or 0.0
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,10 @@ class Results:
         """The finished runs of a cell by seed; empty if there is none."""
         return self._cells.get((arena, cell), {})
 
+    def of_arena(self, arena: str) -> list[dict]:
+        """The finished runs of an arena, cell by cell."""
+        return [run for cell in self.grid.cells.get(arena, []) for run in self.seeds(arena, cell.name).values()]
+
     def finished(self, arena: str, cells: Iterable[str]) -> bool:
         """Whether each of these cells has a finished run."""
         return all(self.seeds(arena, cell) for cell in cells)

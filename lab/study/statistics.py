@@ -42,15 +42,7 @@ def interval(values: Sequence[float]) -> Interval:
         >>> f"{found.mean:.1f} [{found.low:.3f}, {found.high:.3f}]"
         '2.0 [-0.484, 4.484]'
     """
-    n = len(values)
-    if n == 0:
-        raise ValueError("values: expected at least one value, got none")
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Interval(mean, math.nan, math.nan, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    half = _quantile(n) * math.sqrt(variance / n)
-    return Interval(mean, mean - half, mean + half, n)
+    return contrast([(1, values)])
 
 
 def geometric_interval(values: Sequence[float]) -> Interval:
@@ -65,15 +57,7 @@ def geometric_interval(values: Sequence[float]) -> Interval:
     Raises:
         ValueError: If there is no value, or one is not positive.
     """
-    if any(value <= 0 for value in values):
-        raise ValueError(f"values: a geometric mean needs positive values, got {min(values)}")
-    found = interval([math.log(value) for value in values])
-    return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.n)
-
-
-def _quantile(n: float) -> float:
-    """Half the width of the interval of ``n`` values (degrees of freedom plus 1), in standard errors."""
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    return contrast([(1, values)], ratio=True)
 
 
 def contrast(terms: Sequence[tuple[float, Sequence[float]]], ratio: bool = False) -> Interval:
@@ -98,22 +82,24 @@ def contrast(terms: Sequence[tuple[float, Sequence[float]]], ratio: bool = False
         >>> f"{found.mean:.1f} [{found.low:.3f}, {found.high:.3f}]"
         '2.0 [-0.267, 4.267]'
     """
+    if not all(len(values) for _, values in terms):
+        raise ValueError("values: expected at least one value of each cell, got none")
     if ratio:
-        if any(value <= 0 for _, values in terms for value in values):
-            raise ValueError("terms: ratios need positive values")
+        if (least := min(min(values) for _, values in terms)) <= 0:
+            raise ValueError(f"values: a ratio or a geometric mean needs positive values, got {least}")
         found = contrast([(weight, [math.log(value) for value in values]) for weight, values in terms])
         return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.n)
-    cells = [(weight, interval(values), values) for weight, values in terms]
-    mean, n = sum(weight * cell.mean for weight, cell, _ in cells), min(cell.n for _, cell, _ in cells)
+    n = min(len(values) for _, values in terms)
+    mean = sum(weight * math.fsum(values) / len(values) for weight, values in terms)
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
-    parts = [(weight**2 * float(np.var(values, ddof=1)) / cell.n, cell.n - 1) for weight, cell, values in cells]
+    parts = [(weight**2 * float(np.var(values, ddof=1)) / len(values), len(values) - 1) for weight, values in terms]
     variance = sum(part for part, _ in parts)
     if variance == 0:
         return Interval(mean, mean, mean, n)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    half = _quantile(freedom + 1) * math.sqrt(variance)
-    return Interval(mean, mean - half, mean + half, n)
+    low, high = stats.t.interval(CONFIDENCE, freedom, loc=mean, scale=math.sqrt(variance))
+    return Interval(mean, float(low), float(high), n)
 
 
 def homogeneity(cells: Sequence[Sequence[float]]) -> float:

@@ -24,23 +24,14 @@ Terms = tuple[tuple[float, str], ...]  # weight and cell
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim of the paper as one number, declared before the runs that decide it.
+class Verdict:
+    """The word for a claim in one arena, and the estimate that it goes by, as text."""
 
-    Attributes:
-        title: The claim, as tables call it.
-        paper: What the paper reports; where it states no number, what is taken for one.
-        terms: Weights and cells; the weights sum to 0.
-        metric: What is measured. Metrics that compare by ratio are contrasted in their logarithms.
-        effect: The paper's effect in the unit of the metric, a factor for ratios. Its side is the claimed one.
-    """
+    word: str
+    effect: str = ""
 
-    name: str
-    title: str
-    paper: str
-    terms: Terms
-    metric: Metric
-    effect: float
+    def __str__(self) -> str:
+        return f"**{self.word}** {self.effect}".rstrip()
 
 
 @dataclass(frozen=True)

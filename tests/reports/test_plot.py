@@ -101,7 +101,7 @@ def test_labels_of_a_logarithmic_axis_do_not_touch(low, high):
     axes = plot.new_axes("x", "y")
     axes.plot([low, high], [0, 1])
     axes.set_xscale("log")
-    plot._log_ticks(axes.xaxis)
+    plot.log_ticks(axes.xaxis)
     axes.figure.canvas.draw()
     labels = [label for label in axes.get_xticklabels(which="both") if label.get_text() and label.get_visible()]
     inside = [label for label in labels if axes.get_xlim()[0] <= label.get_position()[0] <= axes.get_xlim()[1]]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import runpy
 import sys
 from dataclasses import replace
 
 import pytest
 from exactness import Stopped
-from helpers import ROOT, run_command
+from helpers import ROOT
 
 from lab.study import describe_plan, execute, load_grid, pending, read_result, run_all
 from lab.study.plan import estimate
@@ -27,25 +30,43 @@ cells = dict(digits={
 """
 
 
+def study(*arguments):
+    """``python -m lab.study`` in this process (its runs are processes of their own): its exit code and output."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["lab.study", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("lab.study", run_name="__main__")
+    return end.value.code or 0, " ".join(output.getvalue().split())
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """The tiny grid, carried out by the command line: two processes at a time."""
+def grid(tmp_path_factory):
+    path = tmp_path_factory.mktemp("grid") / "grid.py"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(grid, tmp_path_factory):
+    """The tiny grid, carried out: two runs in this process, the others by the command line, two at a time."""
     folder = tmp_path_factory.mktemp("study")
-    grid = folder / "grid.py"
-    grid.write_text(TINY)
-    command = [sys.executable, "-m", "lab.study", str(grid), "--results", str(folder)]
-    command += ["--work-dir", str(folder / "work"), "--workers", "2"]
-    return folder, command, run_command(command)
+    for run in load_grid(grid).runs():
+        if run.id in ("digits/enc-seed0", "digits/plain-seed1"):
+            execute(run, folder / "runs", folder / "work", ROOT)
+    options = [grid, "--results", folder, "--work-dir", folder / "work", "--workers", 2]
+    return folder, options, *study(*options)
 
 
 def results_of(folder, run_id):
     return json.loads((folder / "runs" / f"{run_id}.json").read_text())
 
 
-def test_every_run_leaves_a_result_and_a_failure_is_one(done):
-    folder, _, output = done
-    assert output.returncode == 1  # one run failed
-    runs = load_grid(folder / "grid.py").runs()
+def test_every_run_leaves_a_result_and_a_failure_is_one(done, grid):
+    folder, _, code, output = done
+    assert code == 1  # one run failed
+    runs = load_grid(grid).runs()
     status = {run.id: read_result(folder / "runs", run)["status"] for run in runs}
     assert status == {
         "digits/plain-seed0": "finished",
@@ -57,14 +78,14 @@ def test_every_run_leaves_a_result_and_a_failure_is_one(done):
     broken = results_of(folder, "digits/broken-seed0")
     assert "RuntimeError" in broken["error"]
     assert "Traceback" in broken["traceback"]
-    assert "digits/broken-seed0: failed" in " ".join(output.stdout.split())
+    assert "digits/broken-seed0: failed" in output
 
 
 def test_a_run_that_diverges_is_no_failure(done):
-    folder, _, output = done
+    folder, _, _, output = done
     wild = results_of(folder, "digits/wild-seed0")
     assert "NaN or infinite in epoch 1" in wild["error"]
-    assert "digits/wild-seed0: diverged" in " ".join(output.stdout.split())
+    assert "digits/wild-seed0: diverged" in output
 
 
 def test_a_result_says_what_was_run_and_measured(done):
@@ -93,20 +114,20 @@ def test_other_seeds_start_from_other_weights(done):
     assert plain != other
 
 
-def test_what_is_done_is_not_done_again(done):
-    folder, command, _ = done
+def test_what_is_done_is_not_done_again(done, grid):
+    folder, options, _, _ = done
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").glob("*/*.json")}
-    again = run_command(command)
-    assert again.returncode == 0
+    code, _ = study(*options)
+    assert code == 0
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").glob("*/*.json")} == before
-    runs = load_grid(folder / "grid.py").runs()
+    runs = load_grid(grid).runs()
     assert pending(runs, folder / "runs") == []
     assert [run.id for run in pending(runs, folder / "runs", retry_failed=True)] == ["digits/broken-seed0"]
 
 
-def test_the_same_run_gives_the_same_result(done, tmp_path):
+def test_the_same_run_gives_the_same_result_in_another_process(done, grid, tmp_path):
     folder = done[0]
-    run = next(run for run in load_grid(folder / "grid.py").runs() if run.id == "digits/plain-seed0")
+    run = next(run for run in load_grid(grid).runs() if run.id == "digits/plain-seed0")
     again = execute(run, tmp_path / "results", tmp_path / "work", ROOT)
     want = results_of(folder, run.id)
     assert json.loads((tmp_path / "results" / f"{run.id}.json").read_text())["by_epoch"] == want["by_epoch"]
@@ -115,9 +136,8 @@ def test_the_same_run_gives_the_same_result(done, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [dict(epoch=1), dict(val=2)], ids=["after an epoch", "before the last validation"])
-def test_a_stopped_run_goes_on_to_the_result_of_an_unbroken_one(done, tmp_path, stop):
-    folder = done[0]
-    run = next(run for run in load_grid(folder / "grid.py").runs() if run.id == "digits/enc-seed0")
+def test_a_stopped_run_goes_on_to_the_result_of_an_unbroken_one(done, grid, tmp_path, stop):
+    run = next(run for run in load_grid(grid).runs() if run.id == "digits/enc-seed0")
     hook = {"default_hooks.stop": dict(type="StopHook", **stop)}
     stopped = replace(run, cell=replace(run.cell, overrides={**run.cell.overrides, **hook}))
     with pytest.raises(Stopped):
@@ -125,33 +145,29 @@ def test_a_stopped_run_goes_on_to_the_result_of_an_unbroken_one(done, tmp_path, 
     assert pending([run], tmp_path / "results") == [run]
     found = execute(run, tmp_path / "results", tmp_path / "work", ROOT)
     assert (found["status"], found["resumed"]) == ("finished", True)
-    execute(run, tmp_path / "unbroken", tmp_path / "work", ROOT)
-    again, want = (json.loads((tmp_path / name / f"{run.id}.json").read_text()) for name in ("results", "unbroken"))
+    again = json.loads((tmp_path / "results" / f"{run.id}.json").read_text())
+    want = results_of(done[0], run.id)
     assert again["by_epoch"] == want["by_epoch"]
     assert again["final"] == want["final"]
 
 
-def test_dry_run_prints_the_plan_and_runs_nothing(tmp_path):
-    grid = tmp_path / "grid.py"
-    grid.write_text(TINY)
-    output = run_command([sys.executable, "-m", "lab.study", str(grid), "--results", str(tmp_path / "r"), "--dry-run"])
-    assert output.returncode == 0
-    assert "0 of 5 runs done" in output.stdout
+def test_dry_run_prints_the_plan_and_runs_nothing(grid, tmp_path):
+    code, output = study(grid, "--results", tmp_path / "r", "--dry-run")
+    assert code == 0
+    assert "0 of 5 runs done" in output
     assert not (tmp_path / "r").exists()
 
 
-def test_costs_come_from_the_runs_that_are_done(done):
+def test_costs_come_from_the_runs_that_are_done(done, grid):
     folder = done[0]
-    runs = load_grid(folder / "grid.py").runs()
+    runs = load_grid(grid).runs()
     plain = next(run for run in runs if run.id == "digits/plain-seed1")
     seconds = [results_of(folder, f"digits/plain-seed{seed}")["seconds"]["cpu"] for seed in (0, 1)]
     assert estimate(plain, runs, folder / "runs") == pytest.approx(sum(seconds) / 2)
     assert "5 of 5 runs done; about 0.0 core hours are left" in describe_plan(runs, folder / "runs")
 
 
-def test_a_process_without_a_result_is_reported(tmp_path):
-    grid = tmp_path / "grid.py"
-    grid.write_text(TINY)
+def test_a_process_without_a_result_is_reported(grid, tmp_path):
     runs = load_grid(grid).runs(["digits/enc"])
     command = [sys.executable, "-c", "raise SystemExit(3)"]
     failed = run_all(runs, tmp_path / "results", lambda run: command, tmp_path / "work")
@@ -159,9 +175,7 @@ def test_a_process_without_a_result_is_reported(tmp_path):
     assert pending(runs, tmp_path / "results") == runs  # to be done again
 
 
-def test_runs_have_the_threads_that_were_asked_for_whatever_the_launcher_has(tmp_path, monkeypatch):
-    grid = tmp_path / "grid.py"
-    grid.write_text(TINY)
+def test_runs_have_the_threads_that_were_asked_for_whatever_the_launcher_has(grid, tmp_path, monkeypatch):
     runs = load_grid(grid).runs(["digits/enc"])
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("MKL_NUM_THREADS", "2")
@@ -171,8 +185,5 @@ def test_runs_have_the_threads_that_were_asked_for_whatever_the_launcher_has(tmp
 
 
 def test_unknown_runs_and_grids_are_refused():
-    output = run_command([sys.executable, "-m", "lab.study", "--run", "quarter/none-seed0"])
-    assert output.returncode != 0
-    assert "the grid has no run 'quarter/none-seed0'" in output.stderr
-    output = run_command([sys.executable, "-m", "lab.study", "nowhere.py"])
-    assert "there is no file nowhere.py" in output.stderr
+    assert study("--run", "quarter/none-seed0")[0] == "study: the grid has no run 'quarter/none-seed0'"
+    assert "there is no file nowhere.py" in study("nowhere.py")[0]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import sys
 from html.parser import HTMLParser
 
 import pytest
-from helpers import ROOT, run_command
+from helpers import ROOT
 
 from lab import RESULTS
-from lab.study import write_study
-from lab.study.page import BEGIN, END
+from lab.study import CELLS, load_grid, write_study
+from lab.study.pages import BEGIN, END
+from lab.study.results import load_results
+from lab.study.sections import claim_sections
+from lab.study.summary import headlines
 
 STUDY = RESULTS / "study"
 
@@ -25,10 +29,12 @@ def written(tmp_path_factory):
     folder = root / STUDY.relative_to(ROOT)
     shutil.copytree(STUDY / "runs", folder / "runs")
     shutil.copy(ROOT / "README.md", root)
-    command = [sys.executable, "-m", "lab.study", "--pages", "--results", str(folder)]
-    command += ["--readme", str(root / "README.md")]
-    done = run_command(command)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["--pages", "--results", str(folder), "--readme", str(root / "README.md")]
+        patch.setattr(sys, "argv", ["lab.study", *options])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("lab.study", run_name="__main__")
+    assert not end.value.code
     return folder
 
 
@@ -45,19 +51,25 @@ def test_the_readme_states_the_verdicts_of_the_committed_results(written):
 
 
 def test_a_result_is_one_so_far_while_runs_are_missing(tmp_path):
-    study = tmp_path / "study"
-    shutil.copytree(STUDY, study, ignore=shutil.ignore_patterns("runs"))
-    shutil.copytree(STUDY / "runs" / "digits", study / "runs" / "digits")
-    write_study(study)
+    shutil.copytree(STUDY / "runs" / "digits", tmp_path / "digits")
 
     def row():
-        return next(line for line in (study / "README.md").read_text().splitlines() if line.startswith("| ENC raises"))
+        found = load_results(load_grid(CELLS), tmp_path)
+        lines = headlines(found, claim_sections(found), "study").splitlines()
+        return next(line for line in lines if line.startswith("| ENC raises"))
 
     assert row().endswith("**absent** -0.06 [-0.57, +0.45] |")
     assert "| not run yet |" in row()
-    (study / "runs" / "digits" / "wn-seed4.json").unlink()
-    write_study(study)
+    (tmp_path / "digits" / "wn-seed4.json").unlink()
     assert row().endswith("**absent** -0.06 [-0.57, +0.45] so far |")
+
+
+def test_the_page_opens_with_the_table_and_one_figure():
+    blocks = (STUDY / "README.md").read_text().split("\n\n")
+    assert blocks[1].startswith("| claim | paper |")
+    assert blocks[1].splitlines()[-1].startswith("| Not tested | SE, ResNeXt")
+    assert blocks[2].startswith("![Top-1 accuracy of every cell")
+    assert blocks[3] == f"*{blocks[2][2:].split('](')[0]}*"
 
 
 def test_every_figure_is_there_and_no_other(written):
@@ -106,21 +118,23 @@ def test_the_html_page_needs_no_other_file():
     HTMLParser().feed(page)
 
 
-def test_a_readme_without_the_markers_is_refused(written, tmp_path):
+def test_a_readme_without_the_markers_is_refused_before_anything_is_written(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("# no markers\n")
     with pytest.raises(ValueError, match="between which the verdicts go"):
-        write_study(written, readme)
+        write_study(tmp_path / "study", readme)
     assert readme.read_text() == "# no markers\n"
+    assert not (tmp_path / "study").exists()
 
 
-def test_only_the_lines_between_the_markers_change(written, tmp_path):
-    readme = tmp_path / "README.md"
+def test_only_the_lines_between_the_markers_change(tmp_path):
+    readme, study = tmp_path / "README.md", tmp_path / "study"
+    study.mkdir()  # without any run
     readme.write_text(f"before\n{BEGIN}\nwritten earlier\n{END}\nafter\n")
-    write_study(written, readme)
+    write_study(study, readme)
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "written earlier" not in text
-    write_study(written, readme)
+    write_study(study, readme)
     assert readme.read_text() == text

@@ -1,0 +1,85 @@
+"""The answer of a study on one screen: claim by arena, one word and one effect each, and what the columns are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .claims import NOT_TESTED
+from .figures import Figure
+from .grid import cell_efolds
+from .results import Results
+from .sections import Section
+from .verdicts import MEANING, MIN_SEEDS
+
+WORDS = (
+    "Each cell has one word, and ENC's effect with its 95 % interval over seeds: "
+    + "; ".join(f"*{word}*: {meaning}" for word, meaning in MEANING.items())
+    + ". ENC is 'ws' (eq. 22) with its batch norm behind the classifier."
+)
+METHOD = (
+    "Effects are contrasts of cell means by Welch's interval: cells may differ in spread and number of seeds, and runs "
+    "of equal seeds are not paired, since the data show hardly any correlation within a seed. Where cells are compared "
+    "by their ratio (x), means are geometric. Intervals are not corrected for their number. A result is one so far "
+    f"while its arena has runs to go. No word rests on fewer than {MIN_SEEDS} seeds. Claims, effects and words were "
+    "declared before the runs of the arena overfit, and after those of the other three. The networks and schedules are "
+    "far smaller than the paper's: a word is about this scale."
+)
+
+
+def summary_table(found: Results, parts: Sequence[Section]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a row a claim, and last a row of what has not been tested."""
+    arenas = list(found.grid.arenas)
+    rows = [
+        [
+            part.title,
+            part.claim.split(". Measured")[0].removeprefix("The paper: ").rstrip("."),
+            *(shown_verdict(found, part, arena) for arena in arenas),
+        ]
+        for part in parts
+        if part.verdicts
+    ]
+    return ["claim", "paper", *arenas], [*rows, ["Not tested", NOT_TESTED, *[""] * len(arenas)]]
+
+
+def shown_verdict(found: Results, part: Section, arena: str) -> str:
+    """The word and the effect; "so far" while the arena has runs to go: a peek is not the plan's result."""
+    if arena not in part.verdicts:
+        return ""
+    verdict, to_go = part.verdicts[arena], arena in {run.cell.arena.name for run in found.missing}
+    if to_go and not verdict.effect:
+        return "not run yet"
+    return f"{verdict}{' so far' if to_go else ''}"
+
+
+def opening_figure(parts: Sequence[Section]) -> list[Figure]:
+    """The figure beside the table: all cells of the first arena that has any; none without runs."""
+    return [figure for part in parts for figure in part.figures if figure.kind == "intervals"][:1]
+
+
+def arena_lines(found: Results) -> list[str]:
+    """The columns: what they train on, and how much weight decay acts on the plain network there."""
+    lines = []
+    for name, arena in found.grid.arenas.items():
+        efolds = cell_efolds(found.grid.cells[name][0])
+        lines.append(f"{name}: {arena.title}; {efolds:.2g} e-folds of decay (the paper: 33)")
+    return lines
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
+    ]
+
+
+def headlines(found: Results, parts: Sequence[Section], folder: str) -> str:
+    """What stands in the project's README, in Markdown; ``folder`` is the study's, as links from there have it."""
+    to_go = f"{len(found.missing)} planned ones to go" if found.missing else "all that are planned"
+    lines = [*markdown_table(*summary_table(found, parts)), ""]
+    lines += [f"[The study]({folder}/README.md): {len(list(found))} finished runs, {to_go}. {WORDS}", ""]
+    lines += [f"- {line}" for line in arena_lines(found)]
+    for figure in opening_figure(parts):
+        lines += ["", f"![{figure.caption}]({folder}/figures/{figure.name}.png)"]
+    return "\n".join(lines)

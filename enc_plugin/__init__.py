@@ -13,7 +13,7 @@ from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_e
 from .installation import check_stack, config_path, is_installed
 from .layers import ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
 from .layers.origin import CheckpointWarning
-from .optim import add_shift, param_groups_enc
+from .optim import add_projection, add_shift, param_groups_enc
 from .version import __version__
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "ENCLinear",
     "NoEffectWarning",
     "__version__",
+    "add_projection",
     "add_shift",
     "audit",
     "config_path",

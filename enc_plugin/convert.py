@@ -22,6 +22,7 @@ from .surgery.folded import FoldedAudit, audit_folded
 from .surgery.late_surgery import refuse_wrapped, watch_optimizers
 from .surgery.plain_weights import describe_plain_majority, plain_weights
 from .surgery.preserve import Plan, Preservation
+from .surgery.projected import Projected, constrained_layers, make_projected, projection_of, unmark
 from .surgery.startup_average import average_from_start, drop_averages
 from .surgery.subclass_trial import post_norm_problem, weight_problem
 from .surgery.trace import RecordError, record
@@ -93,6 +94,7 @@ def to_enc(
     post_norm: str | bool = "auto",
     preserve: bool | Tensor = False,
     example: Tensor | tuple | dict | None = None,
+    how: str = "reparametrize",
 ) -> ConversionReport:
     """Turn the convolutions and linear layers of ``model`` into ENC layers, in place.
 
@@ -123,6 +125,9 @@ def to_enc(
             network runs on it once, in eval mode and without a trace, to see which layers are called, who else reads
             their weights and which norms read their outputs. None: a batch is made up (of shapes alone, so that it
             costs little); the report names the layers that were not seen.
+        how: ``'reparametrize'``: each layer computes with its effective weight. ``'project'``: the optimizer holds the
+            weights themselves on the constraint set, after each step, and the layers stay stock layers but for the
+            batch norms that are due. Parameter groups have to come from :func:`enc_plugin.param_groups_enc`.
 
     Returns:
         The report: each ENC layer with its variant and whether it has a post-norm, and what stays plain.
@@ -151,6 +156,7 @@ def to_enc(
     if not isinstance(post_norm, bool) and not (isinstance(post_norm, str) and post_norm == "auto"):
         raise ValueError(f"post_norm: expected 'auto', True or False, got {post_norm!r}")
     check_type("preserve", preserve, (bool, Tensor), "True, False or a batch of inputs")
+    _check_how(how, alpha, preserve)
     check_type("example", example, (Tensor, tuple, dict, type(None)), "a batch, a tuple or dict of arguments, or None")
 
     evidence = _look_at(model, example, preserve)
@@ -169,8 +175,8 @@ def to_enc(
     # Check everything before the first change: a refused model is left as it was.
     for name in selected:
         module = modules[name]
-        if isinstance(module, ENCLayer):
-            _check_same_options(name, module, variant, alpha)
+        if isinstance(module, ENCLayer) or projection_of(module) is not None:
+            _check_same_options(name, module, variant, alpha, how)
         else:
             _check_names(name, module, alpha, module in needs_norm)
     weights = {name: modules[name].weight for name in selected if not isinstance(modules[name], ENCLayer)}
@@ -198,6 +204,9 @@ def to_enc(
         normed = module.enc_norm is not None
         adds_bias = normed and module.bias is None
         layers.append(ConvertedLayer(name, type(module).__name__, variant, alpha, normed, adds_bias))
+    if how == "project":
+        for name in selected:
+            make_projected(modules[name])
     watch_optimizers((name, modules[name]) for name in gains)
     _guard_fusers(model)
     if layers:
@@ -222,6 +231,15 @@ def to_enc(
             stacklevel=2,
         )
     return report
+
+
+def _check_how(how: str, alpha: float | str, preserve: bool | Tensor) -> None:
+    if not isinstance(how, str) or how not in ("reparametrize", "project"):
+        raise ValueError(f"how: expected 'reparametrize' or 'project', got {how!r}")
+    if how == "project" and alpha == "learnable":
+        raise ValueError("alpha: a learnable alpha needs how='reparametrize'; 'project' holds a constant one")
+    if how == "project" and preserve is not False:
+        raise ValueError("preserve: needs how='reparametrize', because 'project' changes no weight before training")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -264,7 +282,7 @@ def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.M
         ('Linear', ['weight', 'bias'])
     """
     _check_model(model)
-    if next(enc_layers(model), None) is None:
+    if next(constrained_layers(model), None) is None:
         warnings.warn(f"fold changed nothing: {type(model).__name__} has no ENC layer", NoEffectWarning, stacklevel=2)
     for name, layer in enc_layers(model):
         if not layer.weight.is_meta:
@@ -280,6 +298,7 @@ def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.M
             delattr(module, name)
         if hasattr(module, "become_plain"):
             module.become_plain()
+    unmark(model)
     drop_averages(model)
     return model
 
@@ -421,12 +440,18 @@ def _check_names(name: str, layer: nn.Module, alpha: float | str, needs_norm: bo
         )
 
 
-def _check_same_options(name: str, layer: ENCLayer, variant: str, alpha: float | str) -> None:
-    own = layer.enc_settings
-    if (own["variant"], own["alpha"]) != (variant, alpha):
+def _check_same_options(name: str, layer: nn.Module, variant: str, alpha: float | str, how: str) -> None:
+    held = projection_of(layer)
+    if held is None:
+        own = (layer.enc_settings["variant"], layer.enc_settings["alpha"], "reparametrize")
+    else:
+        own = (held.enc_variant, held.enc_alpha, "project")
+    if own != (variant, alpha, how):
+        (own_variant, own_alpha, own_how), other = own, f", how={how!r}" if own[2] != how else ""
         raise ValueError(
-            f"layer {name!r} is ENC already with variant={own['variant']!r}, alpha={own['alpha']!r}, but "
-            f"variant={variant!r}, alpha={alpha!r} is asked for; make the two agree, or use exclude=[{name!r}]"
+            f"layer {name!r} is ENC already with variant={own_variant!r}, alpha={own_alpha!r}"
+            f"{f', how={own_how!r}' if other else ''}, but variant={variant!r}, alpha={alpha!r}{other} is asked for; "
+            f"make the two agree, or use exclude=[{name!r}]"
         )
 
 
@@ -500,11 +525,11 @@ def audit(model: nn.Module, folded: bool = False, inputs: Tensor | None = None) 
     if folded:
         return audit_folded(model, inputs)
     rows = Audit()
-    for name, layer in enc_layers(model):
+    for name, layer in constrained_layers(model):
         rows.append(
             AuditRow(
                 name,
-                type(layer).__name__,
+                layer.type_name if isinstance(layer, Projected) else type(layer).__name__,
                 layer.enc_variant,
                 float(layer.enc_alpha),
                 layer.effective_weight.double().square().sum().item(),

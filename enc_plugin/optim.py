@@ -16,9 +16,11 @@ from .functional.checks import check_number, check_type
 from .functional.decay import check_shift_eps
 from .functional.weights import check_variant
 from .layers import ENC_LAYERS, ENCLayer
+from .projection import add_projection, check_mode
 from .shift import add_shift
+from .surgery.projected import projected_layers, projection_of
 
-__all__ = ["DEFAULT_SHIFT_EPS", "DecayRules", "add_shift", "describe_groups", "param_groups_enc"]
+__all__ = ["DEFAULT_SHIFT_EPS", "DecayRules", "add_projection", "add_shift", "describe_groups", "param_groups_enc"]
 
 DEFAULT_SHIFT_EPS = 1e-3
 
@@ -61,6 +63,7 @@ class DecayRules:
         "decay_mult",
         "shift_eps",
         "plain_shift",
+        "projection",
     )
 
     lr: float | None = None
@@ -84,6 +87,8 @@ class DecayRules:
             for name, value in settings.items():
                 if name == "shift_eps":
                     check_shift_eps(value, name)
+                elif name == "projection":
+                    check_mode(value)
                 elif name.endswith("_mult"):
                     check_number(name, value, _FACTOR, _is_factor)
         if self.options.get("plain_shift") is not None:
@@ -108,6 +113,11 @@ class DecayRules:
         groups: dict[str, dict] = {}
         layers = [layer for layer in module.modules() if isinstance(layer, ENCLayer)]
         variants = {p: layer.enc_variant for layer in layers for p in layer.free_weights()}
+        if "projection" in self.options and next(projected_layers(module), None) is None:
+            raise ValueError(
+                "projection: no layer of the model is to be held on the constraint set; mark them by "
+                "to_enc(model, how='project'), in a config enc=dict(how='project')"
+            )
         seen: set[nn.Parameter] = set()
         names = []
         for module_name, owner in module.named_modules(prefix=prefix):
@@ -165,7 +175,7 @@ class DecayRules:
             decay_mult *= option("flat_decay_mult", 1.0)
         lr_mult *= custom.get("lr_mult", 1.0)
         decay_mult = custom.get("decay_mult", decay_mult)
-        extra = {k: v for k, v in custom.items() if k not in ("lr_mult", "decay_mult", "shift_eps")}
+        extra = {k: v for k, v in custom.items() if k not in ("lr_mult", "decay_mult", "shift_eps", "projection")}
 
         settings = dict(extra)
         if self.lr is not None:
@@ -173,6 +183,10 @@ class DecayRules:
         if self.weight_decay is not None:
             settings["weight_decay"] = self.weight_decay * decay_mult
         eps = custom.get("shift_eps", option("shift_eps", DEFAULT_SHIFT_EPS))
+        held = projection_of(owner) if leaf == "weight" else None
+        if held is not None:
+            mode = custom.get("projection", option("projection", "retract"))
+            return settings | {"enc_projection": mode, "enc_variant": held.enc_variant, "enc_alpha": held.enc_alpha}
         if leaf == "weight" and not is_enc and isinstance(owner, _WEIGHTED):
             variant = option("plain_shift")
         if variant is not None and settings.get("weight_decay"):
@@ -222,10 +236,11 @@ def param_groups_enc(
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:
-    """One line: how many parameters (tensors and elements) decay, decay with the shift, and do not decay."""
-    counts = {"shifted decay": [0, 0], "decay": [0, 0], "no decay": [0, 0]}
+    """One line: how many parameters (tensors and elements) are projected, decay (with the shift), or do not decay."""
+    counts = {"projected": [0, 0], "shifted decay": [0, 0], "decay": [0, 0], "no decay": [0, 0]}
     for group in optimizer.param_groups:
         kind = "shifted decay" if "shift_eps" in group else "decay" if group.get("weight_decay") else "no decay"
+        kind = "projected" if "enc_projection" in group else kind
         counts[kind][0] += len(group["params"])
         counts[kind][1] += sum(math.prod(p.shape) for p in group["params"])
     parts = (

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .decay_kinds import shrinking_power
 from .functional.checks import check_type
-from .functional.projection import equilibrium_angle, rotate
+from .functional.rotation import equilibrium_angle, rotate
 from .functional.weights import check_alpha, check_variant, enc_weight, is_centered, num_rows
 from .running_step import RunningStep, calling_frame, inner_optimizers
 
@@ -50,7 +50,7 @@ def add_projection(optimizer: Optimizer) -> None:
       in it, because it acts on norms alone.
     - ``'rotate'``: every row (whole-layer variants: the layer) turns by the angle by which plain training with this
       learning rate and decay turns it once norms are in equilibrium
-      (:func:`~enc_plugin.functional.projection.equilibrium_angle`), in the direction of the optimizer's step.
+      (:func:`~enc_plugin.functional.rotation.equilibrium_angle`), in the direction of the optimizer's step.
 
     The decay of such groups is taken out of their ``weight_decay`` and kept as ``enc_decay``. Gradients are clipped as
     they are on the set, before the step.
@@ -188,7 +188,7 @@ def _finish(group: Group, chosen: list[int], before: list[Tensor]) -> None:
     if group["enc_projection"] == "rotate":
         angle = _angle(group)
         for old, weight in zip(before, weights, strict=True):
-            weight.copy_(rotate(old, weight - old, angle, variant))
+            weight.copy_(rotate(old, weight.sub_(old), angle, variant))
     elif before:
         for i, old, weight in zip(chosen, before, weights, strict=True):
             weight.copy_(old.lerp(weight, group["enc_shrink"][i] ** group["enc_power"]))

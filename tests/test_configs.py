@@ -19,6 +19,7 @@ from torch import nn
 
 from enc_plugin.build import build_model
 from enc_plugin.convert import enc_layers, fold
+from enc_plugin.surgery.projected import constrained_layers
 from lab.zoo import Measured, complexity, fill_tables, imagenet_configs
 
 RECIPE = dict(epochs=100, milestones=[30, 60, 90], gamma=0.1, lr=0.1, momentum=0.9, batch_size=32)
@@ -76,11 +77,13 @@ TABLE = {
     "figure3/resnet50_enc_wd1e-4_8xb32": R50,
     "cifar10/resnet20_2xb64": None,
     "cifar10/resnet20_enc-ws_2xb64": (22, 1, "ws", 1.0, 1e-3),
+    "cifar10/resnet20_enc-projected_2xb64": (22, 1, "ws", 1.0, 1e-3),
     "digits/resnet8_1xb64": None,
     "digits/resnet8_enc-fro_1xb64": (10, 1, "fro", 1.0, 1e-3),
     "digits/resnet8_enc-wn_1xb64": (10, 1, "wn", 1.0, 1e-3),
     "digits/resnet8_enc-ws_1xb64": RESNET8,
     "digits/resnet8_enc-centered-fro_1xb64": (10, 1, "centered_fro", 1.0, 1e-3),
+    "digits/resnet8_enc-projected_1xb64": RESNET8,
     "digits/resnet8_enc-alpha05_1xb64": (10, 1, "ws", 0.5, 1e-3),
     "digits/resnet8_enc-alpha2_1xb64": (10, 1, "ws", 2.0, 1e-3),
     "digits/resnet8_enc-alpha-learnable_1xb64": (10, 1, "ws", "learnable", 1e-3),
@@ -155,14 +158,14 @@ def test_the_table_names_every_config():
 @pytest.mark.parametrize("name", TABLE)
 def test_config_builds_the_layers_of_the_written_table(name, on_meta):
     config = load(name)
-    layers = [layer for _, layer in enc_layers(build_model(config))]
+    layers = [layer for _, layer in constrained_layers(build_model(config))]
     if TABLE[name] is None:
         assert layers == []
         return
     count, norms, variant, alpha, eps = TABLE[name]
-    assert (len(layers), sum(layer.norm is not None for layer in layers)) == (count, norms)
-    assert {layer.variant for layer in layers} == {variant}
-    assert {"learnable" if layer.log_alpha is not None else layer.alpha for layer in layers} == {alpha}
+    assert (len(layers), sum(layer.enc_norm is not None for layer in layers)) == (count, norms)
+    assert {layer.enc_variant for layer in layers} == {variant}
+    assert {"learnable" if layer.enc_log_alpha is not None else layer.enc_alpha for layer in layers} == {alpha}
     assert config.optim_wrapper.get("paramwise_cfg", {}).get("shift_eps", 1e-3) == eps
 
 

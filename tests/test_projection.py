@@ -12,7 +12,7 @@ from torch import nn
 
 from enc_plugin import to_enc
 from enc_plugin.functional import VARIANTS, enc_weight
-from enc_plugin.functional.projection import equilibrium_angle
+from enc_plugin.functional.rotation import equilibrium_angle
 from enc_plugin.functional.weights import num_rows
 from enc_plugin.layers import ENCLayer
 from enc_plugin.projection import add_projection, retract_

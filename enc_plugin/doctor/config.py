@@ -16,10 +16,10 @@ from mmpretrain.structures import DataSample
 from torch import nn
 
 from ..build import build_dataset, build_model, load_config, named_parts, pick_device
-from ..convert import enc_layers
 from ..engine.preflight import check_is_enc, check_metrics, find_labels, rehearse, why_step_fails
 from ..refused import Refused, describe
 from ..surgery.eligible import Evidence
+from ..surgery.projected import constrained_layers
 from .decay import examine_decay
 from .finding import BROKEN, NOTE, OK, Finding, examine, quietly, refusal
 
@@ -133,7 +133,7 @@ def _model(examined: _Examined) -> Iterator[Finding]:
 def _enc(examined: _Examined) -> Iterator[Finding]:
     model = examined.model
     check_is_enc(examined.cfg, model)
-    layers = dict(enc_layers(model))
+    layers = dict(constrained_layers(model))
     if not layers:
         yield Finding("ENC", NOTE, "a plain network", 'for ENC: model = dict(type="ENCImageClassifier")')
         return

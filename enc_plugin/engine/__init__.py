@@ -13,6 +13,7 @@ from .gbr_hook import GBRHook
 from .guard_hook import ENCGuardHook
 from .monitor_hook import ENCMonitorHook
 from .progress_hook import ProgressHook
+from .projection_hook import ENCProjectionHook
 from .rng_hook import RNGStateHook
 from .runner import ENCRunner
 from .visualizers import ENCWandbVisBackend
@@ -25,6 +26,7 @@ __all__ = [
     "ENCGuardHook",
     "ENCMonitorHook",
     "ENCOptimWrapperConstructor",
+    "ENCProjectionHook",
     "ENCRunner",
     "ENCWandbVisBackend",
     "FGSMHook",

@@ -17,6 +17,7 @@ from ..functional.normalizable import check_normalizable
 from ..measuring.untouched import unwrap
 from ..surgery.eligible import refuse_weights_read_elsewhere
 from ..surgery.loading import enc_layers_of_plain_ones, why_not_plain
+from ..surgery.projected import constrained_layers
 from ..surgery.trace import RecordError, Trace, record
 from .limits import warn_of_recomputation
 from .scalars import Scalar, log_scalars
@@ -57,7 +58,7 @@ class ENCAuditHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Check and report the weights that training starts from."""
         model = unwrap(runner.model)
-        for name, layer in enc_layers(model):
+        for name, layer in constrained_layers(model):
             check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
         self._report(runner, model)
         warn_of_recomputation(runner, model)
@@ -93,7 +94,7 @@ class ENCAuditHook(Hook):
             runner.logger.info("ENC: this model has no ENC layers")
             return
         kinds = sorted({f"{row.variant}, alpha {row.alpha:.4g}" for row in table})
-        norms = sum(layer.enc_norm is not None for _, layer in enc_layers(model))
+        norms = sum(layer.enc_norm is not None for _, layer in constrained_layers(model))
         runner.logger.info(
             f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with a "
             f"batch norm of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"

@@ -16,6 +16,7 @@ from torch import nn
 from ..build import part_class
 from ..functional.checks import check_type
 from ..optim import DEFAULT_SHIFT_EPS, DecayRules, describe_groups
+from ..projection import check_projection
 from ..shift import add_shift
 from .limits import refuse_sharding
 
@@ -45,6 +46,9 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             - ``shift_eps``: the shift eps, in units of W, default 1e-3; 0 is plain decay. Also within ``custom_keys``.
             - ``plain_shift``: a variant (``'ws'``, ...): plain convolutions and linear layers get its shift too, which
               separates the effect of the shift from that of the constraint. Default None: they get plain decay.
+            - ``projection``: how weights are held on the constraint set if the model has ``enc=dict(how='project')``,
+              ``'retract'`` (default) or ``'rotate'`` (:func:`enc_plugin.projection.add_projection`). Also within
+              ``custom_keys``.
             - ``decoupled_decay``: whether the optimizer's decay is decoupled, for an optimizer where a trial step
               cannot tell.
 
@@ -98,6 +102,7 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         wrapper.optimizer.param_groups = [dict(group) for group in wrapper.optimizer.param_groups]
         warn = partial(print_log, logger="current", level=logging.WARNING)
         add_shift(wrapper.optimizer, self.paramwise_cfg.get("decoupled_decay"), warn=warn)
+        check_projection(wrapper.optimizer)  # ENCProjectionHook starts it, once weights are initialised and loaded
         wrapper.optimizer.register_load_state_dict_pre_hook(_compare_with_checkpoint, prepend=True)
         print_log(describe_groups(wrapper.optimizer), logger="current")
         return wrapper

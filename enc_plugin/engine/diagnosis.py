@@ -11,9 +11,9 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..convert import enc_layers
 from ..functional.normalizable import check_normalizable
 from ..measuring.untouched import unwrap
+from ..surgery.projected import constrained_layers
 from .unread_step import largest_magnitude
 
 
@@ -49,7 +49,7 @@ def find_cause(runner: Runner, batch: Any) -> str:
     broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
     if broken:
         return f"{len(broken)} weights hold NaN or Inf: {', '.join(map(repr, broken[:3]))}"
-    for name, layer in enc_layers(model):
+    for name, layer in constrained_layers(model):
         try:
             check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
         except ValueError as error:

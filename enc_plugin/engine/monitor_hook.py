@@ -14,10 +14,10 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..convert import enc_layers
 from ..functional.weights import num_rows
 from ..layers import ENCLayer
 from ..measuring.untouched import unwrap
+from ..surgery.projected import constrained_layers
 from .efolds import DecayTally
 from .scalars import Group, Scalar, log_scalars
 
@@ -102,7 +102,7 @@ class ENCMonitorHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Find the layers, and count the steps of the optimizers."""
         model = unwrap(runner.model)
-        self._layers = dict(enc_layers(model))
+        self._layers = dict(constrained_layers(model))
         self._names = [*self._layers] or [n for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
         if not self._layers:
             runner.logger.warning("ENCMonitorHook: this model has no ENC layers, only e-folds of decay are logged")

@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from ..build import NO_SAMPLES, named_parts, stack_pictures
-from ..convert import enc_layers
 from ..functional.checks import check_integer, check_type
 from ..layers import ENC_LAYERS
 from ..measuring.batches import learns_nothing
 from ..measuring.pipelines import sample_of
 from ..measuring.untouched import unwrap
 from ..refused import Refused, describe
+from ..surgery.projected import constrained_layers
 
 _IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -192,7 +192,7 @@ def check_is_enc(cfg: Config, model: nn.Module) -> None:
     """
     own = {"ENCImageClassifier", *(layer.__name__ for layer in ENC_LAYERS.values())}
     asked = sorted({name for _, name in named_parts(cfg.get("model")) if name.split(".")[-1] in own})
-    if asked and next(enc_layers(model), None) is None:
+    if asked and next(constrained_layers(model), None) is None:
         raise Refused(
             f"the config names {', '.join(asked)}, and no layer of the network is ENC",
             'use model = dict(type="ENCImageClassifier"), which reaches every layer',

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 from ..build import make_dataset, part_class
 from ..checkpoint import find_damage, latest_checkpoint, replacing
-from ..convert import enc_layers
 from ..measuring.ranks import on_all_ranks
 from ..measuring.untouched import unwrap
 from ..refused import Refused, describe, require_file
 from ..surgery.loading import Loading
+from ..surgery.projected import constrained_layers
 from ..surgery.startup_average import average_from_start
 from .amp import without_cuda
 from .checkpoint_hook import ENCCheckpointHook
@@ -85,7 +85,7 @@ class ENCRunner(Runner):
         if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():
             model_wrapper_cfg = ddp_on_cpu(self.cfg.get("find_unused_parameters", False))
         wrapped = super().wrap_model(model_wrapper_cfg, model)
-        if next(enc_layers(wrapped), None) is not None:
+        if next(constrained_layers(wrapped), None) is not None:
             # Again: a backbone may be ENC by conv_cfg alone, or have got other norms.
             average_from_start(unwrap(wrapped))
         return wrapped
@@ -283,6 +283,7 @@ class ENCRunner(Runner):
         own = {
             "enc_guard": {"type": "ENCGuardHook"},
             "enc_audit": {"type": "ENCAuditHook"},
+            "enc_projection": {"type": "ENCProjectionHook"},
             "rng_state": {"type": "RNGStateHook"},
             "progress": {"type": "ProgressHook"},
         }

@@ -34,6 +34,8 @@ class EffectiveWeightLayer(nn.Module):
     _enc_alpha: float | None = None  # None: learnable
     _enc_norm_name: str | None = None  # key of the post-norm among the submodules
     _enc_norm_frozen = False  # because the layer was, when it got the norm
+    # Whether the optimizer holds the free weight on the constraint set, so that it is the effective one.
+    enc_is_projected = False
 
     variant = YieldingAttribute("enc_variant", "Variant of the ENC equation: ``'ws'``, ``'wn'``, ...")
     alpha = YieldingAttribute("enc_alpha", "Squared Frobenius norm of the effective weight: a number or a tensor.")
@@ -101,11 +103,13 @@ class EffectiveWeightLayer(nn.Module):
 
         Of a pruned layer (``torch.nn.utils.prune``), pruned elements stay 0, and the equation holds for the others.
         """
+        if self.enc_is_projected:
+            return self.enc_free_weight
         return enc_weight(self.enc_free_weight, self.enc_variant, self.enc_alpha, self.enc_kept)
 
     def _weight(self) -> Tensor:
         """The effective weight for this call: computed for the whole forward pass in advance, or here."""
-        weight = weight_in_pass(self)
+        weight = None if self.enc_is_projected else weight_in_pass(self)
         return self.effective_weight if weight is None else weight
 
     def free_weights(self) -> list[nn.Parameter]:

@@ -20,6 +20,7 @@ from .reparametrized import WEIGHT_KEYS, remove_reparametrizations
 # Attributes of ENC layers that users read, and all that an ENC layer keeps in its own ``__dict__``.
 PUBLIC = tuple(name for name, value in vars(EffectiveWeightLayer).items() if isinstance(value, YieldingAttribute))
 _OWN_STATE = ("enc_variant", "_enc_alpha", "_enc_norm_name", "_enc_norm_frozen", "loaded_settings", "keeps_function")
+_OWN_STATE += ("enc_is_projected", "enc_projected")
 
 
 class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
@@ -71,13 +72,17 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
             del self._parameters["log_alpha"]
         is_new_bias = bias is not self.bias
         remove_reparametrizations(self)
-        for name in _OWN_STATE:
-            self.__dict__.pop(name, None)
-        self.__class__ = self.plain_class
+        self.become_stock()
         # New parameters: a weight that is tied to another layer's must not change there.
         self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=is_trained)
         if is_new_bias:
             self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=is_trained)
+
+    def become_stock(self) -> None:
+        """Turn into the stock layer with the free weight, in place; for layers without a norm or a learnable alpha."""
+        for name in _OWN_STATE:
+            self.__dict__.pop(name, None)
+        self.__class__ = self.plain_class
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ENCLayer:
         norm_was_meta, alpha_was_meta = _is_meta(self.enc_norm), _is_meta(self.enc_log_alpha)

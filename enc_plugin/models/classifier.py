@@ -11,6 +11,7 @@ from ..convert import enc_layers, to_enc
 from ..functional.checks import check_type
 from ..functional.normalizable import check_normalizable
 from ..layers.origin import UNKNOWN
+from ..surgery.projected import constrained_layers
 from .gbr_penalty import GBRPenalty
 
 
@@ -61,10 +62,10 @@ class ENCImageClassifier(GBRImageClassifier):
 
     Args:
         *args, **kwargs: As for mmpretrain's ``ImageClassifier``, and ``gbr_penalty`` (:class:`GBRImageClassifier`).
-        enc: Options of :func:`enc_plugin.to_enc`: ``variant``, ``alpha``, ``include``, ``exclude``, ``post_norm``.
-            Patterns match names as in ``named_modules()``: ``'backbone'``, ``'head.fc'``. ``preserve=True`` keeps the
-            function of plain weights whenever such are loaded (``load_from``, ``init_cfg``), and logs how well:
-            fine-tuning with ENC.
+        enc: Options of :func:`enc_plugin.to_enc`: ``variant``, ``alpha``, ``include``, ``exclude``, ``post_norm``, and
+            ``how='project'``, which leaves the constraint to the optimizer and the layers stock. Patterns match names
+            as in ``named_modules()``: ``'backbone'``, ``'head.fc'``. ``preserve=True`` keeps the function of plain
+            weights whenever such are loaded (``load_from``, ``init_cfg``), and logs how well: fine-tuning with ENC.
 
     Attributes:
         enc_report: The :class:`enc_plugin.ConversionReport`.
@@ -85,7 +86,7 @@ class ENCImageClassifier(GBRImageClassifier):
         for _, layer in enc_layers(self):
             layer.loaded_settings = None
         super().init_weights()
-        for name, layer in enc_layers(self):
+        for name, layer in constrained_layers(self):
             check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
         # A backbone that loads its own weights (init_cfg) does not call the hook of the whole.
         _keep_plain_function(self)

@@ -1,8 +1,4 @@
-r"""ENC as a projection: the weight itself stays on the constraint set of eq. 19, :math:`\lVert W \rVert_F^2 = \alpha`.
-
-Every step ends with a retraction. That of eq. 20-23 is :func:`enc_plugin.functional.enc_weight`: it takes any weight to
-the nearest one in its rows' directions whose norm, and mean for ``'ws'`` and ``'centered_fro'``, the equation asks for.
-"""
+"""Rotations on the constraint set of eq. 19, and the angle by which training turns weights in equilibrium."""
 
 from __future__ import annotations
 
@@ -13,36 +9,14 @@ from .checks import check_number
 from .weights import check_variant, check_weight, is_centered, num_rows
 
 
-def tangential(update: Tensor, weight: Tensor, variant: str) -> Tensor:
-    r"""Part of an update that turns the rows of a weight on the constraint set.
-
-    .. math:: t_j = u_j - \bar u_j - \frac{\langle u_j, W_j \rangle}{\lVert W_j \rVert^2} W_j
-
-    with the mean :math:`\bar u_j` for the variants that remove means alone. Whole-layer variants have one row.
-
-    Args:
-        update: Update u of the weight, ``(out, in)`` or ``(out, in / groups, *kernel)``.
-        weight: Weight W of the same shape, on the constraint set.
-        variant: As in :func:`enc_weight`.
-
-    Returns:
-        Tensor of the shape, dtype and device of ``update``; rows of W and of the result are orthogonal.
-    """
-    rows = num_rows(weight, variant)
-    u, w = update.reshape(rows, -1), weight.reshape(rows, -1)
-    if is_centered(variant):
-        u = u - u.mean(1, keepdim=True)
-    radial = (u * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
-    return torch.addcmul(u, radial, w, value=-1).reshape(update.shape)
-
-
 def rotate(weight: Tensor, update: Tensor, angle: float | Tensor, variant: str) -> Tensor:
-    r"""Turn every row of a weight by an angle, in the direction of its update.
+    r"""Turn every row of a weight on the constraint set by an angle, in the direction of its update.
 
-    .. math:: W_j \leftarrow \cos\theta\, W_j + \sin\theta\, \lVert W_j \rVert\, \frac{t_j}{\lVert t_j \rVert}
+    .. math:: W_j \leftarrow \cos\theta\, W_j + \sin\theta\, \lVert W_j \rVert\, \frac{t_j}{\lVert t_j \rVert},
+        \qquad t_j = u_j - \bar u_j - \frac{\langle u_j, W_j \rangle}{\lVert W_j \rVert^2} W_j
 
-    with the :func:`tangential` part t of the update, whose length has no influence. A row whose update does not turn it
-    stays as it is.
+    with the mean :math:`\bar u_j` of the update u for the variants that remove means alone. The length of the update
+    has no influence. A row stays as it is if its update does not turn it: if all but a thousandth of it is along W.
 
     Args:
         weight: Weight W on the constraint set, ``(out, in)`` or ``(out, in / groups, *kernel)``.
@@ -54,20 +28,23 @@ def rotate(weight: Tensor, update: Tensor, angle: float | Tensor, variant: str) 
         Tensor of the shape, dtype and device of ``weight``, with the same row norms and means.
 
     Example:
-        >>> rotate(torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 0.1]]), torch.pi / 2, "wn").round(decimals=4)
-        tensor([[-0., 2.]])
+        >>> rotate(torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 0.1]]), torch.pi / 6, "wn").round(decimals=3)
+        tensor([[1.7320, 1.0000]])
     """
     check_variant(variant)
     check_weight(weight)
     rows = num_rows(weight, variant)
-    w, t = weight.reshape(rows, -1), tangential(update, weight, variant).reshape(rows, -1)
-    norms, length = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (w, t))
+    w, u = weight.reshape(rows, -1), update.reshape(rows, -1)
+    mean = u.mean(1, keepdim=True) if is_centered(variant) else u.new_zeros(rows, 1)
+    along, whole, size = (torch.linalg.vecdot(x, y)[:, None] for x, y in ((u, w), (u, u), (w, w)))
+    # |t|^2 without t: a pass over memory less. What rounding leaves of it has no direction.
+    squared = whole - u.shape[1] * mean.square() - along.square() / size
+    turns = squared > 64 * torch.finfo(w.dtype).eps * whole
     angle = torch.as_tensor(angle, dtype=w.dtype, device=w.device)
-    # What rounding leaves of an update along W has no direction: it would turn a row at rest at random.
-    rounding = 64 * torch.finfo(w.dtype).eps * torch.linalg.vector_norm(update.reshape(rows, -1), dim=1, keepdim=True)
-    turns = length > rounding
-    turned = torch.addcmul(angle.cos() * w, norms / length, t * angle.sin())
-    return torch.where(turns, turned, w).reshape(weight.shape)
+    gain = torch.where(turns, angle.sin() * (size / squared).sqrt(), 0)
+    kept = torch.where(turns, angle.cos() - gain * along / size, 1)
+    turned = torch.addcmul(w * kept, u, gain)
+    return (turned.sub_(gain * mean) if is_centered(variant) else turned).reshape(weight.shape)
 
 
 def equilibrium_angle(

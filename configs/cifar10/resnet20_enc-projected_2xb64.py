@@ -1,0 +1,3 @@
+_base_ = "./resnet20_2xb64.py"
+model = dict(type="ENCImageClassifier", enc=dict(how="project"))
+optim_wrapper = dict(paramwise_cfg=dict(projection="retract"))

@@ -33,7 +33,7 @@ from .measuring.spread import spread
 from .models import ENCImageClassifier, GBRImageClassifier
 from .surgery.eligible import refuse_weights_read_elsewhere
 from .surgery.loading import load_trained
-from .surgery.trace import RecordError, record
+from .surgery.recording import RecordError, record_forward
 from .version import __version__
 
 _ENC_OPTIONS = ("variant", "alpha", "post_norm")
@@ -224,7 +224,7 @@ def _check_readers(model: nn.Module, batch: dict) -> None:
     """Refuse a network that computes with the free weight of an ENC layer, seen on real samples."""
     inputs = model.data_preprocessor(copy.deepcopy(batch), training=False)["inputs"]
     with suppress(RecordError):
-        refuse_weights_read_elsewhere(model, record(model, (inputs,)), dict(enc_layers(model)))
+        refuse_weights_read_elsewhere(model, record_forward(model, (inputs,)), dict(enc_layers(model)))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from mmpretrain.models import ImageClassifier
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_fold import randomize_norms
+from surgery.test_fold import randomize_norms
 
 import enc_plugin.deploy as deploy
 from enc_plugin.checkpoint import read_checkpoint

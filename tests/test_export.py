@@ -11,7 +11,7 @@ import timm
 import torch
 from functional.test_weights import ALL
 from helpers import TORCH
-from test_fold import randomize_norms
+from surgery.test_fold import randomize_norms
 from torch import nn
 
 from enc_plugin import fold, to_enc

@@ -18,7 +18,8 @@ from ..measuring.untouched import unwrap
 from ..surgery.eligible import refuse_weights_read_elsewhere
 from ..surgery.loading import enc_layers_of_plain_ones, why_not_plain
 from ..surgery.projected import constrained_layers
-from ..surgery.trace import RecordError, Trace, record
+from ..surgery.recording import RecordError, record_forward
+from ..surgery.trace import Trace
 from .limits import warn_of_recomputation
 from .scalars import Scalar, log_scalars
 
@@ -116,7 +117,7 @@ def _traces(model: nn.Module, batch: Any) -> list[Trace]:
     traces = []
     for mode, training in (("tensor", False), ("loss", True)):
         try:
-            traces.append(record(model, {**inputs, "mode": mode}, training=training))
+            traces.append(record_forward(model, {**inputs, "mode": mode}, training=training))
         except (RecordError, TypeError):
             continue
     return traces

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from numbers import Integral, Real
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_integer(name: str, value: object, minimum: int, *, below: int | None = None, none: str | None = None) -> None:
@@ -63,6 +63,11 @@ def check_type(name: str, value: object, types: type | tuple, expected: str) -> 
     """Raise ``TypeError`` unless ``value`` is of one of ``types``, which ``expected`` puts in words."""
     if not isinstance(value, types):
         raise TypeError(f"{name}: expected {expected}, got {_describe(value)}")
+
+
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` unless ``model`` is an ``nn.Module``."""
+    check_type("model", model, nn.Module, "a torch.nn.Module (of a runner: runner.model)")
 
 
 def check_floating_tensor(name: str, value: object, hint: str = "") -> None:

@@ -15,20 +15,18 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from .eval_mode import module_of
 from .precision import full_float32
+from .random_states import kept_random_states
 
 
 @contextmanager
 def reading(device: torch.device) -> Iterator[None]:
     """Block with gradients on, compilation and TF32 off; restores random states, refuses batch norm in train mode."""
     handle = register_module_forward_pre_hook(_refuse_module)
-    python_state = random.getstate()
-    devices = [] if device.type == "cpu" else [device]
-    fork = torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), fork, _uncompiled(), full_float32():
+        rng = kept_random_states([device])
+        with torch.inference_mode(False), torch.enable_grad(), rng, _uncompiled(), full_float32():
             yield
     finally:
-        random.setstate(python_state)
         handle.remove()
 
 

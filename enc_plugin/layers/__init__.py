@@ -10,7 +10,7 @@ They are subclasses of the stock layers and not parametrizations (``torch.nn.uti
 
 from .attributes import lacks_attribute
 from .effective import POST_NORM_KEYS
-from .enc_layer import ENCLayer
+from .enc_layer import ENCLayer, enc_layers
 from .plain import RefusesRescaledRows, batch_norm_affine
 from .stock import ENC_LAYERS, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
 from .subclasses import enc_class, reserved_attributes
@@ -26,6 +26,7 @@ __all__ = [
     "RefusesRescaledRows",
     "batch_norm_affine",
     "enc_class",
+    "enc_layers",
     "lacks_attribute",
     "reserved_attributes",
 ]

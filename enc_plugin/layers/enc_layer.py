@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -154,6 +154,11 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
                 f"{type(self).__name__}, or fold the model and convert it with other options"
             )
         super().__setattr__(name, value)
+
+
+def enc_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer]]:
+    """The ENC layers of ``model`` with their qualified names, each once, in module order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ENCLayer))
 
 
 def _is_meta(owner: nn.Module | Tensor | None) -> bool:

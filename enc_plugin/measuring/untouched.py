@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from mmengine.dist import broadcast, get_dist_info
 from mmengine.model import is_model_wrapper
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import nn
 
+from ..functional.random_states import kept_random_states
 from ..surgery.startup_average import unfit_statistics
 
 # Flags of activation checkpointing (mmpretrain's and timm's): where it is reentrant, autograd.grad refuses it.
@@ -38,10 +37,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     ]
     forwards = [(module, module.forward) for module in model.modules() if _is_wrapped(module.__dict__.get("forward"))]
     own = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with kept_random_states(devices), torch.no_grad():
             model.eval()
             for module, flag, _ in flags:
                 setattr(module, flag, False)
@@ -54,8 +52,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     broadcast(buffer, src=0)
             yield
     finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
         for module, flag, value in flags:
             setattr(module, flag, value)
         for module, forward in forwards:

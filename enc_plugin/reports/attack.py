@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 
 from ..build import build_dataset, load_config, load_model, pick_device
 from ..checkpoint import file_sha256
-from ..convert import format_table
 from ..functional import fgsm
 from ..measuring.pipelines import WithoutReplacement
 from ..measuring.pixels import PIXEL_MAX, PixelClassifier, collate_pixels
@@ -29,6 +28,7 @@ from ..measuring.robustness import Robustness, check_pixel_eps, measure_robustne
 from ..measuring.spread import spread
 from ..measuring.untouched import untouched
 from ..refused import Refused, require_file
+from ..table import format_table
 from ..version import __version__
 from . import plot
 

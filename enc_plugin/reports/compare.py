@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..build import load_config, load_model
-from ..convert import audit, format_table
+from ..convert import audit
 from ..surgery.folded import FoldedAudit
+from ..table import format_table
 from . import page, plot
 from .runs import MONITOR, Run, default_names, load_run
 

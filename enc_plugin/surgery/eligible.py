@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .flow import fate, norms_that_fold
-from .trace import LAYERS, RecordError, Trace, record
+from .recording import RecordError, record_forward
+from .scale_fate import fate
+from .scale_paths import norms_that_fold
+from .trace import LAYERS, Trace
 
 # Squeeze-and-excitation blocks by their class names in mmpretrain, mmcv, timm and torchvision: the guess where a
 # network does not run.
@@ -27,7 +29,7 @@ class Evidence:
 
     Args:
         model: The network; it is left as it was.
-        example: A batch that it takes, as for :func:`enc_plugin.surgery.trace.record`; None: one is made up.
+        example: A batch that it takes, as for :func:`.recording.record_forward`; None: one is made up.
 
     Attributes:
         trace: The pass of the whole network in eval mode, or None.
@@ -47,11 +49,11 @@ class Evidence:
         if not self._layers:
             return
         try:
-            self.trace = record(model, example)
+            self.trace = record_forward(model, example)
             self._whole = [self.trace]
             if any(self._trace_of(layer) is None and not self._readers(layer) for layer in self._layers.values()):
                 with suppress(RecordError):
-                    self._whole.append(record(model, example, training=True))
+                    self._whole.append(record_forward(model, example, training=True))
         except RecordError as error:
             if example is not None:
                 raise
@@ -63,7 +65,7 @@ class Evidence:
             if not any(child.children()) or len(self._parts) >= _MOST_PARTS:
                 continue
             try:
-                self._parts.append(record(child))
+                self._parts.append(record_forward(child))
             except RecordError:
                 self._record_parts(child)
 

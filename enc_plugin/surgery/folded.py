@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..functional.bounds import bound_chain
 from ..layers import ENCLayer, batch_norm_affine
 from ..table import format_table
-from .flow import norms_that_fold
-from .trace import LAYERS, RecordError, record
+from .recording import RecordError, record_forward
+from .scale_paths import norms_that_fold
+from .trace import LAYERS
 from .used_weight import UnclearWeightError, UsedWeight, used_weight
 
 
@@ -113,7 +114,7 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
     if not layers:
         return FoldedAudit()
     try:
-        trace = record(model, inputs)
+        trace = record_forward(model, inputs)
     except RecordError as error:
         raise ValueError(
             f"inputs: the network is run once to find the batch norm behind each layer, and {error}"

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from ..functional.weights import is_centered, num_rows
 from ..layers import ENCLayer
 from .example import with_values
-from .flow import Scales
-from .trace import Trace, plain_forward, untouched
+from .restored import plain_forward, restored
+from .scale_paths import Scales
+from .trace import Trace
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Plan:
 
     def _run(self) -> Tensor:
         args, kwargs = self.example
-        with untouched(self.model), torch.no_grad():
+        with restored(self.model), torch.no_grad():
             return _flat(self.model(*args, **kwargs))
 
     @torch.no_grad()

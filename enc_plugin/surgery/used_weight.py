@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..functional.bounds import map_rows_sq_norm
 from ..layers import ENCLayer
-from .trace import untouched
+from .restored import restored
 
 _MAX_ELEMENTS = 2**23  # of one batch of probes
 _MAX_OUTPUTS = 4096  # of a layer whose Jacobian is taken row by row
@@ -59,7 +59,7 @@ def used_weight(layer: nn.Module, shape: torch.Size, with_map: bool = True) -> U
     # Not by the weight: in train mode, each look at one that is made by spectral norm changes it.
     batched = len(shape) > (1 if is_linear else len(layer.kernel_size) + 1)
     sample = (1, *(shape[1:] if batched else shape))
-    with untouched(layer), _without_post_norm(layer):
+    with restored(layer), _without_post_norm(layer):
         try:
             return _of_matrix(layer, sample) if is_linear else _of_kernel(layer, sample, with_map)
         except UnclearWeightError:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from enc_plugin.surgery.flow import fate, norms_that_fold
-from enc_plugin.surgery.trace import record
+from enc_plugin.surgery.recording import record_forward
+from enc_plugin.surgery.scale_fate import fate
+from enc_plugin.surgery.scale_paths import norms_that_fold
 
 
 class Net(nn.Module):
@@ -72,7 +73,7 @@ KEPT = {
 @pytest.mark.parametrize("then", UNDONE)
 def test_a_norm_undoes_a_scale_through_homogeneous_operations(then):
     net = Net(UNDONE[then])
-    found = fate(record(net), net.conv)
+    found = fate(record_forward(net), net.conv)
     assert found.undone, found
     x = torch.randn(2, 3, 7, 7)
     net.train()
@@ -84,12 +85,12 @@ def test_a_norm_undoes_a_scale_through_homogeneous_operations(then):
 @pytest.mark.parametrize("then", KEPT)
 def test_a_scale_that_reaches_something_else_is_not_undone(then):
     net = Net(KEPT[then])
-    assert not fate(record(net), net.conv).undone
+    assert not fate(record_forward(net), net.conv).undone
 
 
 def test_a_layer_that_will_have_a_norm_of_its_own_undoes_what_reaches_it():
     net = Net(KEPT["another layer"])
-    assert fate(record(net), net.conv, norms_due={net.biased}).undone
+    assert fate(record_forward(net), net.conv, norms_due={net.biased}).undone
 
 
 def test_layers_of_known_networks_reach_their_norms():
@@ -97,7 +98,7 @@ def test_layers_of_known_networks_reach_their_norms():
     for name in ("densenet121", "resnetv2_50", "legacy_xception"):
         with torch.device("meta"):
             model = timm.create_model(name)
-        trace = record(model)
+        trace = record_forward(model)
         layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         kept = [layer for layer in layers if not fate(trace, layer).undone]
         assert kept == [model.get_classifier()], name
@@ -118,7 +119,7 @@ def test_a_batch_norm_folds_through_views_but_not_through_anything_else():
             return a, b, c, self.nd(d) + d
 
     model = Heads()
-    trace = record(model)
+    trace = record_forward(model)
     found = [norms_that_fold(trace, layer) for layer in (model.a, model.b, model.c, model.d)]
     assert found == [[model.na], [model.nb], [], []]
 
@@ -133,4 +134,4 @@ def test_channels_in_another_order_do_not_fold():
             return self.norm(self.conv(x).flip(1))
 
     model = Flipped()
-    assert norms_that_fold(record(model), model.conv) == []
+    assert norms_that_fold(record_forward(model), model.conv) == []

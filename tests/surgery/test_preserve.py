@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner import load_checkpoint
 from mmpretrain.registry import MODELS
-from test_fold import outputs, randomize_norms, relative_error
+from surgery.test_fold import outputs, randomize_norms, relative_error
 from torch import nn
 
 from enc_plugin import CheckpointWarning, ENCConv2d, fold, to_enc

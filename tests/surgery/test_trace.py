@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from enc_plugin import to_enc
-from enc_plugin.surgery.trace import RecordError, record
+from enc_plugin.surgery.recording import RecordError, record_forward
 
 
 class Reads(nn.Module):
@@ -57,7 +57,7 @@ METADATA = {
 @pytest.mark.parametrize("example", [None, torch.ones(1, 3, 5, 5)], ids=["made up", "given"])
 def test_a_weight_that_something_else_computes_with_has_a_reader(how, example):
     model = Reads(READS[how])
-    trace = record(model, example)
+    trace = record_forward(model, example)
     assert trace.readers(model.conv) == [model]
     assert trace.readers(model.other) == []
 
@@ -65,7 +65,7 @@ def test_a_weight_that_something_else_computes_with_has_a_reader(how, example):
 @pytest.mark.parametrize("how", METADATA)
 def test_asking_for_more_than_values_is_no_reader(how):
     model = Reads(METADATA[how])
-    assert record(model).readers(model.conv) == []
+    assert record_forward(model).readers(model.conv) == []
 
 
 def test_the_reader_is_the_module_that_reads():
@@ -84,7 +84,7 @@ def test_the_reader_is_the_module_that_reads():
             return x
 
     model = Outer()
-    trace = record(model, torch.ones(2, 4))
+    trace = record_forward(model, torch.ones(2, 4))
     assert trace.readers(model.layers[0]) == [model.inner]
     assert model.layers[0] not in trace.calls
 
@@ -92,7 +92,7 @@ def test_the_reader_is_the_module_that_reads():
 def test_layers_that_share_a_weight_do_not_read_it_from_each_other_but_an_embedding_does():
     twins = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     twins[1].weight = twins[0].weight
-    assert record(twins).readers(twins[0]) == []
+    assert record_forward(twins).readers(twins[0]) == []
 
     class Tied(nn.Module):
         def __init__(self):
@@ -104,15 +104,15 @@ def test_layers_that_share_a_weight_do_not_read_it_from_each_other_but_an_embedd
             return self.decode(self.embed(tokens))
 
     model = Tied()
-    assert record(model).readers(model.decode) == [model.embed]
+    assert record_forward(model).readers(model.decode) == [model.embed]
 
 
 def test_torch_s_attention_and_its_fast_path_read_their_layers():
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    trace = record(nn.Sequential(block), torch.randn(2, 3, 8))
+    trace = record_forward(nn.Sequential(block), torch.randn(2, 3, 8))
     assert trace.readers(block.linear1) == trace.readers(block.linear2) == [block]
     attention = nn.MultiheadAttention(8, 2)
-    assert record(attention).readers(attention.out_proj) == [attention]
+    assert record_forward(attention).readers(attention.out_proj) == [attention]
 
 
 class Restless(nn.Module):
@@ -143,7 +143,7 @@ def test_the_network_and_the_random_states_do_not_notice(training, example):
     model.conv.register_forward_pre_hook(lambda *_: calls.append(1))
     state, attributes = copy.deepcopy(model.state_dict()), {m: dict(m.__dict__) for m in model.modules()}
     random_states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
-    trace = record(model, example, training=training)
+    trace = record_forward(model, example, training=training)
     assert model.conv in trace.calls
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     for module, before in attributes.items():
@@ -165,7 +165,7 @@ def test_a_network_whose_course_depends_on_values_is_run_for_real_and_gets_its_b
 
     model = Choosy()
     state = copy.deepcopy(model.state_dict())
-    assert model.conv in record(model, training=training).calls
+    assert model.conv in record_forward(model, training=training).calls
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
@@ -175,7 +175,7 @@ def test_a_failed_pass_leaves_nothing_behind_either():
     with pytest.raises(
         RecordError, match=r"Restless does not run on the example of shape \(2, 9, 5, 5\) .*pass a batch"
     ):
-        record(model, torch.ones(2, 9, 5, 5))
+        record_forward(model, torch.ones(2, 9, 5, 5))
     assert all(module.__dict__ == attributes for module, attributes in before.items())
 
 
@@ -192,13 +192,13 @@ def test_a_failed_pass_leaves_nothing_behind_either():
     ids=["features_only", "a dict of outputs", "compiled", "half precision", "DataParallel", "tokens"],
 )
 def test_many_kinds_of_networks_run_on_a_made_up_input(make, outputs):
-    assert len(record(make()).outputs) == outputs
+    assert len(record_forward(make()).outputs) == outputs
 
 
 def test_networks_on_the_meta_device_are_recorded():
     with torch.device("meta"):
         model = torchvision.models.resnet18()
-    assert len(record(model).calls) == len(list(model.modules()))
+    assert len(record_forward(model).calls) == len(list(model.modules()))
 
 
 def test_an_example_may_be_arguments_by_position_or_by_name():
@@ -212,20 +212,20 @@ def test_an_example_may_be_arguments_by_position_or_by_name():
 
     model = Two()
     x, y = torch.ones(1, 4), torch.ones(1, 3)
-    assert model.b in record(model, dict(x=x, y=y)).calls
+    assert model.b in record_forward(model, dict(x=x, y=y)).calls
     pair = nn.Bilinear(4, 3, 2)
-    assert record(pair, (x, y)).outputs[0].shape == (1, 2)
+    assert record_forward(pair, (x, y)).outputs[0].shape == (1, 2)
     with pytest.raises(RecordError, match="does not run on a made-up input"):
-        record(model)
+        record_forward(model)
     with pytest.raises(
         RecordError, match="an input cannot be made up for ReLU, which has no layer that tells its shape"
     ):
-        record(nn.ReLU())
+        record_forward(nn.ReLU())
 
 
 def test_enc_layers_are_looked_at_like_plain_ones():
     model = Reads(READS["the parameter"])
     to_enc(model, "wn", exclude="conv", post_norm=True)
-    trace = record(model)
+    trace = record_forward(model)
     assert trace.readers(model.other) == []
     assert type(model.other).__name__ == "ENCConv2d"

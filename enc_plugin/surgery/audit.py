@@ -1,0 +1,98 @@
+"""Does the constraint hold: norms of the effective weights, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.checks import check_model, check_type
+from ..table import format_table
+from .folded import FoldedAudit, audit_folded
+from .projected import Projected, constrained_layers
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """The constraint at one layer."""
+
+    name: str
+    type: str
+    variant: str
+    alpha: float
+    sq_norm: float  # ||What||_F^2
+    free_norm: float  # ||W||_F
+
+    @property
+    def deviation(self) -> float:
+        r"""Relative deviation :math:`|\lVert\hat W\rVert_F^2 / \alpha - 1|`; NaN if the layer has no direction."""
+        return abs(self.sq_norm / self.alpha - 1)
+
+
+class Audit(list[AuditRow]):
+    """Table of :class:`AuditRow`, a row for each ENC layer; ``print`` it, or read :attr:`max_deviation`."""
+
+    @property
+    def max_deviation(self) -> float:
+        """Largest relative deviation from alpha: float32 rounding when all is well, NaN if any is; 0 without layers."""
+        deviations = torch.tensor([0.0, *(row.deviation for row in self)])
+        return deviations.max().item()  # torch's max, unlike Python's, passes NaN on
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                r.name,
+                r.type,
+                r.variant,
+                f"{r.alpha:.6g}",
+                f"{r.sq_norm:.8f}",
+                f"{r.free_norm:.4g}",
+                f"{r.deviation:.1e}",
+            )
+            for r in self
+        ]
+        head = ("layer", "type", "variant", "alpha", "||What||^2", "||W||", "deviation")
+        return f"{format_table(head, rows)}\nlargest deviation from alpha: {self.max_deviation:.1e}"
+
+
+@torch.no_grad()
+def audit(model: nn.Module, folded: bool = False, inputs: Tensor | None = None) -> Audit | FoldedAudit:
+    r"""Check the constraint: :math:`\lVert\hat W\rVert_F^2`, :math:`\lVert W\rVert_F` and deviation, per ENC layer.
+
+    Norms are summed in float64. The model is only read.
+
+    Args:
+        model: Any ``nn.Module``; layers that are not ENC have no row.
+        folded: List instead the norms of the weights that the bound is about, :math:`\mathrm{diag}(\gamma/\sigma) W`:
+            every layer, ENC or plain, with the batch norms behind it folded in, and the AM-GM slack.
+        inputs: For ``folded``: a batch that the model takes; adds the norms of the convolutions as linear maps.
+
+    Returns:
+        The table, in module order.
+
+    Example:
+        >>> import enc_plugin
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> _ = enc_plugin.to_enc(model)
+        >>> audit(model).max_deviation < 1e-6
+        True
+    """
+    check_model(model)
+    check_type("folded", folded, bool, "True or False")
+    check_type("inputs", inputs, (Tensor, type(None)), "a batch of inputs or None")
+    if folded:
+        return audit_folded(model, inputs)
+    rows = Audit()
+    for name, layer in constrained_layers(model):
+        rows.append(
+            AuditRow(
+                name,
+                layer.type_name if isinstance(layer, Projected) else type(layer).__name__,
+                layer.enc_variant,
+                float(layer.enc_alpha),
+                layer.effective_weight.double().square().sum().item(),
+                layer.weight.double().square().sum().sqrt().item(),
+            )
+        )
+    return rows

@@ -1,0 +1,95 @@
+"""From an ENC network to the plain one that computes the same."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from torch import Tensor, nn
+
+from ..functional.checks import check_model
+from ..functional.normalizable import check_normalizable
+from ..layers import ENCLayer, enc_layers
+from ..layers.reparametrized import copies_of_results
+from .conversion_report import NoEffectWarning
+from .eligible import refuse_weights_read_elsewhere
+from .projected import constrained_layers, unmark
+from .recording import RecordError, record_forward
+from .startup_average import drop_averages
+
+
+def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.Module:
+    r"""The plain network that computes what an ENC network computes in eval mode: the inverse of :func:`to_enc`.
+
+    Weights become :math:`\hat W`; post-norms merge into weight and bias. Classes go back to the stock ones
+    (``ENCImageClassifier`` to ``ImageClassifier``). The state dict loads, strictly, into the stock model.
+
+    Args:
+        model: Any ``nn.Module`` with ENC layers; it is left as it is.
+        example: A batch that the network takes, as for :func:`to_enc`, to make sure that nothing else reads the
+            weights of the ENC layers. None: one is made up where possible.
+
+    Returns:
+        A new model in the mode (train or eval) of ``model``. A layer that had a post-norm but no bias has got a bias:
+        only such a layer keeps the state dict from fitting the stock model.
+
+    Raises:
+        ValueError: If an effective weight is not defined (a constant row, NaN), a post-norm keeps no running
+            statistics, something else computes with the free weight of an ENC layer, or the network does not run on
+            ``example``.
+
+    Warns:
+        NoEffectWarning: If there is no ENC layer; the result is then a copy.
+
+    Example:
+        >>> import enc_plugin
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10)).eval()
+        >>> _ = enc_plugin.to_enc(model)
+        >>> plain = fold(model)
+        >>> type(plain[3]).__name__, list(plain[3].state_dict())
+        ('Linear', ['weight', 'bias'])
+    """
+    check_model(model)
+    if next(constrained_layers(model), None) is None:
+        warnings.warn(f"fold changed nothing: {type(model).__name__} has no ENC layer", NoEffectWarning, stacklevel=2)
+    for name, layer in enc_layers(model):
+        if not layer.weight.is_meta:
+            check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
+    try:
+        refuse_weights_read_elsewhere(model, record_forward(model, example), dict(enc_layers(model)))
+    except RecordError as error:
+        if example is not None:
+            raise ValueError(f"example: {error}") from error
+    model = copy.deepcopy(model, copies_of_results(model.modules()))
+    for module in list(model.modules()):
+        for name in [key for key, value in module.__dict__.items() if isinstance(value, _FoldFirst)]:
+            delattr(module, name)
+        if hasattr(module, "become_plain"):
+            module.become_plain()
+    unmark(model)
+    drop_averages(model)
+    return model
+
+
+class _FoldFirst:
+    """Stands in for a block's own ``fuse`` while the block is ENC: that would merge W, which the block does not use."""
+
+    def __init__(self, owner: str, method: str):
+        self.owner, self.method = owner, method
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError(
+            f"{self.owner}.{self.method} merges the weights of its layers, but they are ENC and compute with others; "
+            f"call enc_plugin.fold(model) first and use {self.method} on the plain model that it returns"
+        )
+
+
+def guard_fusers(model: nn.Module) -> None:
+    """Let blocks that merge their layers' weights (RepVGG, MobileOne, LeViT, ...) ask for :func:`fold`."""
+    for module in model.modules():
+        if next(enc_layers(module), None) is None:
+            continue
+        owner = module.plain_class if isinstance(module, ENCLayer) else type(module)
+        for method in ("fuse", "reparameterize", "switch_to_deploy"):
+            if callable(getattr(owner, method, None)):
+                module.__dict__[method] = _FoldFirst(type(module).__name__, method)

@@ -1,0 +1,192 @@
+"""A forward pass, written down operation by operation.
+
+Activations may have shapes but no values (meta tensors), so that even large networks cost little.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .example import Arguments
+from .trace import Call, Op, Trace, Value
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down each operation; with ``shapes_only`` those that follow from the input run on meta tensors."""
+
+    def __init__(self, model: nn.Module, shapes_only: bool):
+        super().__init__()
+        self.model, self.shapes_only = model, shapes_only
+        self.ops: list[Op] = []
+        self.calls: dict[nn.Module, list[Call]] = {}
+        self._inside: tuple[nn.Module, ...] = ()
+        self._bound: dict[int, tuple[Value, Value | None]] = {}  # by id of the tensor: value, last write it has seen
+        self._storages: dict[int, Value] = {}  # the first value of each storage, and
+        self._writes: dict[int, Value] = {}  # the last one that was written into it
+        self._alive: list[Tensor] = []  # so that ids stay their tensors' own
+        self._twins: dict[int, Tensor] = {}  # meta tensors in the place of real ones
+        self._shadowed: set[int] = set()  # real tensors whose twin has been written to
+        self._backups: list[tuple[Tensor, Tensor]] = []
+        states = [*model.parameters(), *model.buffers()]
+        self._states = {id(tensor): self._of(tensor) for tensor in states}
+        attributes = (v for module in model.modules() for v in module.__dict__.values() if isinstance(v, Tensor))
+        self._lasting = {_storage(tensor) for tensor in (*states, *attributes)}
+
+    def take_input(self, tensor: Any) -> Any:
+        """An input tensor as the network gets it."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        self._lasting.add(_storage(tensor))
+        tensor = self._twin(tensor) if self.shapes_only else tensor
+        self._bind(tensor, Value(tensor.shape, from_input=True))
+        return tensor
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record while the context lasts; tensors that the network writes to in place get their values back."""
+        for module in self.model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            # Not by hooks: they miss calls of forward(), and some of torch's modules act otherwise with hooks on.
+            module.__dict__["forward"] = partial(self._call, module, module.forward)
+            module.__dict__["_compiled_call_impl"] = None
+        if not self.shapes_only:  # batch norm's operations do not declare that they write to running statistics
+            self._backups += [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with ExitStack() as stack, warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            if any(hasattr(module, "_orig_mod") for module in self.model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            try:
+                with self:
+                    yield
+            finally:
+                for tensor, values in reversed(self._backups):
+                    tensor.data.copy_(values)
+
+    def finish(self, outputs: Any, example: Arguments) -> Trace:
+        """The record of a pass on ``example`` that returned ``outputs``."""
+        values = [self._of(tensor) for tensor in _tensors(outputs)]
+        return Trace(self.model, self.ops, self.calls, values, example, self._states)
+
+    def _call(self, module: nn.Module, forward, *args, **kwargs):
+        outside, self._inside = self._inside, (*self._inside, module)
+        given = next(iter(_tensors((args, kwargs))), None)
+        given = None if given is None else self._of(given)
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            self._inside = outside
+        made = next(iter(_tensors(out)), None)
+        self.calls.setdefault(module, []).append(Call(given, None if made is None else self._of(made)))
+        return out
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [self._of(tensor) for tensor in tensors]
+        written = _written(func, args, kwargs)
+        recorded_args, recorded_kwargs = tree_map(lambda x: self._of(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        if self.shapes_only and any(t.is_meta or id(t) in self._shadowed for t in tensors):
+            self._shadowed.update(id(t) for t in written if not t.is_meta)
+            out = self._run_on_twins(func, args, kwargs, tensors)
+        else:
+            for tensor in written:
+                if _storage(tensor) in self._lasting and not tensor.is_meta:
+                    self._backups.append((tensor, tensor.clone()))
+            out = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        made += [tensor for tensor in written if all(tensor is not other for other in made)]
+        if tensors:
+            op = self._note(func.overloadpacket.__name__, func, recorded_args, recorded_kwargs, inputs, made)
+            for tensor, value in zip(made, op.outputs, strict=True):
+                if any(tensor is other for other in written):
+                    self._writes[_storage(tensor)] = value
+                self._bind(tensor, value)
+        return out
+
+    def _run_on_twins(self, func, args, kwargs, tensors: list[Tensor]):
+        if func.overloadpacket.__name__ == "native_batch_norm":  # its own meta version takes a hundred times as long
+            x = self._twin(args[0])
+            return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+        twins = {id(self._twin(t)): t for t in tensors}
+        args, kwargs = tree_map(lambda x: self._twin(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return tree_map(lambda x: twins.get(id(x), x), func(*args, **kwargs))
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        if id(tensor) not in self._twins:
+            self._alive.append(tensor)
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            self._twins[id(tensor)] = twin
+        return self._twins[id(tensor)]
+
+    def _note(self, name, func, args, kwargs, inputs: list[Value], made: list[Tensor]) -> Op:
+        from_input = any(value.from_input for value in inputs)
+        outputs = [Value(tensor.shape, from_input) for tensor in made]
+        op = Op(len(self.ops), name, func, args, kwargs, self._inside, list(dict.fromkeys(inputs)), outputs)
+        self.ops.append(op)
+        for value in op.inputs:
+            value.readers.append(op)
+        return op
+
+    def _bind(self, tensor: Tensor, value: Value) -> None:
+        self._alive.append(tensor)
+        storage = _storage(tensor)
+        self._storages.setdefault(storage, value)
+        self._bound[id(tensor)] = value, self._writes.get(storage)
+
+    def _of(self, tensor: Tensor) -> Value:
+        """The value that ``tensor`` has now."""
+        storage = _storage(tensor)
+        write = self._writes.get(storage)
+        value, seen = self._bound.get(id(tensor), (None, None))
+        if value is None and storage not in self._storages:  # a constant, or made where no operation is seen
+            value = Value(tensor.shape)
+        elif value is None:  # tensor.data is no operation either
+            source = write or self._storages[storage]
+            value = self._note("alias", None, (source,), {}, [source], [tensor]).outputs[0]
+        elif write is not None and write is not seen:  # a view of it has been written to
+            value = self._note("written_through_a_view", None, (value, write), {}, [value, write], [tensor]).outputs[0]
+        else:
+            return value
+        self._bind(tensor, value)
+        return value
+
+
+def _storage(tensor: Tensor) -> int:
+    with suppress(NotImplementedError, RuntimeError):  # sparse tensors have none
+        return tensor.untyped_storage()._cdata
+    return -id(tensor)
+
+
+def _written(func, args, kwargs) -> list[Tensor]:
+    """The tensors that ``func`` writes to."""
+    if not func._schema.is_mutable:
+        return []
+    found = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[i] if i < len(args) else kwargs.get(argument.name))
+    return [tensor for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The tensors in what a module takes or returns: containers, and objects that hold tensors as attributes."""
+    leaves = [y for x in tree_leaves(outputs) for y in ([x] if isinstance(x, Tensor) else tree_leaves(_attributes(x)))]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _attributes(x: Any) -> list:
+    return [] if isinstance(x, (nn.Module, type)) else list(getattr(x, "__dict__", {}).values())

@@ -1,0 +1,79 @@
+"""Networks that run on trial and are given back as they were."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..functional.random_states import kept_random_states
+from ..layers import ENCLayer
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The network inside of ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+@contextmanager
+def restored(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Put ``model`` into eval (or train) mode, and give it back as it was: attributes, hooks and random states.
+
+    Forward hooks that are not the network's own stay silent meanwhile. Buffers are not copied.
+    """
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    saved = []
+    for module in modules:
+        contents = [(v, v.copy()) for v in module.__dict__.values() if isinstance(v, (dict, list, set, deque))]
+        saved.append((module, dict(module.__dict__), contents))
+    own = {id(x) for module in modules for x in (module, *module.__dict__.values())}
+    with kept_random_states({t.device for t in model.parameters() if t.is_cuda}):
+        try:
+            for module in modules:
+                # Not by eval(): some networks merge weights or empty caches there.
+                module.__dict__["training"] = training
+                for key in ("_forward_hooks", "_forward_pre_hooks"):
+                    hooks = module.__dict__.get(key, {})
+                    module.__dict__[key] = OrderedDict((k, h) for k, h in hooks.items() if _belongs(h, own))
+            yield
+        finally:
+            for module, attributes, contents in saved:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+                for container, content in contents:
+                    container.clear()
+                    (container.update if isinstance(container, (dict, set)) else container.extend)(content)
+
+
+def _belongs(hook: Any, own: set[int]) -> bool:
+    """Whether a hook is a part of the network: its module's, one of its parts', or torch's (weight_norm, prune)."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    owner = getattr(hook, "__self__", hook)
+    return id(owner) in own or type(owner).__module__.startswith("torch.nn.utils")
+
+
+@contextmanager
+def plain_forward(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the ENC layers among ``layers`` compute with W while the context lasts: the network they came from."""
+    # Of a parametrized layer, the weight is an attribute of the class that it has.
+    enc = {x: type(x) for x in layers if isinstance(x, ENCLayer) and not parametrize.is_parametrized(x)}
+    for layer in enc:
+        layer.__class__ = layer.plain_class
+    try:
+        yield
+    finally:
+        for layer, own in enc.items():
+            layer.__class__ = own

@@ -1,0 +1,149 @@
+"""Which layers of a network become ENC, which of them get a batch norm, and why the others stay plain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..functional.normalizable import check_all_normalizable
+from ..layers import POST_NORM_KEYS, ENCLayer, enc_class, lacks_attribute
+from .eligible import Evidence
+from .late_surgery import refuse_wrapped
+from .projected import projection_of
+from .subclass_trial import post_norm_problem, weight_problem
+
+Patterns = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What conversion will do.
+
+    Attributes:
+        layers: The layers that become ENC, or are ENC, by name, in module order.
+        needs_norm: The layers that are to have a batch norm of their own.
+        problems: Why the others that are no choice of the user stay plain, by name.
+        candidates: Names of the layers that the user could choose from.
+    """
+
+    layers: dict[str, nn.Module]
+    needs_norm: set[nn.Module]
+    problems: dict[str, str]
+    candidates: list[str]
+
+    def gains_parameters(self, layer: nn.Module, alpha: float | str) -> bool:
+        """Whether conversion adds parameters to ``layer``: a batch norm or a learnable alpha."""
+        is_enc = isinstance(layer, ENCLayer)
+        gains_norm = layer in self.needs_norm and not (is_enc and layer.enc_norm is not None)
+        return gains_norm or (alpha == "learnable" and not is_enc)
+
+
+def select_layers(
+    model: nn.Module, evidence: Evidence, include: Patterns, exclude: Patterns, post_norm: str | bool
+) -> Selection:
+    """Select by what the network is seen to do and what the user asks for; arguments as :func:`enc_plugin.to_enc`'s.
+
+    Raises:
+        ValueError: If a pattern matches no layer, or an ENC layer of ``model`` cannot be one.
+        TypeError: If a pattern is no string.
+    """
+    problems = _problems(model, evidence)
+    modules = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    candidates = [name for name in modules if name not in problems]
+    names = _matching(candidates, include, exclude, [*candidates, *problems])
+    needs_norm = evidence.wants_norm() if post_norm == "auto" else set()
+    if post_norm is True:
+        needs_norm = {modules[name] for name in names}
+    for name in names:
+        problem = post_norm_problem(modules[name]) if modules[name] in needs_norm else None
+        if problem is not None:
+            problems[name] = problem
+    layers = {name: modules[name] for name in names if name not in problems}
+    return Selection(layers, needs_norm, problems, candidates)
+
+
+def refuse_unfit(model: nn.Module, chosen: Selection, variant: str, alpha: float | str, how: str) -> None:
+    """Raise ``ValueError`` if the layers that are chosen cannot be converted, before the first of them is changed."""
+    for name, layer in chosen.layers.items():
+        if isinstance(layer, ENCLayer) or projection_of(layer) is not None:
+            _check_same_options(name, layer, variant, alpha, how)
+        else:
+            _check_names(name, layer, alpha, layer in chosen.needs_norm)
+    plain = {name: layer.weight for name, layer in chosen.layers.items() if not isinstance(layer, ENCLayer)}
+    check_all_normalizable(plain, variant)
+    if any(chosen.gains_parameters(layer, alpha) for layer in chosen.layers.values()):
+        refuse_wrapped(model)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, ENCLayer) or enc_class(type(module)) is not None
+
+
+def _problems(model: nn.Module, evidence: Evidence) -> dict[str, str]:
+    """Layers that must stay plain, by name, with the reason."""
+    problems = evidence.read_elsewhere()
+    for name, module in model.named_modules():
+        if _is_layer(module) and not isinstance(module, ENCLayer):
+            reason = weight_problem(module)
+            if "forward" in module.__dict__:  # a change of class would not reach it
+                reason = "its forward was replaced on the instance"
+            if reason is not None:
+                problems.setdefault(name, reason)
+        elif name in problems:
+            raise ValueError(
+                f"layer {name!r} is ENC already, but {problems[name]}: that computes with the free weight; build it as "
+                "a plain layer"
+            )
+    return problems
+
+
+def _matching(names: list[str], include: Patterns, exclude: Patterns, excludable: list[str]) -> list[str]:
+    """Those of ``names`` that the patterns leave; ``exclude`` may also name layers that stay plain anyway."""
+    kept = set(names) if include is None else _hits("include", include, names)
+    if exclude is not None:
+        kept -= _hits("exclude", exclude, excludable)
+    return [name for name in names if name in kept]
+
+
+def _hits(argument: str, patterns: str | Sequence[str], names: list[str]) -> set[str]:
+    found: set[str] = set()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{argument}: expected a pattern, a sequence of patterns or None, got {patterns!r}")
+    for pattern in patterns:
+        hits = {n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)}
+        if not hits:
+            shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"{argument}: {pattern!r} matches no layer; the layers are {shown or '(none)'}")
+        found |= hits
+    return found
+
+
+def _check_names(name: str, layer: nn.Module, alpha: float | str, needs_norm: bool) -> None:
+    """Raise if a subclass has attributes of its own where those of the ENC layer have to go."""
+    taken = ["log_alpha"] if alpha == "learnable" and not lacks_attribute(layer, "log_alpha") else []
+    if needs_norm and not any(lacks_attribute(layer, key) for key in POST_NORM_KEYS):
+        taken += POST_NORM_KEYS
+    if taken:
+        raise ValueError(
+            f"layer {name!r}: {type(layer).__name__} has attributes {', '.join(taken)} of its own, in whose place a "
+            f"parameter of the ENC layer has to go; use a constant alpha and post_norm=False, or exclude=[{name!r}]"
+        )
+
+
+def _check_same_options(name: str, layer: nn.Module, variant: str, alpha: float | str, how: str) -> None:
+    held = projection_of(layer)
+    if held is None:
+        own = (layer.enc_settings["variant"], layer.enc_settings["alpha"], "reparametrize")
+    else:
+        own = (held.enc_variant, held.enc_alpha, "project")
+    if own != (variant, alpha, how):
+        (own_variant, own_alpha, own_how), other = own, f", how={how!r}" if own[2] != how else ""
+        raise ValueError(
+            f"layer {name!r} is ENC already with variant={own_variant!r}, alpha={own_alpha!r}"
+            f"{f', how={own_how!r}' if other else ''}, but variant={variant!r}, alpha={alpha!r}{other} is asked for; "
+            f"make the two agree, or use exclude=[{name!r}]"
+        )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..layers import ENCLayer, enc_class
+from .projected import constrained_layers
 
 
 def plain_weights(model: nn.Module, problems: Mapping[str, str]) -> dict[str, str]:
@@ -21,10 +22,11 @@ def plain_weights(model: nn.Module, problems: Mapping[str, str]) -> dict[str, st
         problems: Layers that cannot be ENC, by name, with the reason.
     """
     plain = {}
+    constrained = _constrained(model)
     for name, module in model.named_modules():
         if name in problems:
             plain[name] = problems[name]
-        if isinstance(module, ENCLayer) or any(f"{name}.".startswith(f"{layer}.") for layer in problems):
+        if module in constrained or any(f"{name}.".startswith(f"{layer}.") for layer in problems):
             continue  # parts of a layer that cannot be ENC, such as its parametrizations, are named with it
         if enc_class(type(module)) is not None:
             plain[name] = "left out by include / exclude"
@@ -56,7 +58,7 @@ def describe_plain_majority(model: nn.Module, problems: Mapping[str, str]) -> st
     """
     modules = dict(model.named_modules())
     plain = sum(_num_weights(modules[name]) for name in problems)
-    layers = [module for module in modules.values() if isinstance(module, ENCLayer)]
+    layers = _constrained(model)
     total = plain + sum(map(_num_weights, layers))
     if plain <= total / 2:
         return ""
@@ -67,6 +69,10 @@ def describe_plain_majority(model: nn.Module, problems: Mapping[str, str]) -> st
         f"{len(problems)} of {len(problems) + len(layers)} layers of {type(model).__name__} stay plain, "
         f"{plain / total:.0%} of their weights, and the constraint does not hold for them: {reasons}"
     )
+
+
+def _constrained(model: nn.Module) -> set[nn.Module]:
+    return {x if isinstance(x, ENCLayer) else x.layer for _, x in constrained_layers(model)}
 
 
 def _num_weights(layer: nn.Module) -> int:

@@ -26,7 +26,7 @@ def digits_config(work_dir: Path, name: str = "resnet8_enc-ws_1xb64", epochs: in
 
     ``options`` are dotted keys as for ``--cfg-options``, with ``__`` for the dots.
     """
-    cfg = Config.fromfile(CONFIGS / "digits" / f"{name}.py", format_python_code=False)
+    cfg = Config.fromfile(CONFIGS / "digits" / f"{name}.py")
     cfg.work_dir = str(work_dir)
     cfg.launcher = "none"
     cfg.train_cfg.max_epochs = epochs

@@ -8,8 +8,6 @@ import re
 import sys
 from pathlib import Path
 
-import mmengine.config.config
-import mmengine.config.utils
 import numpy as np
 import pytest
 import torch
@@ -110,17 +108,6 @@ TABLE_4 = {
     "seresnet101": (49.36, 7.863),
     "densenet201": (20.01, 4.367),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_configs():
-    """mmengine parses mmpretrain's 85 metafiles for every ``mmpretrain::`` base, and formats each config five times."""
-    patch = pytest.MonkeyPatch()
-    metainfo = functools.cache(mmengine.config.utils._get_cfg_metainfo)
-    patch.setattr(mmengine.config.utils, "_get_cfg_metainfo", metainfo)
-    patch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True), raising=False)
-    yield
-    patch.undo()
 
 
 @pytest.fixture

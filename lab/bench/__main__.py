@@ -34,8 +34,14 @@ if __name__ == "__main__":
     for name in [] if args.readme else args.only or section_names():
         start = time.perf_counter()
         path = args.results / f"{name}.json"
-        write_section(path, importlib.import_module(f"lab.bench.{name}").run(**options))
-        print(f"{name}: {path} ({time.perf_counter() - start:.0f} s)", flush=True)
+        module = importlib.import_module(f"lab.bench.{name}")
+        if getattr(module, "NEEDS_CUDA", False) and not torch.cuda.is_available():
+            print(f"{name}: left out, because there is no CUDA device", flush=True)
+            continue
+        found = module.run(**options)
+        for result in [found] if isinstance(found, dict) else found:  # long ones are saved after each part
+            write_section(path, result)
+            print(f"{name}: {path} ({time.perf_counter() - start:.0f} s)", flush=True)
     if args.readme:
         for path in args.results.glob("*.json"):
             draw_ratios(path)

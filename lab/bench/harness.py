@@ -17,15 +17,37 @@ from lab import ROOT
 from lab.provenance import provenance
 
 
-def interleave(candidates: dict[str, Callable[[], object]], rounds: int = 7, warmup: int = 1) -> dict[str, list[float]]:
+def wall_clock(call: Callable[[], object]) -> float:
+    """Seconds of a call by the wall clock, without those of garbage that was there before."""
+    gc.collect()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def event_clock(call: Callable[[], object], calls: int = 5) -> float:
+    """Seconds of a call on the GPU, the mean of ``calls`` in a row: between an event before the first and one after."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]],
+    rounds: int = 7,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], object]], float] = wall_clock,
+) -> dict[str, list[float]]:
     """Seconds of each call: every candidate runs once in each of ``rounds`` rounds; ``warmup`` rounds do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup + rounds):
         for name, call in candidates.items():
-            gc.collect()
-            start = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - start
+            elapsed = clock(call)
             if i >= warmup:
                 seconds[name].append(elapsed)
     return seconds
@@ -54,7 +76,7 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[st
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on: processor, threads, versions, and the commit (with ``-dirty`` if files differ)."""
+    """What the figures depend on: processor, GPU, threads, versions, and the commit (``-dirty`` if files differ)."""
     found = provenance(ROOT)
     return {
         "cpu": found["processor"],
@@ -62,6 +84,7 @@ def machine() -> dict[str, object]:
         "threads": found["threads"],
         "torch": torch.__version__,
         "python": found["python"],
+        **({"gpu": found["gpu"]} if "gpu" in found else {}),
     }
 
 
@@ -157,6 +180,11 @@ def readme(folder: Path) -> str:
         on = result["machine"]
         lines += ["", f"## {section}", ""]
         machine_text = f"{on['cpu']}, {on['threads']} thread, torch {on['torch']}, commit {on.get('commit', 'unknown')}"
+        if "gpu" in on:
+            card = on["gpu"]
+            machine_text = (
+                f"{card['name']}, driver {card['driver']}, CUDA {card['cuda']}, cuDNN {card['cudnn']}, {machine_text}"
+            )
         lines.append(f"{result.get('what', 'Several measurements')}. {machine_text}; [figures]({section}.json).")
         for title, rows in tables(result):
             lines += ["", f"**{title}**", "", "| | ms | ratio | rounds |", "|---|---|---|---|"]

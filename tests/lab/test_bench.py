@@ -14,8 +14,9 @@ from torch import nn
 from enc_plugin import to_enc
 from enc_plugin.optim import add_shift, param_groups_enc
 from lab import RESULTS
-from lab.bench import harness, hooks
+from lab.bench import gpu, harness, hooks
 from lab.bench.footprint import CallCount, footprint
+from lab.bench.rivals import resnet20
 
 DEPTH = 4
 BENCH = RESULTS / "bench"
@@ -167,3 +168,18 @@ def test_every_hook_of_a_run_is_timed():
     seconds = fgsm["ms_an_iteration"] / 1e3 + fgsm["seconds_an_epoch"] * 128 / 50_000
     assert fgsm["percent_of_an_epoch"] == pytest.approx(100 * seconds / (found["step_ms"] / 1e3))
     assert rows["ENCMonitorHook, every iteration"]["ms_an_iteration"] > 0
+
+
+@pytest.mark.slow
+def test_the_section_for_a_gpu_runs_on_a_cpu_and_is_left_out_there():
+    parts = tuple(part for part in gpu.PARTS if "compiled" not in part)
+    *_, found = gpu.run(rounds=1, minutes=0.0, batch=2, size=8, build=resnet20, parts=parts)
+    tables = dict(harness.tables(found))
+    steps = tables["step, bfloat16 channels last, to plain"]
+    assert {"plain", "torch weight_norm", *gpu.ENC} <= set(steps)
+    assert not found["step, float32"]["failed"]
+    assert tables["inference, float32, batch 1"]["ENC, eq. 22, folded"]["rounds"] == 1
+    assert found["counts"]["plain, float32"] == {"MiB at the peak": 0.0}
+    assert found["goals"][0]["what"] == "step, bfloat16 channels_last: ENC, eq. 22, to plain"
+    done = run_command([sys.executable, "-m", "lab.bench", "--only", "gpu"])
+    assert (done.returncode, "gpu: left out" in done.stdout) == (0, True), done.stderr

@@ -1,0 +1,243 @@
+"""On a GPU: training and optimizer steps, measurements and inference of ResNet-50, beside the plain network and rivals.
+
+Times are those between CUDA events around several calls, so that the host's launches count where the GPU waits for
+them. Each part gets a share of the minutes, and the result is written after each: a GPU may be lent for a quarter of an
+hour. Without a GPU ``run`` works too, on the CPU, to try it out; such figures say nothing about GPUs.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from enc_plugin import fold
+from enc_plugin.build import pick_device
+from enc_plugin.functional import fgsm, gbr
+
+from .harness import event_clock, goal, interleave, ratios, wall_clock
+from .rivals import CONVERSIONS, resnet50, sgd
+
+NEEDS_CUDA = True
+
+ENC = ("ENC, eq. 22", "ENC, eq. 21", "ENC, eq. 20", "ENC, eq. 23")
+RIVALS = ("timm StdConv2d", "mmcv ConvWS2d", "torch weight_norm", "a copy of the weight")
+# Each compiles for up to a minute: the first ones count most, if the time is short.
+COMPILED = ("plain", "ENC, eq. 22", "timm StdConv2d", "torch weight_norm", "ENC, eq. 21", "ENC, eq. 20", "ENC, eq. 23")
+PRECISIONS = {
+    "bfloat16 channels_last": (torch.bfloat16, torch.channels_last),
+    "float32": (None, torch.contiguous_format),
+}
+EPS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Network, pictures and time of a part."""
+
+    build: Callable[[], nn.Module]
+    batch: int
+    size: int
+    rounds: int
+    until: float  # of time.perf_counter
+
+    @property
+    def device(self) -> torch.device:
+        return pick_device(None)
+
+    def pictures(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """``count`` pictures and labels, by default a batch."""
+        count = count or self.batch
+        images = torch.rand(count, 3, self.size, self.size, device=self.device)
+        return images, torch.randint(10, (count,), device=self.device)
+
+    def network(self, name: str, base: nn.Module, layout: torch.memory_format = torch.contiguous_format) -> nn.Module:
+        """A converted copy of ``base`` on the device."""
+        network = CONVERSIONS[name](copy.deepcopy(base)).to(self.device)
+        # mmcv's layer takes views of its weight, which need the plain format.
+        return network if name == "mmcv ConvWS2d" else network.to(memory_format=layout)
+
+    def timed(self, calls: dict[str, Callable], reference: str, in_a_row: int = 5) -> dict:
+        """Table of ratios, of as many rounds as the time allows, three at least."""
+        clock = partial(event_clock, calls=in_a_row) if self.device.type == "cuda" else wall_clock
+        start = time.perf_counter()
+        interleave(calls, rounds=0, warmup=2, clock=clock)
+        a_round = (time.perf_counter() - start) / 2
+        rounds = int(min(self.rounds, max(3, (self.until - time.perf_counter()) / a_round)))
+        return ratios(interleave(calls, rounds, warmup=0, clock=clock), reference)
+
+
+def _step(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None, compiled: bool) -> Callable:
+    """A call that takes one step of fused SGD with the shift, under autocast to ``dtype`` if given."""
+    optimizer = sgd(network.train(), fused=True)
+
+    def loss() -> Tensor:
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            return cross_entropy(network(images, mode="tensor"), labels)
+
+    compute = torch.compile(loss) if compiled else loss
+
+    def call() -> None:
+        optimizer.zero_grad()
+        compute().backward()
+        optimizer.step()
+
+    return call
+
+
+def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
+    """Steps of all networks, and the memory that each adds at its peak: weights, momentum, activations, gradients."""
+    dtype, layout = PRECISIONS[precision]
+    base, (images, labels) = setting.build(), setting.pictures()
+    images = images.contiguous(memory_format=layout)
+    calls, memory, failed = {}, {}, {}
+    for name in COMPILED if compiled else ("plain", *ENC, *RIVALS):
+        if len(calls) > 1 and time.perf_counter() > setting.until:
+            failed[name] = "not tried: the time was up"
+            continue
+        before = _allocated()
+        try:
+            call = _step(setting.network(name, base, layout), images, labels, dtype, compiled)
+            call()
+            memory[name] = {"MiB at the peak": _peak(call) - before}
+            calls[name] = call
+        except Exception as error:  # the fault of one is no reason to lose the others
+            failed[name] = f"{type(error).__name__}: {error}"[:500]
+    return {"to_plain": setting.timed(calls, "plain"), "peak": memory, "failed": failed}
+
+
+def optimizer_step(setting: Setting) -> dict:
+    """The optimizer's step alone, by one operation for each kind of arithmetic (foreach) and by one kernel (fused)."""
+    base, calls = setting.build(), {}
+    for name in ("plain", *ENC):
+        for options in ({"foreach": True}, {"fused": True}):
+            network = setting.network(name, base, torch.channels_last)
+            for parameter in network.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            calls[f"{name}, {next(iter(options))}"] = sgd(network, **options).step
+    return {"to_plain_fused": setting.timed(calls, "plain, fused", in_a_row=20)}
+
+
+def measurements(setting: Setting) -> dict:
+    """GBR and FGSM of four batches of pictures, in units of a training step of one batch in float32."""
+    network = setting.network("ENC, eq. 22", setting.build())
+    images, labels = setting.pictures(4 * setting.batch)
+    step = _step(network, images[: setting.batch], labels[: setting.batch], None, False)
+    forward = partial(network, mode="tensor")
+
+    def evaluated(call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            network.eval()
+            call()
+            network.train()
+
+        return run
+
+    calls = {"training step": step}
+    for size in (setting.batch, 4 * setting.batch):
+        name = f"GBR, 1 projection, batches of {size}"
+        calls[name] = evaluated(partial(gbr, forward, images, projections=1, batch_size=size))
+    eight = partial(gbr, forward, images, projections=8, batch_size=4 * setting.batch)
+    calls[f"GBR, 8 projections, batches of {4 * setting.batch}"] = evaluated(eight)
+    calls["FGSM, 4 eps"] = evaluated(lambda: [forward(x) for x in fgsm(forward, images, labels, EPS)])
+    return {"to_a_training_step": setting.timed(calls, "training step", in_a_row=1)}
+
+
+def inference(setting: Setting) -> dict:
+    """Forward passes in eval mode, of one picture and of a batch: live, where each computes its weights, and folded."""
+    found = {}
+    for precision, (dtype, layout) in PRECISIONS.items():
+        base = setting.build()
+        networks = {name: setting.network(name, base, layout).eval() for name in ("plain", "ENC, eq. 22")}
+        networks["ENC, eq. 22, folded"] = fold(networks["ENC, eq. 22"]).eval()
+        networks["plain again"] = copy.deepcopy(networks["plain"])
+        for batch in (1, setting.batch):
+            images = setting.pictures(batch)[0].contiguous(memory_format=layout)
+
+            def forward(network: nn.Module, images: Tensor = images, dtype: torch.dtype | None = dtype) -> None:
+                autocast = torch.autocast(images.device.type, dtype, enabled=dtype is not None)
+                with torch.inference_mode(), autocast:
+                    network(images, mode="tensor")
+
+            calls = {name: partial(forward, network) for name, network in networks.items()}
+            found[f"{precision}, batch {batch}"] = setting.timed(calls, "plain", in_a_row=10)
+    return found
+
+
+# Name, share of the time, and what to do.
+PARTS: dict[str, tuple[float, Callable[[Setting], dict]]] = {
+    "step, bfloat16 channels_last": (0.2, partial(training, precision="bfloat16 channels_last")),
+    "optimizer step": (0.05, optimizer_step),
+    "inference": (0.1, inference),
+    "measurements": (0.15, measurements),
+    "step, float32": (0.15, partial(training, precision="float32")),
+    "step, bfloat16 channels_last, compiled": (
+        0.35,
+        partial(training, precision="bfloat16 channels_last", compiled=True),
+    ),
+}
+
+
+def run(
+    rounds: int = 21,
+    minutes: float = 6.0,
+    batch: int = 32,
+    size: int = 224,
+    build: Callable[[], nn.Module] = resnet50,
+    parts: tuple[str, ...] = tuple(PARTS),
+) -> Iterator[dict]:
+    """The result after each part, within about ``minutes``.
+
+    Args:
+        rounds: Of each table, at most.
+        minutes: For all parts together. A compilation that has begun is not interrupted.
+        batch, size: Of the pictures.
+        build: The plain network, whose head has at least ten classes.
+        parts: Which parts, of :data:`PARTS`.
+    """
+    torch.backends.cudnn.benchmark = True
+    result: dict = {"what": f"{build.__name__}, pictures of {size} x {size}, batch {batch}, fused SGD with momentum"}
+    left, end = sum(PARTS[part][0] for part in parts), time.perf_counter() + 60 * minutes
+    for part in parts:
+        share, measure = PARTS[part]
+        now = time.perf_counter()
+        setting = Setting(build, batch, size, rounds, now + (end - now) * share / left)
+        left -= share
+        result[part] = measure(setting)
+        result["counts"] = {
+            f"{name}, {part.removeprefix('step, ')}": row
+            for part in result
+            if isinstance(result[part], dict)
+            for name, row in result[part].get("peak", {}).items()
+        }
+        result["goals"] = [
+            goal(f"{part}: ENC, eq. 22, to plain", result[part]["to_plain"]["ENC, eq. 22"], 1.02)
+            for part in result
+            if part.startswith("step, bfloat16") and "ENC, eq. 22" in result[part]["to_plain"]
+        ]
+        yield result
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _allocated() -> float:
+    """Memory of tensors on the GPU, in MiB; 0 without a GPU."""
+    return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+
+
+def _peak(call: Callable[[], None]) -> float:
+    """Most memory of tensors on the GPU during ``call``, in MiB; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        call()
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() / 2**20

@@ -8,6 +8,7 @@ hour. Without a GPU ``run`` works too, on the CPU, to try it out; such figures s
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ from enc_plugin.build import pick_device
 from enc_plugin.functional import fgsm, gbr
 
 from .harness import event_clock, goal, interleave, ratios, wall_clock
-from .rivals import CONVERSIONS, resnet50, sgd
+from .networks import resnet50
+from .rivals import CONVERSIONS, sgd
 
 NEEDS_CUDA = True
 
@@ -40,9 +42,9 @@ EPS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 
 @dataclass(frozen=True)
 class Setting:
-    """Network, pictures and time of a part."""
+    """Networks, pictures and time of a part."""
 
-    build: Callable[[], nn.Module]
+    converted: Callable[[str], nn.Module]  # by name, on the CPU; the same object each time
     batch: int
     size: int
     rounds: int
@@ -58,9 +60,9 @@ class Setting:
         images = torch.rand(count, 3, self.size, self.size, device=self.device)
         return images, torch.randint(10, (count,), device=self.device)
 
-    def network(self, name: str, base: nn.Module, layout: torch.memory_format = torch.contiguous_format) -> nn.Module:
-        """A converted copy of ``base`` on the device."""
-        network = CONVERSIONS[name](copy.deepcopy(base)).to(self.device)
+    def network(self, name: str, layout: torch.memory_format = torch.contiguous_format) -> nn.Module:
+        """A copy of the network on the device."""
+        network = copy.deepcopy(self.converted(name)).to(self.device)
         # mmcv's layer takes views of its weight, which need the plain format.
         return network if name == "mmcv ConvWS2d" else network.to(memory_format=layout)
 
@@ -95,7 +97,7 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype
 def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
     """Steps of all networks, and the memory that each adds at its peak: weights, momentum, activations, gradients."""
     dtype, layout = PRECISIONS[precision]
-    base, (images, labels) = setting.build(), setting.pictures()
+    images, labels = setting.pictures()
     images = images.contiguous(memory_format=layout)
     calls, memory, failed = {}, {}, {}
     for name in COMPILED if compiled else ("plain", *ENC, *RIVALS):
@@ -104,21 +106,21 @@ def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
             continue
         before = _allocated()
         try:
-            call = _step(setting.network(name, base, layout), images, labels, dtype, compiled)
+            call = _step(setting.network(name, layout), images, labels, dtype, compiled)
             call()
             memory[name] = {"MiB at the peak": _peak(call) - before}
             calls[name] = call
         except Exception as error:  # the fault of one is no reason to lose the others
-            failed[name] = f"{type(error).__name__}: {error}"[:500]
+            failed[name] = _text(error)
     return {"to_plain": setting.timed(calls, "plain"), "peak": memory, "failed": failed}
 
 
 def optimizer_step(setting: Setting) -> dict:
     """The optimizer's step alone, by one operation for each kind of arithmetic (foreach) and by one kernel (fused)."""
-    base, calls = setting.build(), {}
+    calls = {}
     for name in ("plain", *ENC):
         for options in ({"foreach": True}, {"fused": True}):
-            network = setting.network(name, base, torch.channels_last)
+            network = setting.network(name, torch.channels_last)
             for parameter in network.parameters():
                 parameter.grad = torch.randn_like(parameter)
             calls[f"{name}, {next(iter(options))}"] = sgd(network, **options).step
@@ -127,7 +129,7 @@ def optimizer_step(setting: Setting) -> dict:
 
 def measurements(setting: Setting) -> dict:
     """GBR and FGSM of four batches of pictures, in units of a training step of one batch in float32."""
-    network = setting.network("ENC, eq. 22", setting.build())
+    network = setting.network("ENC, eq. 22")
     images, labels = setting.pictures(4 * setting.batch)
     step = _step(network, images[: setting.batch], labels[: setting.batch], None, False)
     forward = partial(network, mode="tensor")
@@ -154,8 +156,7 @@ def inference(setting: Setting) -> dict:
     """Forward passes in eval mode, of one picture and of a batch: live, where each computes its weights, and folded."""
     found = {}
     for precision, (dtype, layout) in PRECISIONS.items():
-        base = setting.build()
-        networks = {name: setting.network(name, base, layout).eval() for name in ("plain", "ENC, eq. 22")}
+        networks = {name: setting.network(name, layout).eval() for name in ("plain", "ENC, eq. 22")}
         networks["ENC, eq. 22, folded"] = fold(networks["ENC, eq. 22"]).eval()
         networks["plain again"] = copy.deepcopy(networks["plain"])
         for batch in (1, setting.batch):
@@ -204,13 +205,18 @@ def run(
     """
     torch.backends.cudnn.benchmark = True
     result: dict = {"what": f"{build.__name__}, pictures of {size} x {size}, batch {batch}, fused SGD with momentum"}
+    base = build()
+    converted = functools.cache(lambda name: CONVERSIONS[name](copy.deepcopy(base)))
     left, end = sum(PARTS[part][0] for part in parts), time.perf_counter() + 60 * minutes
     for part in parts:
         share, measure = PARTS[part]
         now = time.perf_counter()
-        setting = Setting(build, batch, size, rounds, now + (end - now) * share / left)
+        setting = Setting(converted, batch, size, rounds, now + (end - now) * share / left)
         left -= share
-        result[part] = measure(setting)
+        try:
+            result[part] = measure(setting)
+        except Exception as error:  # the fault of one part is no reason to lose the others
+            result[part] = {"failed": {part: _text(error)}}
         result["counts"] = {
             f"{name}, {part.removeprefix('step, ')}": row
             for part in result
@@ -220,12 +226,16 @@ def run(
         result["goals"] = [
             goal(f"{part}: ENC, eq. 22, to plain", result[part]["to_plain"]["ENC, eq. 22"], 1.02)
             for part in result
-            if part.startswith("step, bfloat16") and "ENC, eq. 22" in result[part]["to_plain"]
+            if part.startswith("step, bfloat16") and "ENC, eq. 22" in result[part].get("to_plain", {})
         ]
         yield result
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def _allocated() -> float:

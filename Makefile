@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 0
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 COMPAT := oldest onedl
 
-.PHONY: setup demo test test-crash test-slow test-matrix test-architectures test-long test-cuda test-compat test-ecosystem lint bench study zoo clean
+.PHONY: setup demo test test-crash test-slow test-matrix test-architectures test-long test-cuda test-compat test-ecosystem lint bench gpu-kit study zoo clean
 
 setup: $(STAMP)
 
@@ -89,6 +89,12 @@ study: $(STAMP)
 # Sizes of the configs' networks, measured and written into the READMEs of configs/.
 zoo: $(STAMP)
 	$(BIN)/python -m lab.zoo
+
+# Collects what lab/gpu_check.sh needs on a machine with a GPU and without network.
+gpu-kit: $(STAMP)
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .gpu_kit \
+	    -c constraints.txt -r requirements/gpu-kit.txt
+	git rev-parse HEAD > .gpu_kit/COMMIT
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

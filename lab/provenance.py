@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,8 @@ _CODE = (".py", ".toml", ".txt", ".sh")
 
 def provenance(root: str | Path) -> dict[str, object]:
     """Commit of the checkout at ``root`` (``-dirty`` if its code differs), versions, processor, threads, and GPU."""
-    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    # A copy of a checkout may come without its history.
+    commit = _git(root, "rev-parse", "--short=12", "HEAD") or os.environ.get("ENC_COMMIT", "")[:12]
     # Results that were written before, and pages made of them, are no reason to call the code another one.
     if any(name.endswith(_CODE) for name in _git(root, "diff", "--name-only", "HEAD").splitlines()):
         commit += "-dirty"
@@ -57,16 +59,19 @@ def gpu() -> dict[str, dict[str, object]]:
 
 
 def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    except FileNotFoundError:
-        lines = []
-    return lines[0].strip() if lines else "unknown"
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or "unknown"
 
 
 def _git(root: str | Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
+    return _output("git", "-C", str(root), *arguments)
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing if it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m lab.bench", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=section_names(), help="sections to run (default: all)")
     parser.add_argument("--rounds", type=int, help="rounds of each timing (default: the section's own)")
+    parser.add_argument("--minutes", type=float, help="time of a section that can be cut short, such as gpu")
     parser.add_argument("--results", type=Path, default=RESULTS / "bench", help="default: lab/results/bench")
     parser.add_argument("--readme", action="store_true", help="run nothing: write charts and README.md anew")
     parser.add_argument("--list", action="store_true", help="name the sections and stop")
@@ -30,7 +32,7 @@ if __name__ == "__main__":
     from .harness import draw_ratios, readme, write_section
 
     torch.set_num_threads(1)  # figures are for one thread; sections may say otherwise
-    options = {} if args.rounds is None else {"rounds": args.rounds}
+    options = {key: getattr(args, key) for key in ("rounds", "minutes") if getattr(args, key) is not None}
     for name in [] if args.readme else args.only or section_names():
         start = time.perf_counter()
         path = args.results / f"{name}.json"
@@ -38,7 +40,8 @@ if __name__ == "__main__":
         if getattr(module, "NEEDS_CUDA", False) and not torch.cuda.is_available():
             print(f"{name}: left out, because there is no CUDA device", flush=True)
             continue
-        found = module.run(**options)
+        taken = inspect.signature(module.run).parameters
+        found = module.run(**{key: value for key, value in options.items() if key in taken})
         for result in [found] if isinstance(found, dict) else found:  # long ones are saved after each part
             write_section(path, result)
             print(f"{name}: {path} ({time.perf_counter() - start:.0f} s)", flush=True)

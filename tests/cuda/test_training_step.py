@@ -127,7 +127,9 @@ def test_a_whole_step_is_captured_in_a_graph_and_its_replay_trains(device, varia
 
 def test_no_part_of_a_training_step_waits_for_the_device(device):
     """Layers, shift, the guard's look at the gradients and the penalty on the GBR."""
-    unread_step = pytest.importorskip("enc_plugin.engine.unread_step", reason="the guard needs mmengine")
+    unread_step = pytest.importorskip(
+        "enc_plugin.engine.unread_step", reason="the guard needs mmengine", exc_type=ImportError
+    )
     nets = [network(variant).to(device) for variant in VARIANTS]
     optimizers = [optimizer_of(net, fused=i % 2 == 0) for i, net in enumerate(nets)]
     steps = []

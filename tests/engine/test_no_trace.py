@@ -23,8 +23,6 @@ OBSERVERS = {
 # Random numbers are drawn in loading, in training and in validation.
 SETTINGS = {
     "float32": {},
-    "bfloat16": dict(optim_wrapper__type="AmpOptimWrapper"),
-    "workers": dict(train_dataloader__num_workers=2, val_dataloader__num_workers=2),
     "bfloat16 and workers": dict(
         optim_wrapper__type="AmpOptimWrapper", train_dataloader__num_workers=2, val_dataloader__num_workers=2
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from engine.test_no_trace import OBSERVERS
 from helpers import ROOT, digits_config, scalars, train
 
 from enc_plugin.engine import SCALARS
@@ -15,12 +16,9 @@ OWN = ("gbr/", "fgsm/", "enc/", "enc_monitor/")
 
 def test_every_scalar_that_a_hook_of_ours_logs_is_declared(tmp_path):
     cfg = digits_config(tmp_path)
-    cfg.custom_hooks = [
-        dict(type="GBRHook", num_samples=8),
-        dict(type="GBRHook", num_samples=8, name="second.curve"),
-        dict(type="FGSMHook", num_samples=8, eps=(0.5, 4)),
-        dict(type="ENCMonitorHook", interval=1, per_layer=True),
-    ]
+    cfg.default_hooks.enc_audit = None  # it is among the observers
+    cfg.custom_hooks = [dict(type=name, **options) for name, (options, _) in OBSERVERS.items()]
+    cfg.custom_hooks += [dict(type="GBRHook", num_samples=8, name="second.curve")]
     train(cfg)
     logged = {key for line in scalars(tmp_path) for key in line if key.startswith(OWN)}
     assert len(logged) > 50

@@ -124,7 +124,8 @@ def test_with_mmengine_alone_what_can_be_registered_is():
     code = (
         "import enc_plugin\nfrom mmengine.registry import HOOKS, MODELS, RUNNERS, OPTIM_WRAPPER_CONSTRUCTORS\n"
         "print([name for registry, name in ((HOOKS, 'GBRHook'), (HOOKS, 'FGSMHook'), (HOOKS, 'ENCGuardHook'), "
-        "(RUNNERS, 'ENCRunner'), (OPTIM_WRAPPER_CONSTRUCTORS, 'ENCOptimWrapperConstructor'), (MODELS, 'ENCLinear'), (MODELS, 'WNConv2d'), (MODELS, 'GBRPenalty')) "
+        "(RUNNERS, 'ENCRunner'), (OPTIM_WRAPPER_CONSTRUCTORS, 'ENCOptimWrapperConstructor'), (MODELS, 'ENCLinear'), "
+        "(MODELS, 'WNConv2d'), (MODELS, 'GBRPenalty')) "
         "if registry.get(name) is None], [m for m in hidden if m in sys.modules])" + ERRORS
     )
     printed = python(code.replace("STATEMENTS", repr(statements)), ("mmcv", "mmpretrain")).splitlines()

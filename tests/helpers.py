@@ -100,6 +100,7 @@ def train_on_processes(cfg: Config, count: int, timeout: float = 240) -> None:
 def _train_file(path: Path) -> None:
     cfg = Config.fromfile(path)
     cfg.launcher = "pytorch"
+    cfg.__dict__["_format_python_code"] = False  # yapf would take most of the time of a short run
     train(cfg)
 
 

@@ -32,8 +32,8 @@ class ENCAuditHook(Hook):
 
     Before training (after initialisation and loading) it refuses weights that cannot be normalised, and warns if
     activation checkpointing will update batch norm statistics twice. On the first batch it refuses networks that
-    compute with the free weight of an ENC layer, and names ENC layers that do not run. It reads the model and changes
-    nothing. A model without ENC layers is reported as such. Scalars: ``enc/layers``, ``enc/max_deviation``, by epoch.
+    compute with the free weight of an ENC layer, and names ENC layers that do not run. It only reads. It says so if a
+    model has no ENC layers. Scalars, by epoch: ``enc/layers`` and ``enc/max_deviation`` (relative to alpha).
     """
 
     priority = "VERY_LOW"

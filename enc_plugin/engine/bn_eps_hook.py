@@ -14,8 +14,9 @@ from ..measuring.untouched import unwrap
 class BatchNormEpsHook(Hook):
     """Sets ``eps`` of all batch norms before training, those that ENC layers own included.
 
-    Under eq. 20 and 21 a batch norm undoes alpha but for its eps, which weights of norm 1 feel: their outputs have
-    small variances. A tiny eps shows what is left without it. Checkpoints do not hold the value: set it again to test.
+    Under eq. 20 and 21 a batch norm undoes alpha, except for its eps, which matters because outputs of weights of norm
+    1 have small variances. A tiny eps shows the network without this effect. Checkpoints do not hold the value, so set
+    it again to test.
 
     Args:
         eps: Added to the variance, in its unit; positive.

@@ -16,10 +16,10 @@ from ..checkpoint import replacing
 class ENCCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook in a safe order: write the new file, then point to it, and only then remove old ones.
 
-    mmengine's removes what ``max_keep_ckpts`` and ``save_best`` make superfluous first, so that a crash can leave
-    nothing to resume from, and writes ``last_checkpoint`` in place. With ``ENCRunner``, which puts this hook where a
-    config says ``CheckpointHook`` and writes each checkpoint whole or not at all, a run can be killed at any moment.
-    For a moment there is one file more than ``max_keep_ckpts``.
+    mmengine's hook first removes old files (``max_keep_ckpts``, ``save_best``), so a crash can leave nothing to resume
+    from, and it overwrites ``last_checkpoint`` in place. ``ENCRunner`` uses this hook where a config says
+    ``CheckpointHook``, and writes each checkpoint whole or not at all: a run can be killed at any moment. For a moment
+    there is one file more than ``max_keep_ckpts``.
 
     Args:
         *args, **kwargs: As for mmengine's ``CheckpointHook``.

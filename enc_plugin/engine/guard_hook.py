@@ -27,19 +27,20 @@ from .watched import check_watched
 class ENCGuardHook(Hook):
     """Refuses data that cannot be trained on before training starts, and stops a run that has diverged.
 
-    Before training, and before validation and test: a dataset without samples, labels that are no class of the head, a
-    last batch of one image where a batch norm gets one value per channel, a GBR penalty that cannot be differentiated,
-    a watcher (``save_best``, early stopping, ``ReduceOnPlateauLR``) of a scalar that will not be there, a work dir
-    without room for one checkpoint. A dataset of a single class is warned of. Every label is read once for this, about
-    ten seconds for a million. All processes refuse together.
+    Before training, validation and test it raises an error for a dataset without samples, labels that are no class of
+    the head, a last batch of one image where a batch norm gets one value per channel, a GBR penalty that cannot be
+    differentiated, a watcher (``save_best``, early stopping, ``ReduceOnPlateauLR``) of a scalar that will not be there,
+    and a work dir without room for one checkpoint. It warns of a dataset with a single class. It reads every label once
+    for this, which takes about ten seconds for a million. All processes refuse together.
 
-    In training: gradients that are NaN or infinite stop the run with the weights of before the step, the name of the
-    layer where it began and the last checkpoint; what training changes is looked at before each checkpoint, so that
-    none holds such values. Other buffers (masks, observers) may be infinite. A step that a gradient scaler skips is no
-    reason to stop, a loss that is not finite is. On a GPU the step goes ahead, and is undone where its gradients were
-    not finite: the host reads that at the end of the iteration, where mmengine waits for the loss.
+    In training, gradients that are NaN or infinite stop the run. The weights are those from before the step, and the
+    error names the layer where it began and the last checkpoint. Before each checkpoint it looks at all that training
+    changes, so that no checkpoint holds such values. Other buffers (masks, observers) may be infinite. A loss that is
+    not finite stops the run, too; a step that a gradient scaler skips does not. On a GPU the step goes ahead and is
+    undone if its gradients were not finite: the host reads that at the end of the iteration, where mmengine waits for
+    the loss.
 
-    It changes nothing: training with and without it gives the same weights, bit by bit.
+    Training with and without the hook gives the same weights bit for bit.
     ``default_hooks=dict(enc_guard=None)`` turns it off.
 
     Args:

@@ -19,8 +19,8 @@ from .quiet import is_verbose, terminal_handlers
 class ProgressHook(Hook):
     """Draws one line with epoch, loss, iterations and the time that is left, where stdout is a terminal.
 
-    The iterations' log lines go to the log file alone then; all other lines appear above the display. In a pipe, in
-    other processes than the first and with ``ENC_VERBOSE=1`` the hook does nothing: the log lines are plain.
+    There, the log lines of iterations go to the log file alone, and all other lines appear above the display. In a
+    pipe, in all processes but the first, and with ``ENC_VERBOSE=1``, the hook does nothing and log lines are plain.
     """
 
     priority = "LOWEST"  # after LoggerHook, so that a line and the display do not mix

@@ -17,31 +17,30 @@ from .position import SkippedFirst, is_validation_due, skip
 
 @HOOKS.register_module()
 class RNGStateHook(Hook):
-    """Stores in every checkpoint what a resumed run needs to be the unbroken one, bit for bit, and restores it.
+    """Saves enough state in each checkpoint that a resumed run is bit-for-bit identical to an uninterrupted one.
 
-    mmengine's checkpoints hold weights, optimizer, schedules and log histories. This hook adds, as ``rng_state``, for
-    each rank: the random states of Python, NumPy, torch and all CUDA devices, and those of generators that datasets,
-    transforms, samplers and the model own; gradients that are being accumulated; and the buffers that differ from rank
-    0's (batch norm statistics). Beside them: how many batches of the epoch are done, and whether the validation that
-    was due has been. A resumed run then
+    mmengine's checkpoints hold weights, optimizer, schedules and log histories. This hook adds an entry ``rng_state``.
+    For each rank it holds the random states of Python, NumPy, torch and all CUDA devices, those of generators that
+    datasets, transforms, samplers and the model own, gradients that are being accumulated, and the buffers that differ
+    from rank 0's (batch norm statistics). It also holds the number of batches of the epoch that are done, and whether
+    the validation that was due is done. A resumed run
 
-    - validates first, if the checkpoint was written before a validation that was due. No metric is lost to a crash,
-      best checkpoints and plateau schedules are those of the unbroken run; a run that was stopped after the validation
-      repeats it, with the same values;
-    - skips the batches that are done, where the checkpoint is from within an epoch (``by_epoch=False``): they are
-      loaded and dropped, so that what follows draws what it would have drawn.
+    - validates first, if the checkpoint was written before a validation that was due. So a crash loses no metric, and
+      best checkpoints and plateau schedules are those of the uninterrupted run. A run that was stopped after the
+      validation repeats it, with the same values;
+    - skips the batches that are done, if the checkpoint is from within an epoch (``by_epoch=False``): it loads and
+      drops them, so that all later random numbers are the same.
 
-    What holds with :class:`ENCRunner`, on one process and several, for equal configs, software and hardware and as far
-    as the operators themselves are deterministic: weights, optimizer state and logged scalars (but for times) equal
-    those of the unbroken run
+    With :class:`ENCRunner`, equal configs, software and hardware, and deterministic operators, weights, optimizer state
+    and logged scalars (but for times) equal those of the uninterrupted run, on one process and on several
 
     - without workers, and with any number of workers, persistent or not, for epochs (the runner seeds workers by epoch:
       :func:`~enc_plugin.engine.worker_seeds.seed_workers_by_epoch`) and for iterations as mmengine counts them;
-    - not for what workers draw under a ``worker_init_fn`` of one's own, or persistent ones under a sampler without
-      ``set_epoch`` or in validation, which is told no epoch;
-    - not for generators of a dataset's own in persistent workers (a warning), where each worker has a copy;
-    - not on another number of processes or with epochs of another length: a warning says what differs;
-    - not for the patience of ``EarlyStoppingHook``, which mmengine does not store (a warning, too).
+    - but not with a ``worker_init_fn`` of your own, and not with persistent workers under a sampler without
+      ``set_epoch``, or in validation, which is told no epoch;
+    - not for a dataset's own generators in persistent workers, because each worker has a copy (a warning says so);
+    - not on another number of processes or with epochs of another length (a warning says what differs);
+    - not for the patience of ``EarlyStoppingHook``, because mmengine does not store it (a warning says so).
 
     Without ENCRunner only rank 0's state is stored.
     """

@@ -18,11 +18,11 @@ class ValidatedNetworkHook(Hook):
     """Base of hooks that measure the network that validation sees, and log it under names of their own.
 
     Averaging hooks (mmengine's and mmpretrain's ``EMAHook``, and hooks of users) put other weights into the model when
-    a validation begins, and take them away when it ends, each at its own priority. A measurement that is due runs where
-    the weights of the validation are in place: at the end of the validation, ahead of all other hooks. Without a
-    validation at that point, it runs before the next step, or when training ends, with the weights that ``EMAHook``
-    would have put in. What a user's hook would have put in is not known then: nothing is measured, with a warning. At
-    the end of training, the weights of the last validation are measured, which are kept for that.
+    a validation begins and take them away when it ends, each at its own priority. A measurement that is due runs while
+    the weights of the validation are in place: at the end of the validation, ahead of all other hooks. If there is no
+    validation at that point, it runs before the next step or at the end of training, with the weights that ``EMAHook``
+    would have put in. The weights that a user's hook would have put in are not known then, so nothing is measured, with
+    a warning; at the end of training the weights of the last validation are measured, which are kept for that.
 
     Subclasses say what is due (:meth:`due`) and measure (:meth:`measure`).
     """
@@ -43,7 +43,7 @@ class ValidatedNetworkHook(Hook):
 
     @abstractmethod
     def due(self, runner: Runner) -> int | None:
-        """Step of the measurement that the weights of now are due for, at a validation; None: none."""
+        """Step of a measurement that is due at this validation, or None."""
 
     @abstractmethod
     def measure(self, runner: Runner, step: int, averaged: bool) -> None:
@@ -51,8 +51,8 @@ class ValidatedNetworkHook(Hook):
 
         Args:
             runner: The run.
-            step: What to log under.
-            averaged: Whether they are others than those that are being trained.
+            step: Epoch or iteration to log under.
+            averaged: Whether these are not the weights in training.
         """
 
     def before_train(self, runner: Runner) -> None:

@@ -13,16 +13,16 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 def seed_workers_by_epoch(loader: DataLoader, seed: int) -> None:
     """Let the workers of ``loader`` draw other augmentations in each epoch, and the same after a resume.
 
-    mmengine seeds a worker when it starts with ``seed + num_workers * rank + worker``: workers that are started for
-    each epoch repeat the same draws in all of them, and ``persistent_workers`` begin again with the first epoch's after
-    a resume. Here epoch e adds ``e * num_workers * ranks``, for both kinds: the seeds of all epochs differ, those of
-    epoch 0 are mmengine's, and what an epoch draws depends on its number alone. The epoch is the one that the sampler
-    is told (``set_epoch``); a sampler that is told none leaves the workers as they were.
+    mmengine seeds a worker with ``seed + num_workers * rank + worker`` when it starts. So workers that are started for
+    each epoch repeat the same draws in every epoch, and after a resume ``persistent_workers`` begin again with the
+    draws of the first epoch. Here epoch e adds ``e * num_workers * ranks`` for both kinds: the seeds of all epochs
+    differ, epoch 0 has mmengine's, and the draws of an epoch depend on its number alone. The epoch is the number that
+    the sampler gets (``set_epoch``); with a sampler that gets none, workers are left as they are.
 
     Args:
         loader: As mmengine builds it, its workers not yet started; changed in place. A ``worker_init_fn`` of the
             config's is left alone.
-        seed: What torch draws the seeds from that mmengine's overwrite.
+        seed: Seed of the generator from which torch draws worker seeds (mmengine overrides those seeds later).
     """
     if loader.persistent_workers:
         # torch draws one number each time that workers are started, from the generator that mixup and dropout use too:

@@ -32,7 +32,7 @@ _IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
 def check_work_dir(work_dir: str | Path) -> None:
-    """Make the work dir, and refuse one that cannot be written to.
+    """Make the work dir, and raise if it cannot be written to.
 
     Args:
         work_dir: Folder for logs and checkpoints.
@@ -56,7 +56,7 @@ def check_work_dir(work_dir: str | Path) -> None:
 
 
 def check_loop(train_cfg: Mapping | None) -> None:
-    """Refuse numbers of epochs and intervals that mmengine would stumble over after the first epoch.
+    """Raise for numbers of epochs and intervals with which mmengine would fail after the first epoch.
 
     Args:
         train_cfg: Of the runner; other objects than dicts are left to mmengine.
@@ -85,7 +85,7 @@ def check_room(runner: Runner) -> None:
 
 
 def find_labels(name: str, dataset: Dataset, num_classes: int | None) -> list[str]:
-    """Refuse a dataset without samples, or with labels that are no class.
+    """Raise for a dataset without samples, or with labels that are no class.
 
     Args:
         name: What the error calls it, such as ``'train_dataloader'``.
@@ -164,7 +164,7 @@ def number_of_classes(model: nn.Module) -> int | None:
 
 
 def check_metrics(name: str, metrics: Iterable[Any], num_classes: int | None) -> None:
-    """Refuse metrics that ask for more of the top than there are classes: they fail at the first validation.
+    """Raise for metrics that ask for more of the top than there are classes: they would fail at the first validation.
 
     Args:
         name: What the error calls them, such as ``'val_evaluator'``.
@@ -185,7 +185,7 @@ def check_metrics(name: str, metrics: Iterable[Any], num_classes: int | None) ->
 
 
 def check_is_enc(cfg: Config, model: nn.Module) -> None:
-    """Refuse a model that its config calls ENC and that has no ENC layer: it would train as a plain one.
+    """Raise if the config calls the model ENC and it has no ENC layer: it would train as a plain one.
 
     Raises:
         ValueError: If there is none.

@@ -13,11 +13,11 @@ class UnreadStep:
     """A step that is about to be taken: the largest magnitude of its gradients, and what undoes the step.
 
     Reading a number from an accelerator makes the host wait for all that it has launched. So the step is taken first,
-    and :meth:`is_finite` is asked later, where the host waits anyway. Until then the step's weights and gradients stay
-    in memory; after the backward pass there is room for them, because the activations are gone.
+    and :meth:`is_finite` is asked later, where the host waits anyway. Until then the weights and gradients from before
+    the step stay in memory; there is room for them, because after the backward pass the activations are gone.
 
     Args:
-        parameters: What the optimizer steps; those without a gradient do not count.
+        parameters: Parameters of the optimizer; those without a gradient are left out.
     """
 
     def __init__(self, parameters: Iterable[Tensor]):

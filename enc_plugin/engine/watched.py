@@ -1,4 +1,4 @@
-"""Whether the scalars that savers, schedulers and early stopping watch will be there when they are looked for."""
+"""Check that the scalars which savers, schedulers and early stopping watch will be logged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def watched_metrics(runner: Runner) -> Iterator[tuple[str, str]]:
 
 
 def check_watched(runner: Runner) -> None:
-    """Refuse a watcher of a scalar that will not be among the metrics of each validation.
+    """Raise if a watched scalar will not be among the metrics of each validation.
 
     Args:
         runner: About to train; its schedulers are built.

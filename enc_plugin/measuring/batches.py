@@ -19,7 +19,7 @@ from .untouched import recomputed, untouched
 def check_batches(loader: DataLoader, model: nn.Module, steps: int | None = None) -> None:
     """Refuse a training loader without a batch, or with a batch of one where a batch norm gets one value per channel.
 
-    Which batch norms those are is observed: a training sample runs through the network. Every rank has to call it.
+    A training sample runs through the network to find these batch norms. Every rank has to call it.
 
     Args:
         loader: Of the training data.
@@ -80,7 +80,7 @@ def norms_of_single_values(loader: DataLoader, model: nn.Module) -> list[str]:
 
 
 def check_penalty(loader: DataLoader, model: nn.Module, compiles: bool) -> None:
-    """Refuse a GBR penalty where gradients cannot be differentiated: tried on two training samples.
+    """Raise if gradients cannot be differentiated, which a GBR penalty does; a trial on two training samples tells.
 
     Args:
         loader: Of the training data.

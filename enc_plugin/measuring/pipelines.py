@@ -78,9 +78,9 @@ def sample_of(dataset: Dataset, index: int) -> Any:
 
 
 def locate(dataset: Dataset, index: int) -> tuple[object, dict]:
-    """The dataset within all wrappers that holds a sample, and what that gives to its pipeline for it.
+    """The dataset within all wrappers that holds a sample, and what it gives to its pipeline.
 
-    Observed and not computed: the wrappers are asked for the sample, and it is taken where the pipeline would begin.
+    The wrappers are asked for the sample, and it is taken where the pipeline would begin.
     """
 
     def stop(leaf: object, own: Callable) -> Callable[[dict], dict]:

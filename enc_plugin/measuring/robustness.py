@@ -43,7 +43,7 @@ class Robustness:
 
     @property
     def warnings(self) -> list[str]:
-        """What speaks against taking the accuracies as robustness, each with its usual cause."""
+        """Reasons why the accuracies may not show robustness, each with its usual cause."""
         found = [f"eps: {other_unit(eps)}" for eps in self.fgsm if eps < LEAST_EPS][:1]
         if self.left_out:
             found.append(
@@ -66,14 +66,15 @@ class Robustness:
         if self.zero_grad > ZERO_GRAD_LIMIT:
             found.append(
                 f"{self.zero_grad:.1%} of the samples have an all-zero gradient, so the attack leaves them as they are "
-                "(saturated softmax or masked gradients): the accuracy under attack is overrated"
+                "(saturated softmax or masked gradients): this accuracy overestimates the robustness"
             )
         both = [eps for eps in self.fgsm if eps in self.pgd]
         if both and self.fgsm[max(both)] - self.pgd[max(both)] > PGD_MARGIN:
             eps = max(both)
             found.append(
                 f"at eps {eps:g} PGD-{self.pgd_steps} leaves {self.pgd[eps]:.2f} % and FGSM {self.fgsm[eps]:.2f} %: "
-                "FGSM overrates this model's robustness (the gradient at the image does not tell far enough); go by PGD"
+                "FGSM overestimates this model's robustness (its loss is not close to linear around the image); report "
+                "PGD instead"
             )
         return found
 
@@ -92,11 +93,11 @@ def measure_robustness(
 ) -> Robustness:
     """Top-1 accuracy of ``model`` clean, under FGSM and, if asked for, under PGD, attacked in pixel space.
 
-    The attack is untargeted, uses the true labels, and moves pixels of 0..255 before the ``data_preprocessor``, within
-    0..255; adversarial pixels are not rounded to integers. The run around it goes on as if nothing had happened.
+    The attack is untargeted and uses the true labels. It moves pixels before the ``data_preprocessor`` normalises them,
+    and keeps them within 0..255; adversarial pixels are not rounded to integers. A run around it does not notice it.
 
-    In a distributed run every rank has to call it. The ranks share out whole batches, which are the same for any
-    number of ranks, so that the result is too, to the last bit (arithmetic can depend on the shape of a batch).
+    In a distributed run every rank has to call it. The ranks share out whole batches, because arithmetic can depend on
+    the shape of a batch: so any number of ranks gives the same result to the last bit.
 
     Args:
         model: Classifier of mmpretrain, not wrapped.
@@ -105,10 +106,10 @@ def measure_robustness(
         eps: Budgets in 1/255 of the pixel range, above 0 and up to 255.
         num_samples: How many samples, spread evenly over the dataset; None: all.
         batch_size: Samples per batch.
-        num_workers: Processes that load.
-        pgd_steps: Gradients of PGD for each eps (:func:`enc_plugin.functional.pgd`, random start); 0: FGSM alone.
-        seed: Of PGD's random starts.
-        progress: Called after each batch with the numbers of batches that this rank has done and has to do.
+        num_workers: Number of processes that load.
+        pgd_steps: Steps of PGD for each eps (:func:`enc_plugin.functional.pgd`, random start); 0: FGSM alone.
+        seed: Seed of PGD's random starts.
+        progress: Called after each batch with the number of batches that this rank has done, and of all its batches.
 
     Returns:
         The accuracies, equal on all ranks.
@@ -197,9 +198,9 @@ def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:
 
 
 def check_dataset(dataset: Dataset, num_samples: int | None) -> None:
-    """Raise ``ValueError`` if some of the samples that an attack would meet show that it cannot be made.
+    """Raise ``ValueError`` if samples show that they cannot be attacked: at most 64, spread over the dataset.
 
-    Looked at are at most 64 of them, spread over the dataset: one picture, which may be black, does not tell the range.
+    One picture is not enough, because a black one does not show the range.
     """
     chosen = spread(len(dataset), num_samples)
     looked_at = [chosen[i] for i in spread(len(chosen), CHECKED_SAMPLES)]

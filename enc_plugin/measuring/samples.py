@@ -23,9 +23,9 @@ from .ranks import joined, on_all_ranks, own_share
 class FixedSamples:
     """The same samples of a dataset without augmentation, in batches, read once.
 
-    A sample is loaded by the dataset's own steps: those of its pipeline until the picture is there. Then come the steps
-    of ``pipeline`` without its own loading, which are the steps that make a picture without having read one. Each rank
-    reads and keeps the batches that it will measure; batches are the same for any number of ranks.
+    The dataset's own steps load a sample, up to the step that makes the picture. Then come the steps of ``pipeline``,
+    without those that load. Each rank reads and keeps the batches that it will measure; batches are the same for any
+    number of ranks.
 
     Args:
         dataset: Dataset of mmengine or mmpretrain, within any wrappers (repeated, concatenated, balanced, folds,
@@ -160,7 +160,7 @@ def choose_samples(dataset: Dataset | int, num_samples: int | None, seed: int) -
 
 
 def _identity(dataset: Dataset, index: int) -> object:
-    """Equal for two indices exactly if they stand for the same sample."""
+    """A key that two indices share exactly if they stand for the same sample."""
     if _has_no_pipeline(dataset):
         return index
     leaf, info = locate(dataset, index)

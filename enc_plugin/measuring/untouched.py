@@ -1,4 +1,4 @@
-"""What measurements within a training run share: they see one model on all ranks, and leave it as they found it."""
+"""Measurements within a training run: they see one model on all ranks, and leave it as they found it."""
 
 from __future__ import annotations
 

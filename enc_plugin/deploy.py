@@ -7,7 +7,6 @@ from .installation import needs_mmpretrain  # noqa: F401
 # isort: split
 import copy
 import datetime
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -23,14 +22,15 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .build import build_dataset, build_model, load_config, part_class
-from .checkpoint import read_checkpoint, replacing
+from .build import build_dataset, build_model, evaluation_split, load_config, part_class, pick_device
+from .checkpoint import file_sha256, read_checkpoint, replacing
 from .convert import enc_layers, fold
 from .functional.checks import check_integer, check_number
 from .layers import ENC_LAYERS
 from .layers.origin import saved_settings
 from .measuring.spread import spread
 from .models import ENCImageClassifier, GBRImageClassifier
+from .refused import describe, require_file
 from .surgery.eligible import refuse_weights_read_elsewhere
 from .surgery.loading import load_trained
 from .surgery.recording import RecordError, record_forward
@@ -78,6 +78,7 @@ def fold_checkpoint(
     num_samples: int = 8,
     tolerance: float = 1e-5,
     trust: bool = False,
+    device: str | None = None,
 ) -> FoldReport:
     """Fold a checkpoint of an ENC config into one of the stock config, or raise and write nothing.
 
@@ -93,6 +94,7 @@ def fold_checkpoint(
         num_samples: How many samples of the dataset the check takes, evenly spaced.
         tolerance: Largest relative difference of the outputs that passes.
         trust: Load objects other than tensors from the checkpoint, which can run any code that it holds.
+        device: Where the outputs are compared, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
 
     Returns:
         The report, which the file carries as well (``meta['enc_fold']``, or safetensors' metadata).
@@ -109,7 +111,7 @@ def fold_checkpoint(
         raise ValueError(f"out: {out.name!r}: files that end in .safetensors, and only they, go with --safetensors")
     if out.is_dir() or (out.exists() and checkpoint.exists() and out.samefile(checkpoint)):
         raise ValueError(f"out: {out} is {'a folder' if out.is_dir() else 'the checkpoint itself'}; name another file")
-    config = load_config(config)
+    device, config = pick_device(device), load_config(config)
 
     state_dict, rest = read_checkpoint(checkpoint, trust)
     model = build_model(config)
@@ -120,6 +122,8 @@ def fold_checkpoint(
     _load_stock(stock, folded)
 
     batch = pseudo_collate(_samples(config, images, num_samples))
+    for network in (model, stock):
+        network.to(device)
     _check_readers(model, batch)
     error = _output_error(model, stock, batch)
     if not error <= tolerance:
@@ -130,7 +134,7 @@ def fold_checkpoint(
 
     layers = [layer for _, layer in enc_layers(model)]
     kinds = {f"{layer.enc_variant}, alpha {layer.enc_settings['alpha']}" for layer in layers}
-    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    digest = file_sha256(checkpoint)
     report = FoldReport(str(out), len(layers), sorted(kinds), len(batch["inputs"]), error, checkpoint.name, digest)
     meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
     meta["cfg"] = stock_cfg.pretty_text
@@ -191,23 +195,20 @@ def _load_stock(stock: nn.Module, folded: dict[str, Tensor]) -> None:
     except RuntimeError as error:
         raise ValueError(
             "the folded weights do not load into the stock model: a layer without a bias had a batch norm of its own "
-            f"(post_norm=True), or the config builds ENC layers in a way that cannot be undone: {_summary(error)}"
+            f"(post_norm=True), or the config builds ENC layers in a way that cannot be undone: {describe(error)}"
         ) from error
 
 
 def _samples(config: Config, images: Sequence[str] | None, num_samples: int) -> list[dict]:
     """Real samples that went through the test pipeline, each ``dict(inputs=..., data_samples=...)``."""
-    split = next((split for split in ("test", "val") if config.get(f"{split}_dataloader")), None)
-    if split is None:
-        raise ValueError("config: no test_dataloader or val_dataloader, which say how samples are prepared")
+    split = evaluation_split(config)
     settings = config[f"{split}_dataloader"].dataset
     if images is not None:
         pipeline = list(settings.pipeline)
         if not any("LoadImage" in str(step.get("type")) for step in pipeline):
             pipeline.insert(0, {"type": "LoadImageFromFile"})
-        missing = [str(image) for image in images if not Path(image).is_file()]
-        if missing:
-            raise FileNotFoundError(f"images: there is no file {missing[0]}")
+        for image in images:
+            require_file("images", image)
         with DefaultScope.overwrite_default_scope("mmpretrain"):
             return [Compose(pipeline)({"img_path": str(image)}) for image in images]
     try:
@@ -215,7 +216,7 @@ def _samples(config: Config, images: Sequence[str] | None, num_samples: int) -> 
     except ValueError as error:
         raise ValueError(
             f"the check needs real samples, and the config's dataset ({settings.get('type')}) is not here "
-            f"({_summary(error)}); give some image files: --images FILE ..."
+            f"({describe(error)}); give some image files: --images FILE ..."
         ) from error
     return [dataset[i] for i in spread(len(dataset), num_samples)]
 
@@ -269,9 +270,3 @@ def _write(out: Path, state_dict: dict[str, Tensor], meta: dict, safetensors: bo
         written, _ = read_checkpoint(partial)
         if written.keys() != state_dict.keys() or not all(torch.equal(written[k], v) for k, v in state_dict.items()):
             raise ValueError(f"out: {out} did not read back as written; is the disk full?")
-
-
-def _summary(error: Exception) -> str:
-    """An error's text on one line, cut to a readable length: torch lists every key of a mismatch."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]} ..."

@@ -36,18 +36,26 @@ _PATIENCE = 15  # seconds; more than a process takes to end
 
 
 @contextlib.contextmanager
-def one_line(tool: str):
+def one_line(tool: str, go_on: str = "run it again"):
     """Block whose errors end the tool with one line on stderr and exit code 1; ENC_VERBOSE=1 shows the traceback.
 
     Of several processes, the first speaks. torchrun stops the others as soon as it has ended, so that another one
     speaks only if it fails alone.
+
+    Args:
+        tool: What the line begins with.
+        go_on: What the line says after Ctrl-C, which ends the tool with exit code 130.
     """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
         yield
+    except KeyboardInterrupt:
+        if not rank:
+            print(f"\n{tool}: stopped; {go_on}", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if os.environ.get("ENC_VERBOSE", "0") not in ("", "0"):
             raise
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
         if rank:
             time.sleep(_PATIENCE)
         sys.exit(f"{tool}: {f'rank {rank}: ' if rank else ''}{_text(error)}")
@@ -56,6 +64,11 @@ def one_line(tool: str):
 def _text(error: Exception) -> str:
     from enc_plugin.refused import describe
 
+    if isinstance(error, RecursionError) and "--cfg-options" in sys.argv:
+        return (
+            "--cfg-options: mmengine cannot read dict(...) there, so hooks need a config of their own, of two lines: "
+            '_base_ = ["CONFIG"] and custom_hooks = [dict(type="GBRHook"), dict(type="FGSMHook")]'
+        )
     text = describe(error, 2000)
     # Errors that are written for users name the argument; of others, the type says more.
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
@@ -63,10 +76,38 @@ def _text(error: Exception) -> str:
     return text
 
 
-def add_common_options(parser: argparse.ArgumentParser, device: bool = True) -> None:
-    """Add --cfg-options and, with ``device``, --device, which mean the same in every tool."""
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add --cfg-options and --device, which mean the same in every tool."""
     from mmengine.config import DictAction
 
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config, as in training")
-    if device:
-        parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+
+
+def add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments CONFIG CHECKPOINT ..., which mean the same in every tool that measures."""
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CONFIG CHECKPOINT",
+        help="config (a file, or package::name) and its checkpoints; more configs with theirs may follow",
+    )
+
+
+def read_checkpoints(arguments: list[str], options: dict | None) -> list[tuple]:
+    """Pairs of a config, read once, and a checkpoint.
+
+    Raises:
+        ValueError: If a config has no checkpoint.
+    """
+    from enc_plugin.build import load_config
+
+    pairs, config = [], None
+    for place, argument in enumerate(arguments):
+        if config is not None and not argument.endswith(".py") and "::" not in argument:
+            pairs.append((config, argument))
+            continue
+        if place + 1 == len(arguments) or arguments[place + 1].endswith(".py"):
+            raise ValueError(f"checkpoints: expected CONFIG CHECKPOINT ..., got no checkpoint for {argument}")
+        config = load_config(argument, options)
+    return pairs

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -15,6 +16,8 @@ if __name__ == "__main__":
             logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
     try:
         main()
+    except (KeyboardInterrupt, SignalException):  # the first process says how to go on
+        sys.exit(130)
     except ChildFailedError as error:
         if verbose:
             raise

@@ -5,17 +5,11 @@ import argparse
 import _bootstrap
 
 with _bootstrap.one_line("attack"):
-    from enc_plugin.build import load_config
-    from enc_plugin.reports.attack import attack_checkpoints
+    from enc_plugin.reports.attack_report import attack_checkpoints
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        metavar="CONFIG CHECKPOINT",
-        help="config and checkpoint; several pairs are compared side by side",
-    )
+    _bootstrap.add_checkpoints(parser)
     parser.add_argument(
         "--eps",
         nargs="+",
@@ -34,24 +28,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of PGD's random starts (default: %(default)s)")
     parser.add_argument("--out", default="work_dirs/attack", help="folder to write to (default: %(default)s)")
     _bootstrap.add_common_options(parser)
-    args = parser.parse_args()
-    if len(args.checkpoints) % 2:
-        parser.error(f"expected pairs of CONFIG and CHECKPOINT, got {len(args.checkpoints)} arguments")
     with _bootstrap.one_line("attack"):
-        configs = [load_config(path, args.cfg_options) for path in args.checkpoints[::2]]
-        report = attack_checkpoints(
-            list(zip(configs, args.checkpoints[1::2], strict=True)),
-            args.eps,
-            pgd_steps=args.pgd_steps,
-            names=args.names,
-            num_samples=args.num_samples,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            pictures=args.pictures,
-            seed=args.seed,
-            device=args.device,
-            out=args.out,
-            progress=True,
-        )
-    print(report)
-    print("wrote", *report.files)
+        args = vars(parser.parse_args())
+        pairs = _bootstrap.read_checkpoints(args.pop("checkpoints"), args.pop("cfg_options"))
+        report = attack_checkpoints(pairs, progress=True, **args)
+        print(report)
+        print("wrote", *report.files)

@@ -11,5 +11,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="work_dirs/demo", help="folder of the runs and the report")
     args = parser.parse_args()
-    with _bootstrap.one_line("demo"):
+    with _bootstrap.one_line("demo", "it begins anew when you run it again"):
         run_demo(args.out)

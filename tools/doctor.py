@@ -6,7 +6,7 @@ import sys
 import types
 from pathlib import Path
 
-import _bootstrap  # noqa: F401
+import _bootstrap
 
 # The package raises where the environment is broken: the doctor's module is loaded without it.
 _root = Path(__file__).resolve().parents[1]
@@ -30,10 +30,14 @@ def _option(text: str) -> tuple[str, object]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", help="config to build, with its data set and one forward pass")
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__} It takes about a minute; with --quick, a few seconds.",
+    )
+    parser.add_argument("--config", help="config (a file, or package::name) to build, with its data set and one batch")
     parser.add_argument("--cfg-options", nargs="+", type=_option, metavar="KEY=VALUE", help="changes to the config")
-    parser.add_argument("--quick", action="store_true", help="leave out gloo and torch.compile")
+    parser.add_argument("--device", help="such as cpu or cuda:1, of the batch (default: a GPU if there is one)")
+    parser.add_argument("--quick", action="store_true", help="leave out the slow checks: gloo and torch.compile")
     parser.add_argument("--seconds", type=float, default=120, help="limit of each of these (default: %(default)s)")
     args = parser.parse_args()
-    sys.exit(run(args.config, dict(args.cfg_options or []), args.quick, args.seconds))
+    with _bootstrap.one_line("doctor"):
+        sys.exit(run(args.config, dict(args.cfg_options or []), args.quick, args.seconds, args.device))

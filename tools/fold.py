@@ -10,7 +10,7 @@ with _bootstrap.one_line("fold"):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config that the checkpoint was trained with")
+    parser.add_argument("config", help="config (a file, or package::name) that the checkpoint was trained with")
     parser.add_argument("checkpoint", help="ENC checkpoint (.pth, or a state dict as .safetensors)")
     parser.add_argument("out", help="stock checkpoint to write")
     parser.add_argument("--safetensors", action="store_true", help="write safetensors (OUT ends in .safetensors)")
@@ -24,17 +24,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--unsafe-load", action="store_true", help="load pickled objects too: runs any code that the checkpoint holds"
     )
-    _bootstrap.add_common_options(parser, device=False)
-    args = parser.parse_args()
-    with _bootstrap.one_line("fold"):
-        report = fold_checkpoint(
-            load_config(args.config, args.cfg_options),
-            args.checkpoint,
-            args.out,
-            safetensors=args.safetensors,
-            images=args.images,
-            num_samples=args.num_samples,
-            tolerance=args.tolerance,
-            trust=args.unsafe_load,
-        )
-    print(report)
+    _bootstrap.add_common_options(parser)
+    with _bootstrap.one_line("fold", "nothing was written; run it again"):
+        args = vars(parser.parse_args())
+        config = load_config(args.pop("config"), args.pop("cfg_options"))
+        print(fold_checkpoint(config, trust=args.pop("unsafe_load"), **args))

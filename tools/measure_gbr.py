@@ -5,26 +5,23 @@ import argparse
 import _bootstrap
 
 with _bootstrap.one_line("measure_gbr"):
-    from enc_plugin.build import load_config
-    from enc_plugin.reports.gbr import describe, measure_checkpoints
+    from enc_plugin.reports.gbr_report import measure_checkpoints
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config that the checkpoints were trained with")
-    parser.add_argument("checkpoints", nargs="+", help="checkpoints; several give a curve")
+    _bootstrap.add_checkpoints(parser)
     parser.add_argument(
         "--outputs", nargs="+", default=["logits"], choices=["logits", "probs", "label_prob"], help="default: logits"
     )
     parser.add_argument("--num-samples", type=int, default=512, help="training samples (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="samples at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="samples at a time (default: as GBRHook)")
     parser.add_argument("--projections", type=int, help="random output directions a sample (default: exact)")
     parser.add_argument("--space", default="normalized", choices=["normalized", "pixel"], help="what x is")
     parser.add_argument("--seed", type=int, default=0, help="of samples and directions (default: %(default)s)")
     parser.add_argument("--out", help="JSON file to write; with several checkpoints also a PNG beside it")
     parser.add_argument("--plot", help="PNG to write the curve to")
     _bootstrap.add_common_options(parser)
-    args = vars(parser.parse_args())
     with _bootstrap.one_line("measure_gbr"):
-        config = load_config(args.pop("config"), args.pop("cfg_options"))
-        records = measure_checkpoints(config, args.pop("checkpoints"), **args)
-    print(describe(records))
+        args = vars(parser.parse_args())
+        pairs = _bootstrap.read_checkpoints(args.pop("checkpoints"), args.pop("cfg_options"))
+        print(measure_checkpoints(pairs, progress=True, **args))

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from rich.progress import track
 
+from ..refused import require_file
 from .cifar10 import CLASSES
 
 PER_CLASS = {"train": 5000, "test": 1000}
@@ -41,8 +42,7 @@ def prepare_cifar10(archive: str | Path, out: str | Path) -> Path:
         ValueError: If the archive is neither of the two, or does not hold 5,000 training and 1,000 test images a class.
     """
     archive, out = Path(archive), Path(out)
-    if not archive.is_file():
-        raise FileNotFoundError(f"archive: there is no file {archive}; expected cifar10.zip or cifar-10-python.tar.gz")
+    require_file("archive", archive, "expected cifar10.zip or cifar-10-python.tar.gz")
     if out.exists():
         raise FileExistsError(f"out: {out} exists already; remove it first to unpack again")
     if zipfile.is_zipfile(archive):

@@ -22,9 +22,11 @@ from .validated_hook import ValidatedNetworkHook
 _GROUP = Group(
     "Generalization bound regularizer (GBR)",
     "Mean squared Frobenius norm of the input-output Jacobian, over the same training samples through each run: the "
-    "smaller, the less the output moves with the input. The network is the one that validation sees. Bands: one "
-    "standard error to each side.",
+    "smaller, the less the output moves with the input. The network is the one that validation sees. Bands: 95 % "
+    "bootstrap intervals of the mean. A few samples can make up most of a mean, so the table has the median beside it.",
 )
+
+_TAKEN = ("_sem", "_low", "_high", "_median", "seconds", "averaged")  # endings of the scalars beside the mean
 
 
 @HOOKS.register_module()
@@ -48,6 +50,9 @@ class GBRHook(ValidatedNetworkHook):
     ``gbr/<name>``          mean of :math:`\lVert \partial f / \partial x \rVert_F^2`: logits or
                             probabilities squared, per unit of x squared (see ``space``)
     ``gbr/<name>_sem``      its standard error, over samples and probes
+    ``gbr/<name>_low``      lower end of its 95 % bootstrap interval, over samples and probes
+    ``gbr/<name>_high``     upper end
+    ``gbr/<name>_median``   median over the samples, which a heavy tail does not move
     ``gbr/averaged``        1 if averaged weights were measured, 0 if the weights in training were
     ``gbr/seconds``         seconds that the measurement took (of a second hook: ``gbr/<name>_seconds``)
     ======================  ============================================================================
@@ -90,6 +95,9 @@ class GBRHook(ValidatedNetworkHook):
         Scalar("gbr/seconds", "Time of a GBR measurement", "seconds", is_cost=True),
         Scalar("gbr/<name>_seconds", "Time of a GBR measurement", "seconds", is_cost=True),
         Scalar("gbr/<name>_sem", "Standard error of the GBR"),
+        Scalar("gbr/<name>_low", "Lower end of the GBR's 95 % interval"),
+        Scalar("gbr/<name>_high", "Upper end of the GBR's 95 % interval"),
+        Scalar("gbr/<name>_median", "Median over the samples of the GBR", column="GBR <name>, median"),
         Scalar(
             "gbr/<name>",
             "GBR: <name>",
@@ -98,6 +106,7 @@ class GBRHook(ValidatedNetworkHook):
             column="GBR <name>",
             log=True,
             error="gbr/<name>_sem",
+            band=("gbr/<name>_low", "gbr/<name>_high"),
         ),
     )
     _way_out = "give one of them a name, such as GBRHook(name='logits_pixel')"
@@ -131,7 +140,7 @@ class GBRHook(ValidatedNetworkHook):
         self.seed = seed
         self.by_epoch = by_epoch
         check_type("name", name, (str, type(None)), "a word or None")
-        if name is not None and (not re.fullmatch(r"[\w.-]+", name) or name.endswith(("_sem", "seconds", "averaged"))):
+        if name is not None and (not re.fullmatch(r"[\w.-]+", name) or name.endswith(_TAKEN)):
             raise ValueError(f"name: expected a word that names the curve, such as 'logits_pixel', got {name!r}")
         self.pipeline = pipeline
         self.name = name or output
@@ -141,7 +150,7 @@ class GBRHook(ValidatedNetworkHook):
     @property
     def scalar_names(self) -> list[str]:
         """Names of the scalars that are this hook's alone."""
-        return [f"gbr/{self.name}", f"gbr/{self.name}_sem"]
+        return [f"gbr/{self.name}{end}" for end in ("", "_sem", "_low", "_high", "_median")]
 
     def before_train(self, runner: Runner) -> None:
         """Choose and read the samples; measure the weights that training starts from (not those of a resumed run)."""
@@ -184,7 +193,8 @@ class GBRHook(ValidatedNetworkHook):
             space=self.space,
             seed=self.seed,
         )
-        values = [found.mean, found.sem]
+        low, high = found.interval
+        values = [found.mean, found.sem, low, high, found.median]
         scalars = dict(zip(self.scalar_names, values, strict=True))
         scalars |= {"gbr/averaged": float(averaged), self._seconds: found.seconds}
         log_scalars(runner, scalars, step)
@@ -192,7 +202,8 @@ class GBRHook(ValidatedNetworkHook):
         when = f"{'epoch' if self.by_epoch else 'iteration'} {step}"
         note = statistics_note(unwrap(runner.model))
         runner.logger.info(
-            f"GBR: {found.mean:.5g} ± {found.sem:.2g} at {when} ({self.output} to {self.space} inputs, "
+            f"GBR: {found.mean:.5g} ({low:.4g} to {high:.4g}, median {found.median:.4g}) at {when} ({self.output} to "
+            f"{self.space} inputs, "
             f"{weights_in_words(averaged)}, {len(self._samples)} different training samples, {how}, "
             f"{found.seconds:.1f} s)" + (f"; {note}" if note else "")
         )

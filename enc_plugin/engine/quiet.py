@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
+from ..version import __version__
+
 # What mmengine logs for the record (some 270 lines before the first iteration), and warnings about its own code.
 _FOR_THE_RECORD = re.compile(
     r"\n-+\nSystem environment:|Config:\n|Hooks will be executed in the following order:|Exp name: "
-    r"|paramwise_options -- "
+    r"|paramwise_options -- |Code: "
     r'|"FileClient" will be deprecated|"HardDiskBackend" is the alias'
 )
 
@@ -48,10 +51,21 @@ def shorten_terminal_log() -> None:
             for handler in terminal_handlers(logger):
                 handler.addFilter(_is_for_the_user)
             logger.info(f"System, config and hooks: see {logger.log_file} (ENC_VERBOSE=1 prints them)")
+            logger.info(f"Code: enc_plugin {__version__}, {_commit()}")
         return logger
 
     build_short_logger.is_short = True
     Runner.build_logger = build_short_logger
+
+
+def _commit() -> str:
+    """Commit of the working directory, whose configs and code a run uses, for the record."""
+    git = ["git", "describe", "--always", "--dirty= (changed)", "--exclude=*"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "git is not here"
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "not in a git repository"
 
 
 @contextmanager

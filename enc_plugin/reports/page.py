@@ -1,7 +1,7 @@
 """Self-contained HTML pages: one file, no script, figures within, for a screen or a phone, by day or by night.
 
     page = render("Title", "Plain text is a paragraph.", section("Results", table(["run", "%"], [["a", "1"]])))
-    save(page, "report.html")
+    save_page(page, "report.html")
 
 Blocks are :class:`Html`, as the functions below return, or plain text, which becomes an escaped paragraph.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def render(title: str, *blocks: str) -> str:
     return _PAGE.format(title=html.escape(title), style=_STYLE, body=_join(blocks))
 
 
-def save(page: str, path: str | Path) -> None:
+def save_page(page: str, path: str | Path) -> None:
     """Write a page as UTF-8; its folder is made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
@@ -106,11 +107,9 @@ def _kind(cells: Sequence[str]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether the cell is empty or begins with a number, as ``1.5 ± 0.2`` or the ratio ``x1.5`` do."""
-    try:
-        return not cell or bool(float(cell.split()[0].removeprefix("x").rstrip("%")) or True)
-    except (ValueError, IndexError):
-        return False
+    """Whether the cell is empty or a number, such as ``1.5 ± 0.2``, ``1.5 (1.2 to 1.9)`` or the ratio ``x1.5``."""
+    number = r"[x<+-]*(\d[\d.,]*(e[+-]?\d+)?|nan|inf)%?"
+    return re.fullmatch(rf"({number}( ± {number})?( [(\[].*[)\]])*)?", cell) is not None
 
 
 _STYLE = """
@@ -128,7 +127,9 @@ figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; max-width: 780px; height: auto; background: #fff; border-radius: 6px; }
 figcaption, caption { color: var(--soft); font-size: .875rem; text-align: left; padding: .3rem 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem; }
-.wide { overflow-x: auto; margin: .8rem 0; }
+.wide { overflow-x: auto; margin: .8rem 0; background: /* a shade at the side where more columns are */
+  linear-gradient(to left, var(--back) 30%, transparent) 100% 0 / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--line), transparent) 100% 0 / .9rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { vertical-align: bottom; min-width: 4.4rem; border-bottom: 2px solid var(--soft); }

@@ -1,4 +1,4 @@
-"""The one look of all figures: curves with error bands, intervals, scatter; each returns the bytes of a PNG.
+"""The one look of all figures: curves with error bands, scatter; each returns the bytes of a PNG.
 
 Figures are made by matplotlib's objects alone: no pyplot, no backend, no rcParams. Equal data gives equal bytes. Series
 differ in colour (Okabe and Ito's, told apart by the colour-blind), in mark and in dash.
@@ -154,56 +154,6 @@ def scatter(
         keywords = look(index) | {"linestyle": "none", "markersize": 6, "alpha": 0.8, "label": shorten(one.name)}
         axes.plot(_finite(one.x), _finite(one.y), **keywords)
     return _finish(axes, series, logx, logy, None, False, legend)
-
-
-def intervals(
-    labels: Sequence[str],
-    values: Sequence[float],
-    lower: Sequence[float],
-    upper: Sequence[float],
-    xlabel: str,
-    title: str = "",
-    *,
-    bars: bool = False,
-    reference: float | None = None,
-    logx: bool = False,
-    width: float = SIZE[0],
-) -> bytes:
-    """One row a label, from the top: a point (or a bar) with its horizontal interval, as a PNG.
-
-    Args:
-        labels: Names of the rows.
-        values: Estimates.
-        lower: Lower ends of the intervals, such as of 95 %; NaN draws none.
-        upper: Upper ends.
-        xlabel: What the values are, with their unit and what the interval is.
-        title: Above the axes.
-        bars: Draw bars from zero instead of points.
-        reference: Where to draw a vertical line, such as at no difference.
-        logx: Logarithmic values.
-        width: Inches; the height follows from the number of rows.
-    """
-    axes = new_axes(xlabel, "", title, (width, 1.1 + 0.34 * max(2, len(labels))))
-    rows = np.arange(len(labels))
-    values, lower, upper = _finite(values), _finite(lower), _finite(upper)
-    # An interval need not hold its point: a mean of percentiles may lie outside by rounding.
-    errors = [np.maximum(values - lower, 0), np.maximum(upper - values, 0)]
-    for row in rows:
-        color = PALETTE[row % len(PALETTE)]
-        if bars:
-            axes.barh(row, values[row], height=0.62, color=color, alpha=0.75)
-        error = [[errors[0][row]], [errors[1][row]]]
-        mark = {"fmt": "none", "ecolor": "#222222"} if bars else {"fmt": MARKERS[row % len(MARKERS)], "color": color}
-        axes.errorbar(values[row], row, xerr=error, capsize=3.5, linewidth=1.6, markersize=6, **mark)
-    if reference is not None:
-        axes.axvline(reference, color="#666666", linewidth=1, linestyle=(0, (4, 2)), zorder=0.9)
-    axes.set_yticks(rows, [shorten(label) for label in labels])
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.grid(visible=False, axis="y")
-    if logx and np.any(values > 0):
-        axes.set_xscale("log")
-        log_ticks(axes.xaxis)
-    return to_png(axes.figure)
 
 
 def to_png(figure: Figure, colors: int | None = 256) -> bytes:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from ..installation import needs_mmengine  # noqa: F401
 
 # isort: split
+import contextlib
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from mmengine.config import Config
 
-MONITOR = "enc_monitor/"  # logged by iteration whatever the training loop counts
+from ..build import build_dataset, load_config, named_parts
+from ..engine.scalars import MEASUREMENTS
+from .run_log import read_origin
+from .segments import counts_epochs, join, newest_start, read_segment
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Run:
         notes: What a reader should know: resumed, left out, not finite, not read.
         work_dir: Where it was read.
         measurements: Of each scalar that a hook of this plugin measured, its ``weights``, ``samples`` and ``unit``.
+        origin: Where it comes from, see :func:`enc_plugin.reports.run_log.read_origin`.
+        val_samples: Length of its validation set; None until it is counted.
     """
 
     name: str
@@ -46,6 +52,27 @@ class Run:
     notes: list[str] = field(default_factory=list)
     work_dir: Path | None = None
     measurements: dict[str, dict[str, str]] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    val_samples: int | None = None
+
+    @property
+    def is_enc(self) -> bool:
+        """Whether the config names a part of ENC in its model."""
+        return any("ENC" in name or name.startswith("enc_") for _, name in named_parts(self.config.get("model")))
+
+    def num_samples(self, key: str) -> int | None:
+        """How many samples a scalar is of; None if that is not known."""
+        told = re.match(r"\d+", self.measurements.get(key, {}).get("samples", ""))
+        return int(told[0]) if told else self.val_samples if key in self.metrics else None
+
+    def load_config(self) -> Config:
+        """The config of the newest start, as tools read it."""
+        return load_config(sorted(self.work_dir.glob("**/vis_data/config.py"))[-1])
+
+    def count_validation_samples(self) -> None:
+        """Set ``val_samples`` to the length of the validation set, if it is here."""
+        with contextlib.suppress(Exception):  # a config is code: anything can go wrong in it
+            self.val_samples = len(build_dataset(self.load_config(), "val"))
 
     def last(self, key: str) -> float:
         """Last value logged under ``key``; NaN if there is none."""
@@ -69,29 +96,6 @@ class Run:
         return f"{done:.4g}" if not planned or done >= planned else f"{done:.4g} of {planned}"
 
 
-@dataclass
-class _Segment:
-    """What one process wrote between its start and its end."""
-
-    config: dict
-    records: list[dict]
-    broken: int
-
-    @cached_property
-    def training(self) -> list[dict]:
-        return [record for record in self.records if "iter" in record]
-
-    @property
-    def makes_up(self) -> bool:
-        """Whether it resumed and has trained nothing, but made up for the validation that was still due."""
-        validated = any("time" in record or "val/time" in record for record in self.records)
-        return validated and not self.training and bool(self.config.get("resume"))
-
-    @property
-    def log_interval(self) -> int:
-        return ((self.config.get("default_hooks") or {}).get("logger") or {}).get("interval", 10)
-
-
 def load_run(work_dir: str | Path, name: str | None = None) -> Run:
     """Read the run of a work dir: its newest start, with all segments that resumed it.
 
@@ -112,23 +116,24 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
             "(mmengine's LocalVisBackend writes that file, so the config's visualizer needs it)"
         )
     run = Run(name or work_dir.resolve().name, {}, work_dir=work_dir)
-    segments = [_read_segment(path, run.notes) for path in logs]
-    chain = _current(segments, run.notes)
+    segments = [read_segment(path, run.notes) for path in logs]
+    chain = newest_start(segments, run.notes)
     broken = sum(segment.broken for segment in chain)
     if broken:
         run.notes.append(f"{broken} damaged lines of the log were left out")
     run.config = chain[-1].config
+    run.origin = read_origin(work_dir, logs[-1].parents[1])
     run.measurements = _read_measurements(work_dir)
     training = [record for segment in chain for record in segment.training]
     if not training:
         run.notes.append("nothing of its training is logged yet")
-    run.by_epoch = _by_epoch(run.config, training)
+    run.by_epoch = counts_epochs(run.config, training)
     run.iterations = training[-1]["iter"] if training else 0
     if run.by_epoch:
         # The last iteration of an epoch need not be logged: iter <= epoch * length for all, and lengths are whole.
         run.epoch_length = math.ceil(max((r["iter"] / max(r.get("epoch", 1), 1) for r in training), default=0))
     for segment in chain:
-        _join(run, segment)
+        join(run, segment)
     if run.by_epoch:
         # Nor need the last iteration of the last epoch be, but its validation or measurement is.
         epochs = max((int(points[-1][0]) for points in run.scalars.values()), default=0)
@@ -150,114 +155,8 @@ def default_names(work_dirs: Sequence[str | Path]) -> list[str]:
     return names
 
 
-def _read_segment(path: Path, notes: list[str]) -> _Segment:
-    config, file = {}, path.with_name("config.py")
-    try:
-        if file.is_file():
-            config = Config.fromfile(file, import_custom_modules=False).to_dict()
-    except Exception as error:  # a config is code: anything can go wrong in it
-        notes.append(f"{file.name} could not be read ({type(error).__name__}: {error})")
-    records, broken = [], 0
-    # A run in progress may have written half of its last line.
-    for line in path.read_text(errors="replace").split("\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            broken += 1
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return _Segment(config, records, broken)
-
-
 def _read_measurements(work_dir: Path) -> dict[str, dict[str, str]]:
     try:
-        return json.loads((work_dir / "measurements.json").read_text())
+        return json.loads((work_dir / MEASUREMENTS).read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _current(segments: list[_Segment], notes: list[str]) -> list[_Segment]:
-    """The newest start in the folder and what resumed it."""
-    chain: list[_Segment] = []
-    left_out = 0
-    for segment in segments:
-        if not segment.training:
-            if chain and segment.makes_up:
-                chain.append(segment)
-            continue
-        begins = chain and segment.training[0]["iter"] <= chain[0].training[0]["iter"]
-        if chain and (begins or not segment.config.get("resume", True)):
-            left_out += len(chain)
-            chain = []
-        chain.append(segment)
-    if len(chain) > 1:
-        notes.append("resumed " + ("once" if len(chain) == 2 else f"{len(chain) - 1} times"))
-    if left_out:
-        notes.append(f"{left_out} earlier start{'s' * (left_out > 1)} in the same folder left out")
-    return chain or segments[-1:]
-
-
-def _by_epoch(config: dict, training: list[dict]) -> bool:
-    train = config.get("train_cfg") or {}
-    if "by_epoch" in train:
-        return bool(train["by_epoch"])
-    if "type" in train:
-        return "Iter" not in str(train["type"])
-    return any("epoch" in record for record in training) or not training
-
-
-def _join(run: Run, segment: _Segment) -> None:
-    """Add a segment's scalars, in place of what an earlier one logged beyond the point from which it resumed."""
-    training = segment.training
-    iteration = 0
-    if run.scalars:  # from where it resumed, as far as the log tells
-        iteration = training[0]["iter"] - segment.log_interval if training else run.iterations
-    if run.scalars and training:
-        start = iteration
-        if run.by_epoch:
-            start = max(start, (training[0].get("epoch", 1) - 1) * run.epoch_length) / run.epoch_length
-        kept = {key: [p for p in points if p[0] <= start] for key, points in run.scalars.items()}
-        run.scalars = {key: points for key, points in kept.items() if points}
-
-    found: dict[str, dict[float, float]] = {}
-    epoch = max((r.get("epoch", 0) for r in training), default=math.inf)
-    by_iteration = {
-        key
-        for record in segment.records
-        for key in record
-        if "iter" not in record and (key.startswith(MONITOR) or record.get("step", 0) > epoch)
-    }
-    for record in segment.records:
-        if "iter" in record:
-            iteration = record["iter"]
-        for key, value in record.items():
-            if key in ("step", "epoch", "iter") or isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            x = record.get("step", 0)
-            if "iter" in record:
-                x = _training_x(run, record)
-                key = key.removeprefix("train/")  # log_with_hierarchy writes it
-                key = f"train/{key}" if key in ("time", "data_time") else key
-            elif not run.by_epoch:
-                # LoggerHook counts validations in epochs, of which such a loop has none, unless it is told not to.
-                x = x or (iteration if "time" in record or "val/time" in record else 0)
-            elif key in by_iteration and run.epoch_length:
-                x = x / run.epoch_length
-            if "iter" not in record and ("time" in record or "val/time" in record):
-                key = key.removeprefix("val/")
-                if key in ("time", "data_time"):
-                    key = f"val/{key}"
-                elif key not in run.metrics:
-                    run.metrics.append(key)
-            found.setdefault(key, {})[x] = value
-    for key, points in found.items():
-        run.scalars[key] = sorted((dict(run.scalars.get(key, [])) | points).items())
-
-
-def _training_x(run: Run, record: dict) -> float:
-    if not run.by_epoch:
-        return record["iter"]
-    epoch = record.get("epoch", 1)
-    # Clamped: a run that resumed with another batch size has epochs of two lengths.
-    return min(max(record["iter"] / run.epoch_length, epoch - 1), epoch)

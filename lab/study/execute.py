@@ -18,7 +18,7 @@ from torch import nn
 
 from enc_plugin.build import stack_pictures
 from enc_plugin.measuring.untouched import unwrap
-from enc_plugin.reports.compare import load_run
+from enc_plugin.reports.runs import load_run
 
 from ..provenance import gpu, provenance
 from .grid import PlannedRun

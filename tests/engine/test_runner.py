@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from mmengine.runner import load_checkpoint
 
 from enc_plugin import audit
 from enc_plugin.convert import enc_layers
+from enc_plugin.engine import amp
 
 ENC_CONFIG = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"
 CONV_CFG = dict(type="ENCConv2d", variant="ws", alpha=1.0)
@@ -135,11 +138,20 @@ def test_a_checkpoint_of_which_nothing_fits_stops_before_the_first_step(tmp_path
         train(digits_config(tmp_path / "run", load_from=str(tmp_path / "other.pth")))
 
 
-def test_mixed_precision_without_cuda_is_bfloat16_and_keeps_the_constraint(tmp_path):
+def test_the_cpu_is_asked_for_bfloat16_instructions_as_torch_asks_it():
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if asked is None or platform.machine() != "x86_64" or not Path("/proc/cpuinfo").is_file():
+        pytest.skip("torch asks x86 alone, and Linux tells")
+    assert amp.has_bfloat16_instructions() == asked()
+
+
+def test_mixed_precision_without_cuda_is_bfloat16_and_keeps_the_constraint(tmp_path, monkeypatch):
+    monkeypatch.setattr(amp, "has_bfloat16_instructions", lambda: False)
     runner = train(digits_config(tmp_path, optim_wrapper__type="AmpOptimWrapper", optim_wrapper__loss_scale="dynamic"))
     assert type(runner.optim_wrapper).__name__ == "BFloat16OptimWrapper"
     assert audit(runner.model).max_deviation < 1e-5
     assert all(p.dtype == torch.float32 for p in runner.model.parameters())
+    assert "bfloat16 is emulated, 7 to 30 times slower than float32" in log_text(tmp_path)
     assert all(line["loss"] > 0 for line in scalars(tmp_path) if "loss" in line)
 
 

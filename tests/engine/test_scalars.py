@@ -46,7 +46,7 @@ def test_the_readme_lists_every_declared_scalar():
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        ("gbr/probs", ("GBR: probs", "gbr/probs_sem", None)),
+        ("gbr/probs", ("GBR: probs", "gbr/probs_sem", ("gbr/probs_low", "gbr/probs_high"))),
         ("enc_monitor/angle/median", ("Rotation of W", "", ("enc_monitor/angle/min", "enc_monitor/angle/max"))),
         ("enc_monitor/backbone.conv1/angle", ("Rotation of W in one step: backbone.conv1", "", None)),
     ],

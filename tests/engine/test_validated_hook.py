@@ -12,8 +12,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from enc_plugin.checkpoint import which_weights
-from enc_plugin.reports.compare import load_run, summary
-from enc_plugin.reports.gbr import measure_checkpoints
+from enc_plugin.reports.gbr_report import measure_checkpoints
+from enc_plugin.reports.runs import load_run
+from enc_plugin.reports.summary import summary
 
 GBR = dict(type="GBRHook", num_samples=16, projections=None)
 FGSM = dict(type="FGSMHook", eps=4)
@@ -69,9 +70,8 @@ def test_accuracy_gbr_attack_and_checkpoint_are_of_one_network_under_parameter_a
     assert logged(work_dir, "fgsm/top1_clean") == pytest.approx(validated, rel=1e-6)
     gbr = logged(work_dir, "gbr/logits")
     checkpoints = [work_dir / f"epoch_{epoch}.pth" for epoch in (1, 2)]
-    for record in measure_checkpoints(
-        work_dir / "config.py", checkpoints, num_samples=16, out=tmp_path / "gbr.json", show_progress=False
-    ):
+    pairs = [(work_dir / "config.py", path) for path in checkpoints]
+    for record in measure_checkpoints(pairs, num_samples=16, out=tmp_path / "gbr.json").records:
         assert record["weights"] == "averaged"
         assert gbr[record["epoch"]] == pytest.approx(record["gbr"], rel=1e-4)
     assert logged(work_dir, "gbr/averaged") == {0: 0, 1: 1, 2: 1}
@@ -133,9 +133,7 @@ def test_iterations_without_a_validation_are_measured_with_the_average_that_it_w
     cfg.dump(tmp_path / "config.py")
     gbr = logged(tmp_path, "gbr/logits")
     assert list(gbr) == [0, 2, 4, 5]
-    (record,) = measure_checkpoints(
-        tmp_path / "config.py", [tmp_path / "iter_4.pth"], num_samples=16, show_progress=False
-    )
+    (record,) = measure_checkpoints([(tmp_path / "config.py", tmp_path / "iter_4.pth")], num_samples=16).records
     assert gbr[4] == pytest.approx(record["gbr"], rel=1e-4)
     assert list(logged(tmp_path, "fgsm/top1_clean")) == [5]
 
@@ -162,7 +160,7 @@ def test_weights_that_a_validation_leaves_behind_are_warned_of(hooks, tmp_path):
 
 def test_two_hooks_of_one_name_are_refused_before_training_and_two_names_are_two_curves(tmp_path):
     pixel = dict(GBR, space="pixel")
-    with pytest.raises(ValueError, match=r"same names \(gbr/logits, gbr/logits_sem\).*GBRHook\(name='logits_pixel'\)"):
+    with pytest.raises(ValueError, match=r"same names \(gbr/logits, gbr/logits_high.*GBRHook\(name='logits_pixel'\)"):
         run(tmp_path / "refused", [GBR, pixel])
     with pytest.raises(ValueError, match=r"fgsm/top1_clean.*give all eps to one of them"):
         run(tmp_path / "refused too", [FGSM, dict(FGSM, eps=8)])

@@ -8,10 +8,17 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from browser import CHROMIUM, browser
 from helpers import digits_config, scalars, train
+from scipy import stats
 
-from enc_plugin.reports.compare import config_differences, load_run, summary, write_report
+from enc_plugin.reports.compare import write_report
+from enc_plugin.reports.curves import _series, _without_first, kind_of
+from enc_plugin.reports.plot import Series
+from enc_plugin.reports.runs import load_run
+from enc_plugin.reports.settings import config_differences
+from enc_plugin.reports.summary import summary
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,7 @@ def test_the_page_is_whole_and_loads_nothing(work_dirs, tmp_path):
     assert len(sources) == 4  # accuracy, loss, learning rate, norms of the layers
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     HTMLParser().feed(page)
-    assert page.count("<table>") == page.count("</table>") == 5  # summary, slack, norms of the layers, cost, settings
+    assert page.count("<table>") == page.count("</table>") == 6  # summary, origin, slack, norms, cost, settings
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
@@ -180,7 +187,7 @@ def test_the_monitors_scalars_stand_at_their_iteration_and_are_drawn_by_layer_an
     assert run.scalars["enc_monitor/stem/norm"] == [(0.5, 4.0), (1.5, 4.0)]
     write_report([tmp_path], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert 'alt="Norm of each layer&#x27;s free weight W"' in page
+    assert 'alt="Norm of the free weights W, layer by layer"' in page
     assert 'alt="Norm of the free weights W over training' in page
 
 
@@ -207,15 +214,6 @@ def test_a_row_names_the_weights_that_its_values_are_of_and_where_a_value_is_old
     assert ">7.0<" in page  # seconds of both measurements of the second run
 
 
-def test_values_of_two_networks_in_one_row_are_pointed_out(tmp_path):
-    old = {"gbr/logits": 2.0, "gbr/logits_sem": 0.1, "gbr/seconds": 3.0, "step": 2}
-    write_log(tmp_path / "old", [*epoch(1, 3.0, 10.0), *epoch(2, 2.0, 20.0), old], config=EMA)
-    head, _ = summary([load_run(tmp_path / "old")])
-    assert "weights" not in head
-    write_report([tmp_path / "old"], tmp_path / "report.html", norms=False)
-    assert "The GBR of old was logged by an earlier version" in (tmp_path / "report.html").read_text()
-
-
 def test_measurements_in_different_units_are_not_to_be_compared(tmp_path):
     work_dirs = []
     for name, unit in (("a", "logits² per squared gray level"), ("b", "logits² per squared standard deviation")):
@@ -226,3 +224,61 @@ def test_measurements_in_different_units_are_not_to_be_compared(tmp_path):
     write_report(work_dirs, tmp_path / "report.html", norms=False)
     page = (tmp_path / "report.html").read_text()
     assert "gbr/logits differ in their unit (logits² per squared gray level; logits² per squared standard" in page
+
+
+def test_the_page_says_where_each_run_comes_from(work_dirs, tmp_path):
+    write_report(work_dirs, tmp_path / "report.html", norms=False)
+    page = (tmp_path / "report.html").read_text()
+    origin = load_run(work_dirs[0]).origin
+    assert origin["seed"] == str(load_run(work_dirs[0]).config["randomness"]["seed"])
+    assert origin["torch"] == torch.__version__
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d", origin["started"])
+    for text in (*origin, *origin.values()):
+        assert f">{text}<" in page
+
+
+def test_shares_of_a_known_number_of_samples_have_wilson_bands(work_dirs, tmp_path):
+    run = load_run(work_dirs[0])
+    assert one_series(run, "accuracy/top1").lower is None  # nobody has said how many images there are
+    run.count_validation_samples()
+    assert run.val_samples == 64
+    series = one_series(run, "accuracy/top1")
+    value = run.last("accuracy/top1")
+    expected = stats.binomtest(round(value * 64 / 100), 64).proportion_ci(0.95, method="wilson")
+    assert (series.lower[-1], series.upper[-1]) == pytest.approx((100 * expected.low, 100 * expected.high))
+    assert one_series(run, "loss").lower is None
+
+    line = {"fgsm/top1_eps8": 50.0, "fgsm/averaged": 0.0, "step": 1}
+    write_log(tmp_path, [*epoch(1, 3.0, 10.0), line])
+    told = {"weights": "validated", "samples": "100 of 10000 validation samples", "unit": "%"}
+    (tmp_path / "measurements.json").write_text(json.dumps({"fgsm/top1_eps8": told}))
+    assert one_series(load_run(tmp_path), "fgsm/top1_eps8").upper[0] == pytest.approx(59.6, abs=0.1)
+
+
+def one_series(run, key):
+    return _series(run, key, kind_of(key), 1)
+
+
+def test_a_start_that_would_take_most_of_a_logarithmic_axis_is_left_off_it_and_told(tmp_path):
+    gbr = [{"gbr/logits": value, "gbr/logits_sem": 0.1, "step": i} for i, value in enumerate((1e-7, 20.0, 30.0))]
+    write_log(tmp_path, [gbr[0], *epoch(1, 3.0, 10.0), gbr[1], *epoch(2, 2.0, 20.0), gbr[2]])
+    write_report([tmp_path], tmp_path / "report.html", ["mine"], norms=False)
+    assert "Off the axis at the start: mine 1e-07." in (tmp_path / "report.html").read_text()
+    assert _without_first([Series("a", [0, 1, 2], [10.0, 20.0, 30.0])]) == (None, "")
+    assert _without_first([Series("a", [0, 1, 2], [1e-7, 20.0, 30.0])])[0] == (10.0, 60.0)
+
+
+def test_values_beyond_the_limit_that_a_hook_declares_are_pointed_out(tmp_path):
+    for name, share in (("good", 0.0), ("masked", 0.5)):
+        line = {"fgsm/top1_eps8": 5.0, "fgsm/zero_grad": share, "step": 1}
+        write_log(tmp_path / name, [*epoch(1, 3.0, 10.0), line])
+    write_report([tmp_path / "good", tmp_path / "masked"], tmp_path / "report.html", norms=False)
+    page = (tmp_path / "report.html").read_text()
+    assert re.search(r'class="note">masked: More than 1 % of the images have an all-zero gradient', page)
+
+
+def test_plain_runs_have_the_first_colours_in_whatever_order_they_are_given(work_dirs, tmp_path):
+    for order in (work_dirs, work_dirs[::-1]):
+        write_report(order, tmp_path / "report.html", norms=False)
+        page = (tmp_path / "report.html").read_text()
+        assert "Training loss over training, by epoch: resnet8_1xb64, resnet8_enc-ws_1xb64" in page

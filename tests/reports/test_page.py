@@ -93,5 +93,5 @@ def test_a_row_of_another_length_is_refused():
 
 
 def test_save_makes_the_folder_and_writes_utf8(tmp_path):
-    page.save(PAGE, tmp_path / "x" / "page.html")
+    page.save_page(PAGE, tmp_path / "x" / "page.html")
     assert (tmp_path / "x" / "page.html").read_bytes() == PAGE.encode("utf-8")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from enc_plugin.reports import plot
-from enc_plugin.reports.plot import Series, curves, intervals, scatter
+from enc_plugin.reports.plot import Series, curves, scatter
 
 POINTS = Series("a", range(5), [1.0, 2.0, 4.0, 3.0, 5.0])
 
@@ -33,9 +33,8 @@ def test_equal_data_gives_equal_bytes_and_leaves_backend_settings_and_pyplot_alo
     code = """
 import sys, matplotlib
 sys.path.append(sys.argv[1])
-from plot import Series, curves, intervals
+from plot import Series, curves
 before = dict(matplotlib.rcParams)
-intervals(["a"], [1], [0], [2], "x")
 png = curves([Series("a", range(5), [1.0, 2.0, 4.0, 3.0, 5.0])], "epoch", "loss", "title")
 assert dict(matplotlib.rcParams) == before
 assert "matplotlib.pyplot" not in sys.modules
@@ -80,20 +79,6 @@ def test_gaps_and_values_that_are_not_positive_are_drawn_on_any_axis():
         assert count(curves(odd, "x", "y", logx=log, logy=log), plot.PALETTE[1]) > 10
         assert curves(odd[:1], "x", "y", logx=log, logy=log)
     assert curves([], "x", "y", logy=True)
-
-
-@pytest.mark.parametrize("bars", [False, True])
-def test_intervals_have_a_row_a_label_from_the_top_and_draw_none_for_nan(bars):
-    png = intervals(["a", "b"], [1.0, 3.0], [0.5, math.nan], [1.5, math.nan], "points", bars=bars, reference=0)
-    rows = []
-    for color in plot.PALETTE[:2]:
-        target = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-        if bars:  # three quarters of the colour on white
-            target = [255 - 0.75 * (255 - c) for c in target]
-        rows.append(np.argwhere(np.abs(pixels(png) - target).max(-1) <= 4)[:, 0].mean())
-    assert rows[0] < rows[1]
-    taller = intervals(list("abcdefgh"), [1.0] * 8, [0.0] * 8, [2.0] * 8, "points")
-    assert pixels(taller).shape[0] > pixels(png).shape[0]
 
 
 @pytest.mark.parametrize(("low", "high"), [(2.5, 40), (90, 125), (1975, 2150), (0.03, 1.2), (1, 1 + 1e-6), (1e-8, 1e8)])

@@ -14,7 +14,8 @@ from helpers import CONFIGS, ROOT, digits_config, scalars, train
 from matplotlib.image import imread
 
 from enc_plugin.measuring.robustness import Robustness
-from enc_plugin.reports.attack import Attacked, AttackReport, _to_image, attack_checkpoints, draw_accuracy
+from enc_plugin.reports.attack_figures import _to_image, draw_accuracy
+from enc_plugin.reports.attack_report import Attacked, AttackReport, attack_checkpoints
 
 NAMES = {"plain": "resnet8_1xb64", "ENC": "resnet8_enc-ws_1xb64"}
 
@@ -73,14 +74,15 @@ def test_options_of_the_config_can_be_changed(runs, tmp_path, monkeypatch, capsy
     run_tool(
         monkeypatch, *runs["plain"], "--eps", "8", "--out", str(tmp_path), "--pictures", "0", "--cfg-options", *options
     )
-    assert "Top-1 accuracy (%) of 30 samples (standard error at most 9.13)" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Top-1 accuracy (%) of 30 test samples, clean and under attack in pixel space; eps in 1/255 of" in text
+    assert "of at most ±16.8" in text  # Wilson's interval of a half of 30
     assert {path.name for path in tmp_path.iterdir()} == {"accuracy.png", "attack.json"}
 
 
-def test_config_without_its_checkpoint_is_refused(runs, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="2"):
+def test_config_without_its_checkpoint_is_refused(runs, monkeypatch):
+    with pytest.raises(SystemExit, match="attack: checkpoints: expected CONFIG CHECKPOINT ..., got no checkpoint for"):
         run_tool(monkeypatch, *runs["plain"], runs["ENC"][0])
-    assert "expected pairs of CONFIG and CHECKPOINT, got 3 arguments" in capsys.readouterr().err
 
 
 def test_failure_is_one_line_without_a_traceback(runs, monkeypatch):

@@ -53,7 +53,7 @@ TOOLS = {
     "test": lambda config, checkpoint: [config, checkpoint, "--work-dir", "run"],
     "measure_gbr": lambda config, checkpoint: [config, checkpoint, "--num-samples", "4", "--device", "cpu"],
     "attack": lambda config, checkpoint: [config, checkpoint, "--num-samples", "4", "--device", "cpu"],
-    "fold": lambda config, checkpoint: [config, checkpoint, "out.pth"],
+    "fold": lambda config, checkpoint: [config, checkpoint, "out.pth", "--device", "cpu"],
 }
 CASES = {
     "missing": ("missing", "enc.pth", "config: there is no file missing.py"),
@@ -86,6 +86,27 @@ def test_a_failure_is_one_line(case, tool, files, tmp_path, monkeypatch):
 def test_preserve_makes_a_plain_checkpoint_fit_in_every_tool_that_measures(tool, files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_tool(tool, TOOLS[tool](files["preserve"], files["plain.pth"]), monkeypatch)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tool, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stop.py").write_text('__import__("signal").raise_signal(2)\n')
+    with pytest.raises(SystemExit) as ended:
+        run_tool(tool, TOOLS[tool]("stop.py", files["enc.pth"]), monkeypatch)
+    assert ended.value.code == 130
+    go_on = "python train.py stop.py --work-dir run --resume" if tool == "train" else "run it again"
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"{tool}: stopped; ")
+    assert go_on in line
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_hook_on_the_command_line_is_refused_with_the_way_out(tool, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = TOOLS[tool](files["enc"], files["enc.pth"])
+    with pytest.raises(SystemExit, match=r"--cfg-options: .* hooks need a config of their own.*custom_hooks = "):
+        run_tool(tool, [*arguments, "--cfg-options", "custom_hooks=[dict(type='GBRHook')]"], monkeypatch)
 
 
 def test_missing_archives_and_work_dirs_are_one_line(tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 import hashlib
 import json
+import shutil
 import sys
 
 import pytest
 import torch
-from helpers import digits_config, run_command, scalars, train
+from helpers import ROOT, digits_config, run_command, scalars, train
 
 import enc_plugin
-from enc_plugin.reports.gbr import describe, measure_checkpoints
+from enc_plugin.reports.gbr_report import measure_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_the_tool_repeats_what_the_hook_logged_and_writes_json_and_a_curve(finis
     assert done.returncode == 0, done.stderr[-3000:]
     written = json.loads((finished / "out" / "gbr.json").read_text())
     assert written["num_samples"] == 40
-    assert written["unit"] == "per squared standard deviation of the input"
+    assert {r["unit"] for r in written["results"]} == {"per squared standard deviation of the input"}
     assert [(r["epoch"], r["output"]) for r in written["results"]] == [
         (2, "logits"),
         (2, "probs"),
@@ -54,28 +55,46 @@ def test_the_tool_repeats_what_the_hook_logged_and_writes_json_and_a_curve(finis
 
 
 def test_one_checkpoint_gives_a_table_and_no_curve(finished, tmp_path):
-    records = measure_checkpoints(
-        finished / "config.py",
-        [finished / "epoch_1.pth"],
-        num_samples=10,
-        space="pixel",
-        projections=1,
-        out=tmp_path / "gbr.json",
-        show_progress=False,
-    )
-    assert [record["epoch"] for record in records] == [1]
-    assert describe(records).splitlines()[0].split() == [
+    options = dict(num_samples=10, space="pixel", projections=1, out=tmp_path / "gbr.json")
+    report = measure_checkpoints([(finished / "config.py", finished / "epoch_1.pth")], **options)
+    assert [record["epoch"] for record in report.records] == [1]
+    about, head, row = str(report).splitlines()
+    assert "over 10 training samples, per squared gray level, 1/255 of the pixel range (space 'pixel'" in about
+    assert head.split() == [
         "checkpoint",
         "epoch",
         "weights",
         "output",
         "GBR",
-        "±",
-        "(sem)",
+        "95",
+        "%",
+        "interval",
+        "median",
         "seconds",
     ]
-    assert json.loads((tmp_path / "gbr.json").read_text())["unit"].startswith("per squared gray level")
+    assert json.loads((tmp_path / "gbr.json").read_text())["results"] == report.records
+    (record,) = report.records
+    assert record["low"] < record["gbr"] < record["high"]
+    assert f"{record['low']:.4g} to {record['high']:.4g}" in row
     assert not (tmp_path / "gbr.png").exists()
+
+
+def test_checkpoints_of_several_configs_each_have_their_line(finished, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from _bootstrap import read_checkpoints
+
+    shutil.copy(finished / "config.py", tmp_path / "other.py")
+    one, two = (str(finished / f"epoch_{epoch}.pth") for epoch in (1, 2))
+    configs = (str(finished / "config.py"), str(tmp_path / "other.py"))
+    pairs = read_checkpoints([configs[0], one, two, configs[1], two], None)
+    expected = [(configs[0], one), (configs[0], two), (configs[1], two)]
+    assert [(config.filename, path) for config, path in pairs] == expected
+    report = measure_checkpoints(pairs, num_samples=10, plot=tmp_path / "gbr.png")
+    assert [record["config"] for record in report.records] == [configs[0], configs[0], configs[1]]
+    assert report.records[1]["gbr"] == report.records[2]["gbr"]
+    for arguments in ([configs[0]], [configs[0], configs[1], one], [configs[0], one, configs[1]]):
+        with pytest.raises(ValueError, match="expected CONFIG CHECKPOINT ..., got no checkpoint for"):
+            read_checkpoints(arguments, None)
 
 
 def test_a_config_without_test_pipeline_is_refused(finished):
@@ -84,7 +103,7 @@ def test_a_config_without_test_pipeline_is_refused(finished):
     cfg = Config.fromfile(finished / "config.py")
     cfg.val_dataloader = cfg.test_dataloader = None
     with pytest.raises(ValueError, match="config: neither val_dataloader nor test_dataloader"):
-        measure_checkpoints(cfg, [finished / "epoch_1.pth"])
+        measure_checkpoints([(cfg, finished / "epoch_1.pth")])
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(finished, tmp_path):
@@ -92,4 +111,4 @@ def test_a_checkpoint_that_does_not_fit_is_refused(finished, tmp_path):
     content["state_dict"] = {f"net.{key}": value for key, value in content["state_dict"].items()}
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"checkpoint: .*other.pth with .*config.py: it does not fit .*backbone"):
-        measure_checkpoints(finished / "config.py", [tmp_path / "other.pth"], num_samples=2, show_progress=False)
+        measure_checkpoints([(finished / "config.py", tmp_path / "other.pth")], num_samples=2)

@@ -1,4 +1,4 @@
-"""Accuracy of trained checkpoints under attack, side by side: table, JSON, curve and pictures."""
+"""Accuracy of trained checkpoints under attack, side by side; the library behind ``tools/attack.py``."""
 
 from __future__ import annotations
 
@@ -6,35 +6,23 @@ from ..installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from ..build import build_dataset, load_config, load_model, pick_device
+from ..build import build_dataset, evaluation_split, load_config, load_model, pick_device
 from ..checkpoint import file_sha256
-from ..functional import fgsm
-from ..measuring.pipelines import WithoutReplacement
-from ..measuring.pixels import PIXEL_MAX, PixelClassifier, collate_pixels
+from ..measuring.intervals import wilson_interval
 from ..measuring.robustness import Robustness, check_pixel_eps, measure_robustness
-from ..measuring.spread import spread
-from ..measuring.untouched import untouched
-from ..refused import Refused, require_file
+from ..refused import require_file
 from ..table import format_table
 from ..version import __version__
-from . import plot
-
-UNIT = "1/255 of the pixel range"
-# Right and wrong differ in mark as well as in colour, and the colours in lightness.
-_RIGHT, _WRONG = ("\N{CHECK MARK}", plot.PALETTE[0]), ("\N{BALLOT X}", plot.PALETTE[1])
+from .attack_figures import UNIT, draw_accuracy, draw_pictures
 
 
 @dataclass(frozen=True)
@@ -91,12 +79,11 @@ class AttackReport:
                     f"{run.result.zero_grad:.2%}",
                 ]
             )
-        # The widest standard error that a share of so many samples can have.
-        error = 50 / math.sqrt(first.num_samples)
+        widest = wilson_interval(50, first.num_samples)[1] - 50
         return "\n".join(
             [
-                f"Top-1 accuracy (%) of {first.num_samples} samples (standard error at most {error:.2f}) under attack; "
-                f"eps in {UNIT}",
+                f"Top-1 accuracy (%) of {first.num_samples} test samples, clean and under attack in pixel space; eps "
+                f"in {UNIT}; 95 % intervals (Wilson; in attack.json) of at most \N{PLUS-MINUS SIGN}{widest:.1f}",
                 format_table(head, rows),
                 *(f"WARNING: {warning}" for warning in self.warnings),
             ]
@@ -106,10 +93,19 @@ class AttackReport:
         """All figures and what they depend on, ready for JSON."""
         runs = [asdict(run) | {"warnings": run.result.warnings} for run in self.runs]
         for run in runs:
+            result, count = run["result"], run["result"]["num_samples"]
             for attack in ("fgsm", "pgd"):
-                run["result"][attack] = {f"{eps:g}": accuracy for eps, accuracy in run["result"][attack].items()}
+                result[attack] = {f"{eps:g}": accuracy for eps, accuracy in result[attack].items()}
+            result["intervals"] = {"clean": wilson_interval(result["clean"], count)} | {
+                attack: {eps: wilson_interval(accuracy, count) for eps, accuracy in result[attack].items()}
+                for attack in ("fgsm", "pgd")
+            }
         return {
-            "unit": {"eps": UNIT, "accuracy": "top-1, percent", "zero_grad": "share of the samples"},
+            "unit": {
+                "eps": UNIT,
+                "accuracy": "top-1, percent; intervals: 95 %, Wilson",
+                "zero_grad": "share of the samples",
+            },
             "eps": self.eps,
             "seed": self.seed,
             "enc_plugin": __version__,
@@ -163,7 +159,7 @@ def attack_checkpoints(
         require_file("checkpoint", checkpoint)
     names = _names(configs, [path for _, path in checkpoints], names)
     device = pick_device(device)
-    splits = [_test_split(config) for config in configs]
+    splits = [evaluation_split(config) for config in configs]
     loaders = [config[f"{split}_dataloader"] for config, split in zip(configs, splits, strict=True)]
     datasets = [build_dataset(config, split) for config, split in zip(configs, splits, strict=True)]
     if len({len(dataset) for dataset in datasets}) > 1:
@@ -198,100 +194,6 @@ def attack_checkpoints(
         (out / "attack.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
         report.files.extend([out / "accuracy.png", out / "attack.json"])
     return report
-
-
-def draw_accuracy(results: dict[str, Robustness], path: str | Path) -> None:
-    """Draw accuracy against eps, a colour for each checkpoint, FGSM solid and PGD dashed, as a PNG."""
-    axes = plot.new_axes(f"L-inf budget eps ({UNIT})", "top-1 accuracy (%)")
-    for i, (name, result) in enumerate(results.items()):
-        solid = plot.Series(f"{name}, FGSM", *_points(result, result.fgsm))
-        plot.draw(axes, solid, i, linestyle="-", clip_on=False)
-        if result.pgd:
-            dashed = plot.Series(f"{name}, PGD-{result.pgd_steps}", *_points(result, result.pgd))
-            plot.draw(axes, dashed, i, linestyle="--", markerfacecolor="white", clip_on=False)
-    eps = sorted({0.0, *(eps for result in results.values() for eps in result.fgsm)})
-    axes.set(ylim=(0, 100), xticks=eps, xticklabels=[f"{value:g}" for value in eps])
-    counts = sorted({result.num_samples for result in results.values()})
-    axes.set_title(f"Accuracy under white-box attack, {'/'.join(map(str, counts))} test samples", fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
-    plot.save(plot.to_png(axes.figure), path)
-
-
-def draw_pictures(
-    model: nn.Module, dataset: Dataset, eps: float, path: str | Path, *, count: int = 6, name: str = "model"
-) -> None:
-    """Draw clean pictures, the same under FGSM, and the amplified difference, with the predictions, as a PNG.
-
-    The samples are spread evenly over the dataset and not chosen by what becomes of them.
-
-    Args:
-        model: Classifier of mmpretrain.
-        dataset: Its test set, as in :func:`enc_plugin.measuring.robustness.measure_robustness`.
-        eps: Budget in 1/255 of the pixel range.
-        path: File to write.
-        count: How many samples.
-        name: What the title calls the model.
-    """
-    classify, source = PixelClassifier(model), WithoutReplacement(dataset)
-    device = next(model.parameters()).device
-    classes = dict(getattr(dataset, "metainfo", None) or {}).get("classes")
-    with untouched(classify):
-        pixels, labels = collate_pixels([source[i] for i in spread(len(dataset), count)])
-        pixels, labels = pixels.to(device).float(), labels.to(device)
-        attacked = fgsm(classify, pixels, labels, float(eps), upper=PIXEL_MAX)
-        shares = [classify(x).softmax(1).cpu() for x in (pixels, attacked)]
-    # Mean grey is no change; the largest change that eps allows is black or white.
-    difference = (attacked - pixels) * (PIXEL_MAX / 2 / eps) + PIXEL_MAX / 2
-    rows = [
-        ("clean", pixels),
-        (f"FGSM, eps {eps:g}", attacked),
-        (f"difference x {PIXEL_MAX / 2 / eps:.3g}\n(grey: no change)", difference),
-    ]
-    flip = bool(getattr(model.data_preprocessor, "to_rgb", False))
-    count = len(labels)
-    figure = plot.new_figure((1.6 * count + 1.1, 6.0))
-    grid = figure.subplots(3, count, squeeze=False)
-    for row, (title, images) in enumerate(rows):
-        for column in range(count):
-            axes = grid[row][column]
-            look = dict(cmap="gray", vmin=0, vmax=1, interpolation="nearest")  # cmap: for one channel
-            axes.imshow(_to_image(images[column], flip), **look)
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if row < 2:
-                share, predicted = (value.item() for value in shares[row][column].max(0))
-                mark, color = _RIGHT if predicted == labels[column] else _WRONG
-                axes.set_title(f"{mark} {_label(classes, predicted)} ({share:.0%})", color=color, fontsize=10)
-            else:
-                axes.set_xlabel(f"true: {_label(classes, labels[column].item())}", fontsize=10)
-        grid[row][0].set_ylabel(title, fontsize=11)
-    figure.suptitle(f"{name}: prediction and its probability, clean and under attack (eps in {UNIT})", fontsize=11)
-    plot.save(plot.to_png(figure, colors=None), path)
-
-
-def _points(result: Robustness, accuracies: dict[float, float]) -> tuple[list[float], list[float]]:
-    eps = sorted(accuracies)
-    return [0.0, *eps], [result.clean, *(accuracies[e] for e in eps)]
-
-
-def _to_image(pixels: Tensor, flip: bool) -> np.ndarray:
-    """Pixels ``(C, H, W)`` in 0..255 as an array for imshow; BGR, which the model itself turns around, becomes RGB."""
-    image = (pixels / PIXEL_MAX).clamp(0, 1).cpu()
-    if len(image) != 3:
-        return image.mean(0).numpy()
-    return (image.flip(0) if flip else image).permute(1, 2, 0).numpy()
-
-
-def _label(classes: Sequence[str] | None, index: int) -> str:
-    name = str(index) if classes is None else str(classes[index])
-    return name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}"
-
-
-def _test_split(config: Config) -> str:
-    split = next((split for split in ("test", "val") if config.get(f"{split}_dataloader")), None)
-    if split is None:
-        raise Refused(f"config: {config.filename} has no test_dataloader or val_dataloader: nothing to attack")
-    return split
 
 
 def _names(configs: Sequence[Config], paths: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:

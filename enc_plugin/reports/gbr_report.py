@@ -1,0 +1,202 @@
+"""GBR of checkpoints: table, JSON and curve; the library behind ``tools/measure_gbr.py``."""
+
+from __future__ import annotations
+
+from ..installation import needs_mmpretrain  # noqa: F401
+
+# isort: split
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..build import build_dataset, load_config, load_model, pick_device
+from ..checkpoint import file_sha256
+from ..measuring.gbr import SPACES, check_options, input_unit, measure_gbr, pick_batch_size
+from ..measuring.pipelines import find_pipeline
+from ..measuring.samples import FixedSamples, choose_samples
+from ..refused import require_file
+from ..table import format_table
+from ..version import __version__
+from . import plot
+
+NAMES = {"logits": "logits", "probs": "probabilities", "label_prob": "probability of the true class"}
+
+
+@dataclass(frozen=True)
+class GBRReport:
+    """What was measured; ``print`` it for the table.
+
+    Attributes:
+        records: One for each checkpoint and output: ``config``, ``checkpoint``, ``epoch`` (None if the checkpoint does
+            not say), ``weights`` (``'averaged'`` by EMAHook, ``'in training'`` or ``'unknown'``), ``output``, ``gbr``
+            (the mean over the samples), ``sem`` (its standard error), ``low`` and ``high`` (its 95 % bootstrap
+            interval), ``median``, ``unit`` and ``seconds``.
+        settings: What the records depend on, and each checkpoint's SHA-256 and origin; ready for JSON.
+    """
+
+    records: list[dict]
+    settings: dict
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                Path(r["checkpoint"]).name,
+                "-" if r["epoch"] is None else f"{r['epoch']}",
+                r["weights"],
+                r["output"],
+                f"{r['gbr']:.6g}",
+                f"{r['low']:.4g} to {r['high']:.4g}",
+                f"{r['median']:.4g}",
+                f"{r['seconds']:.1f}",
+            )
+            for r in self.records
+        ]
+        head = ("checkpoint", "epoch", "weights", "output", "GBR", "95 % interval", "median", "seconds")
+        space, units = self.settings["space"], dict.fromkeys(r["unit"] for r in self.records)
+        return (
+            f"GBR: mean squared Jacobian norm over {self.settings['num_samples']} training samples, "
+            f"{' or '.join(units)} (space {space!r}: {SPACES[space]}); the interval is of the mean, by the bootstrap\n"
+            f"{format_table(head, rows)}"
+        )
+
+
+def measure_checkpoints(
+    checkpoints: Sequence[tuple[str | Path | Config, str | Path]],
+    *,
+    outputs: Sequence[str] = ("logits",),
+    num_samples: int | None = 512,
+    batch_size: int | None = None,
+    projections: int | None = None,
+    space: str = "normalized",
+    seed: int = 0,
+    device: str | None = None,
+    out: str | Path | None = None,
+    plot: str | Path | None = None,
+    progress: bool = False,
+) -> GBRReport:
+    """GBR of each checkpoint and output, on the training samples that :class:`enc_plugin.engine.GBRHook` would choose.
+
+    Args:
+        checkpoints: Pairs of a training config (its model, its training dataset, and its validation, else test,
+            pipeline) and a checkpoint of it. Pairs of one config follow each other.
+        outputs: Any of ``'logits'``, ``'probs'``, ``'label_prob'``.
+        num_samples: How many training samples; None: all.
+        batch_size: Samples differentiated at a time; None: as :class:`enc_plugin.engine.GBRHook` does.
+        projections: Random orthonormal output directions for each sample; None: exact.
+        space: ``'normalized'`` or ``'pixel'``, see :class:`enc_plugin.engine.GBRHook`.
+        seed: Of the choice of samples and of the directions.
+        device: Such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
+        out: JSON file to write, with the settings and the records.
+        plot: PNG to draw the curve over the checkpoints to; None: ``out`` with the ending ``.png`` if there are several
+            checkpoints, else none.
+        progress: Show a bar on the terminal (standard error).
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If an option is out of range, a config has no test pipeline, a checkpoint does not fit its config,
+            or the pixels are not in 0..255 (``space='pixel'``).
+    """
+    for output in outputs:
+        check_options(output, projections, space, num_samples)
+    device = pick_device(device)
+    configs = [load_config(config) for config, _ in checkpoints]
+    for _, path in checkpoints:
+        require_file("checkpoint", path)
+
+    records, measured, samples, of = [], [], None, None
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, disable=not progress, transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("samples", total=None)
+        for config, (_, path) in zip(configs, checkpoints, strict=True):
+            if of != config.filename or samples is None:
+                size = batch_size or pick_batch_size(device, (config.get("train_dataloader") or {}).get("batch_size"))
+                of, samples = config.filename, _samples(config, num_samples, size, seed, space)
+                bar.update(task, total=len(samples) * len(checkpoints) * len(outputs))
+            # The model is built anew, so that nothing of one checkpoint stays in the next.
+            model, meta = load_model(config, path)
+            model.to(device)
+            measured.append({"checkpoint": str(path), "sha256": file_sha256(path), "meta": meta})
+            for output in outputs:
+                found = measure_gbr(
+                    model,
+                    samples,
+                    output=output,
+                    projections=projections,
+                    space=space,
+                    seed=seed,
+                    progress=lambda count: bar.advance(task, count),
+                )
+                low, high = found.interval
+                records.append(
+                    {
+                        "config": config.filename,
+                        "checkpoint": str(path),
+                        "epoch": meta.get("epoch"),
+                        "weights": meta["weights"],
+                        "output": output,
+                        "gbr": found.mean,
+                        "sem": found.sem,
+                        "low": low,
+                        "high": high,
+                        "median": found.median,
+                        "unit": input_unit(model, space),
+                        "seconds": found.seconds,
+                    }
+                )
+    settings = {
+        "num_samples": len(samples),
+        "left_out": samples.left_out,
+        "projections": projections,
+        "space": space,
+        "seed": seed,
+        "enc_plugin": __version__,
+        "torch": str(torch.__version__),
+        "checkpoints": measured,
+    }
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps({**settings, "results": records}, indent=1) + "\n")
+        if plot is None and len(checkpoints) > 1:
+            plot = Path(out).with_suffix(".png")
+    if plot is not None:
+        draw_gbr(records, plot)
+    return GBRReport(records, settings)
+
+
+def draw_gbr(records: Sequence[dict], path: str | Path) -> None:
+    """Draw the records over their epochs, a line for each config and output, with bootstrap intervals, as a PNG."""
+    configs = dict.fromkeys(r["config"] for r in records)
+    series = []
+    for config in configs:
+        for output in dict.fromkeys(r["output"] for r in records):
+            chosen = [r for r in records if (r["config"], r["output"]) == (config, output)]
+            if all(r["epoch"] is not None for r in chosen):
+                chosen.sort(key=lambda r: r["epoch"])
+            x = [r["epoch"] if r["epoch"] is not None else i for i, r in enumerate(chosen, 1)]
+            y, low, high = ([r[key] for r in chosen] for key in ("gbr", "low", "high"))
+            name = NAMES[output] if len(configs) == 1 else f"{Path(config or 'config').stem}, {NAMES[output]}"
+            series.append(plot.Series(name, x, y, low, high))
+    unit = " or ".join(dict.fromkeys(r["unit"] for r in records))
+    ylabel = f"GBR = mean $\\Vert\\partial f/\\partial x\\Vert_F^2$\n({unit})"
+    plot.save(plot.curves(series, "epoch", ylabel, logy=True, whole_x=True), path)
+
+
+def _samples(config: Config, num_samples: int | None, batch_size: int, seed: int, space: str) -> FixedSamples:
+    """Training samples of a config, read by its validation or test pipeline."""
+    datasets = ((config.get(f"{split}_dataloader") or {}).get("dataset") for split in ("val", "test"))
+    pipeline = next((p for dataset in datasets if (p := find_pipeline(dataset)) is not None), None)
+    if pipeline is None:
+        raise ValueError("config: neither val_dataloader nor test_dataloader has a pipeline to read the samples with")
+    dataset = build_dataset(config, "train")
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        samples = FixedSamples(dataset, pipeline, choose_samples(dataset, num_samples, seed), batch_size).read()
+        if space == "pixel":
+            samples.check_pixels()
+    return samples

@@ -1,0 +1,168 @@
+"""The segments of a run's log: what each process wrote, which belong to the newest start, and how they join."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmengine.config import Config
+
+from ..engine import SCALARS
+from ..engine.scalars import declared
+
+if TYPE_CHECKING:
+    from .runs import Run
+
+
+@dataclass
+class Segment:
+    """What one process wrote between its start and its end."""
+
+    config: dict
+    records: list[dict]
+    broken: int
+
+    @cached_property
+    def training(self) -> list[dict]:
+        """The records of training."""
+        return [record for record in self.records if "iter" in record]
+
+    @property
+    def makes_up(self) -> bool:
+        """Whether it resumed and has trained nothing, but made up for the validation that was still due."""
+        return not self.training and any(map(_validates, self.records)) and bool(self.config.get("resume"))
+
+    @property
+    def log_interval(self) -> int:
+        """Iterations from one record of training to the next."""
+        return ((self.config.get("default_hooks") or {}).get("logger") or {}).get("interval", 10)
+
+
+def read_segment(path: Path, notes: list[str]) -> Segment:
+    """What stands in a ``scalars.json`` and in the config beside it; notes say what could not be read."""
+    config, file = {}, path.with_name("config.py")
+    try:
+        if file.is_file():
+            config = Config.fromfile(file, import_custom_modules=False).to_dict()
+    except Exception as error:  # a config is code: anything can go wrong in it
+        notes.append(f"{file.name} could not be read ({type(error).__name__}: {error})")
+    records, broken = [], 0
+    # A run in progress may have written half of its last line.
+    for line in path.read_text(errors="replace").split("\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            broken += 1
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return Segment(config, records, broken)
+
+
+def newest_start(segments: list[Segment], notes: list[str]) -> list[Segment]:
+    """The newest start in the folder and what resumed it."""
+    chain: list[Segment] = []
+    left_out = 0
+    for segment in segments:
+        if not segment.training:
+            if chain and segment.makes_up:
+                chain.append(segment)
+            continue
+        begins = chain and segment.training[0]["iter"] <= chain[0].training[0]["iter"]
+        if chain and (begins or not segment.config.get("resume", True)):
+            left_out += len(chain)
+            chain = []
+        chain.append(segment)
+    if len(chain) > 1:
+        notes.append("resumed " + ("once" if len(chain) == 2 else f"{len(chain) - 1} times"))
+    if left_out:
+        notes.append(f"{left_out} earlier start{'s' * (left_out > 1)} in the same folder left out")
+    return chain or segments[-1:]
+
+
+def counts_epochs(config: dict, training: list[dict]) -> bool:
+    """Whether a run with this config and these records trains by epochs."""
+    train = config.get("train_cfg") or {}
+    if "by_epoch" in train:
+        return bool(train["by_epoch"])
+    if "type" in train:
+        return "Iter" not in str(train["type"])
+    return any("epoch" in record for record in training) or not training
+
+
+def join(run: Run, segment: Segment) -> None:
+    """Add a segment's scalars to a run, in place of what an earlier one logged beyond where it resumed."""
+    training = segment.training
+    iteration = 0
+    if run.scalars:  # from where it resumed, as far as the log tells
+        iteration = training[0]["iter"] - segment.log_interval if training else run.iterations
+        if training:
+            _forget_beyond(run, iteration, training[0].get("epoch", 1) - 1)
+    found: dict[str, dict[float, float]] = {}
+    epoch = max((r.get("epoch", 0) for r in training), default=math.inf)
+    # Scalars without an iteration of their own, whose steps count iterations all the same.
+    by_iteration = {
+        key
+        for record in segment.records
+        for key in record
+        if "iter" not in record and (_is_by_iteration(key) or record.get("step", 0) > epoch)
+    }
+    for record in segment.records:
+        iteration = record.get("iter", iteration)
+        for logged, value in record.items():
+            if logged in ("step", "epoch", "iter") or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            key, x = _key(run, logged, record), record.get("step", 0)
+            if "iter" in record:
+                x = _training_x(run, record)
+            elif not run.by_epoch:
+                # LoggerHook counts validations in epochs, of which such a loop has none, unless it is told not to.
+                x = x or (iteration if _validates(record) else 0)
+            elif logged in by_iteration and run.epoch_length:
+                x = x / run.epoch_length
+            found.setdefault(key, {})[x] = value
+    for key, points in found.items():
+        run.scalars[key] = sorted((dict(run.scalars.get(key, [])) | points).items())
+
+
+def _forget_beyond(run: Run, iteration: int, epochs: int) -> None:
+    """Leave out the points behind the one from which a segment resumed."""
+    start = max(iteration, epochs * run.epoch_length) / run.epoch_length if run.by_epoch else iteration
+    kept = {key: [point for point in points if point[0] <= start] for key, points in run.scalars.items()}
+    run.scalars = {key: points for key, points in kept.items() if points}
+
+
+def _validates(record: dict) -> bool:
+    """Whether a record is of a validation."""
+    return "iter" not in record and ("time" in record or "val/time" in record)
+
+
+def _key(run: Run, key: str, record: dict) -> str:
+    """What a run calls a scalar of a record; log_with_hierarchy writes the name of the loop before all of them."""
+    loop = "train" if "iter" in record else "val" if _validates(record) else ""
+    key = key.removeprefix(f"{loop}/") if loop else key
+    if loop and key in ("time", "data_time"):
+        return f"{loop}/{key}"
+    if loop == "val" and key not in run.metrics:
+        run.metrics.append(key)
+    return key
+
+
+@functools.cache
+def _is_by_iteration(key: str) -> bool:
+    """Whether a hook logs a scalar by iteration, whatever the training loop counts."""
+    scalar = declared(SCALARS, key)
+    return scalar is not None and scalar.by_iteration
+
+
+def _training_x(run: Run, record: dict) -> float:
+    if not run.by_epoch:
+        return record["iter"]
+    epoch = record.get("epoch", 1)
+    # Clamped: a run that resumed with another batch size has epochs of two lengths.
+    return min(max(record["iter"] / run.epoch_length, epoch - 1), epoch)

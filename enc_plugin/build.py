@@ -172,18 +172,12 @@ def build_dataset(config: Config, split: str) -> Dataset:
 
 
 def evaluation_split(config: Config) -> str:
-    """``'test'`` if the config has a test dataloader, else ``'val'``.
-
-    Raises:
-        ValueError: If it has neither.
-    """
-    for split in ("test", "val"):
-        if config.get(f"{split}_dataloader"):
-            return split
-    raise Refused(
-        f"config: {config.filename or 'it'} has neither a test_dataloader nor a val_dataloader",
-        "set one, or build on a config that has it (_base_)",
-    )
+    """``'test'`` if the config has a test dataloader, else ``'val'``; raises ``ValueError`` if it has neither."""
+    split = next((split for split in ("test", "val") if config.get(f"{split}_dataloader")), None)
+    if split is None:
+        name = config.filename or "it"
+        raise Refused(f"config: {name} has neither a test_dataloader nor a val_dataloader", "set one of them")
+    return split
 
 
 def make_dataset(key: str, settings: Mapping) -> Dataset:

@@ -1,4 +1,4 @@
-"""The one look of all figures: curves with error bands, scatter; each returns the bytes of a PNG.
+"""The one look of all figures: curves with error bands, as the bytes of a PNG.
 
 Figures are made by matplotlib's objects alone: no pyplot, no backend, no rcParams. Equal data gives equal bytes. Series
 differ in colour (Okabe and Ito's, told apart by the colour-blind), in mark and in dash.
@@ -106,12 +106,9 @@ def curves(
     ylabel: str,
     title: str = "",
     *,
-    logx: bool = False,
     logy: bool = False,
     ylim: tuple[float | None, float | None] | None = None,
     whole_x: bool = False,
-    legend: bool = True,
-    size: tuple[float, float] = SIZE,
 ) -> bytes:
     """Lines with error bands, as a PNG.
 
@@ -121,39 +118,24 @@ def curves(
         xlabel: What x is, with its unit; ``ylabel`` alike.
         ylabel: What y is, with its unit.
         title: Above the axes.
-        logx: Logarithmic x; left linear while no value is positive.
         logy: Logarithmic y; left linear while no value is positive.
         ylim: Limits of y; None leaves one to the data.
         whole_x: Tick x at whole numbers only, as for epochs.
-        legend: Name the series below the axes.
-        size: Width and height in inches without the legend.
     """
-    axes = new_axes(xlabel, ylabel, title, size)
-    for index, one in enumerate(series):
-        if one is not None:
-            draw(axes, one, index)
-    return _finish(axes, series, logx, logy, ylim, whole_x, legend)
-
-
-def scatter(
-    series: Sequence[Series | None],
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    *,
-    logx: bool = False,
-    logy: bool = False,
-    legend: bool = True,
-    size: tuple[float, float] = SIZE,
-) -> bytes:
-    """Unconnected points, a look for each series, as a PNG; options as for :func:`curves`."""
-    axes = new_axes(xlabel, ylabel, title, size)
-    for index, one in enumerate(series):
-        if one is None:
-            continue
-        keywords = look(index) | {"linestyle": "none", "markersize": 6, "alpha": 0.8, "label": shorten(one.name)}
-        axes.plot(_finite(one.x), _finite(one.y), **keywords)
-    return _finish(axes, series, logx, logy, None, False, legend)
+    axes = new_axes(xlabel, ylabel, title)
+    drawn = [(index, one) for index, one in enumerate(series) if one is not None]
+    for index, one in drawn:
+        draw(axes, one, index)
+    if whole_x:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    if logy and any(np.any(_finite(one.y) > 0) for _, one in drawn):
+        axes.set_yscale("log")
+    if ylim is not None:
+        axes.set_ylim(*ylim)
+    if axes.get_yscale() == "log":
+        log_ticks(axes.yaxis)
+    legend_below(axes)
+    return to_png(axes.figure)
 
 
 def to_png(figure: Figure, colors: int | None = 256) -> bytes:
@@ -193,26 +175,6 @@ def legend_below(axes: Axes) -> None:
     figure.set_size_inches(width, height + 0.1 + 0.21 * math.ceil(len(labels) / columns))
     options = {"frameon": False, "fontsize": 9, "handlelength": 2.6, "columnspacing": 1.2}
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
-
-
-def _finish(
-    axes: Axes, series: Sequence[Series | None], logx: bool, logy: bool, ylim, whole_x: bool, legend: bool
-) -> bytes:
-    drawn = [one for one in series if one is not None]
-    if logx and any(np.any(_finite(one.x) > 0) for one in drawn):
-        axes.set_xscale("log")
-        log_ticks(axes.xaxis)
-    elif whole_x:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    if logy and any(np.any(_finite(one.y) > 0) for one in drawn):
-        axes.set_yscale("log")
-    if ylim is not None:
-        axes.set_ylim(*ylim)
-    if axes.get_yscale() == "log":
-        log_ticks(axes.yaxis)
-    if legend:
-        legend_below(axes)
-    return to_png(axes.figure)
 
 
 def log_ticks(axis: Axis) -> None:

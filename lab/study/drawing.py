@@ -27,8 +27,7 @@ def to_picture(figure: Figure) -> bytes:
     if figure.kind == "intervals":
         return _cells(figure)
     if figure.kind == "scatter":
-        series = [plot.Series(one["label"], one["x"], one["y"]) for one in figure.data]
-        return plot.scatter(series, figure.x_label, figure.y_label, logx=figure.log_x, logy=figure.log_y)
+        return _points(figure)
     return _curves(figure)
 
 
@@ -56,6 +55,22 @@ def _cells(figure: Figure) -> bytes:
     axes.set_yticks(range(len(figure.data)), [plot.shorten(row["label"], 56) for row in figure.data])
     axes.set_ylim(len(figure.data) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
+    plot.legend_below(axes)
+    return plot.to_png(axes.figure)
+
+
+def _points(figure: Figure) -> bytes:
+    """Unconnected points, a look for each series."""
+    axes = plot.new_axes(figure.x_label, figure.y_label)
+    for place, one in enumerate(figure.data):
+        options = plot.look(place) | {"linestyle": "none", "markersize": 6, "alpha": 0.8}
+        axes.plot(one["x"], one["y"], label=plot.shorten(one["label"]), **options)
+    if figure.log_x:
+        axes.set_xscale("log")
+        plot.log_ticks(axes.xaxis)
+    if figure.log_y:
+        axes.set_yscale("log")
+        plot.log_ticks(axes.yaxis)
     plot.legend_below(axes)
     return plot.to_png(axes.figure)
 

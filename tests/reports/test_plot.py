@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from enc_plugin.reports import plot
-from enc_plugin.reports.plot import Series, curves, scatter
+from enc_plugin.reports.plot import Series, curves
 
 POINTS = Series("a", range(5), [1.0, 2.0, 4.0, 3.0, 5.0])
 
@@ -54,7 +54,6 @@ def test_twelve_long_noisy_series_stay_below_100_kb_and_differ_in_looks():
     rng = np.random.default_rng(0)
     series = [Series(f"a run with a rather long name {i}", range(5000), rng.random(5000) + i) for i in range(12)]
     assert len(curves(series, "iteration", "loss")) < 100_000
-    assert len(scatter(series[:3], "iteration", "loss")) < 100_000
     looks = [str(sorted(plot.look(i).items())) for i in range(60)]
     assert len(set(looks)) == 60
 
@@ -63,9 +62,8 @@ def test_a_band_is_drawn_between_its_bounds():
     banded = Series("a", [0, 1], [1.0, 1.0], lower=[0.0, 0.0], upper=[2.0, 2.0])
     # A fifth of the colour on white.
     tint = "#{:02x}{:02x}{:02x}".format(*(round(255 - 0.2 * (255 - c)) for c in (0x00, 0x72, 0xB2)))
-    size = dict(size=(4, 3), legend=False)
-    assert count(curves([banded], "x", "y", **size), tint) > 20_000
-    assert count(curves([Series("a", [0, 1], [1.0, 1.0])], "x", "y", **size), tint) < 50  # smoothed edges
+    assert count(curves([banded], "x", "y"), tint) > 20_000
+    assert count(curves([Series("a", [0, 1], [1.0, 1.0])], "x", "y"), tint) < 50  # smoothed edges
 
 
 def test_gaps_and_values_that_are_not_positive_are_drawn_on_any_axis():
@@ -76,8 +74,8 @@ def test_gaps_and_values_that_are_not_positive_are_drawn_on_any_axis():
         Series("$ \\ _ é", [0, 1], [0.0, -1.0]),
     ]
     for log in (False, True):
-        assert count(curves(odd, "x", "y", logx=log, logy=log), plot.PALETTE[1]) > 10
-        assert curves(odd[:1], "x", "y", logx=log, logy=log)
+        assert count(curves(odd, "x", "y", logy=log), plot.PALETTE[1]) > 10
+        assert curves(odd[:1], "x", "y", logy=log)
     assert curves([], "x", "y", logy=True)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .functional.checks import check_model, check_type
 from .functional.weights import check_alpha_option, check_variant, is_centered
 from .layers import ENCLayer, enc_class, enc_layers
+from .packed import check_packed, pack_weights
 from .surgery.audit import Audit, AuditRow, audit
 from .surgery.conversion_report import ConversionReport, ConvertedLayer, NoEffectWarning, warn_of_doubts
 from .surgery.eligible import Evidence
@@ -45,6 +46,7 @@ def to_enc(
     preserve: bool | Tensor = False,
     example: Tensor | tuple | dict | None = None,
     how: str = "reparametrize",
+    packed: bool | str = "auto",
 ) -> ConversionReport:
     """Turn the convolutions and linear layers of ``model`` into ENC layers, in place.
 
@@ -78,6 +80,8 @@ def to_enc(
         how: ``'reparametrize'``: each layer computes with its effective weight. ``'project'``: the optimizer holds the
             weights themselves on the constraint set, after each step, and the layers stay stock layers but for the
             batch norms that are due. Parameter groups have to come from :func:`enc_plugin.param_groups_enc`.
+        packed: Whether a forward pass of the model computes the weights of all layers together, which on a GPU saves
+            most of their cost. ``'auto'``: on CUDA devices. See :func:`enc_plugin.packed.pack_weights`.
 
     Returns:
         The report: each ENC layer with its variant and whether it has a post-norm, and what stays plain.
@@ -107,6 +111,7 @@ def to_enc(
         raise ValueError(f"post_norm: expected 'auto', True or False, got {post_norm!r}")
     check_type("preserve", preserve, (bool, Tensor), "True, False or a batch of inputs")
     _check_how(how, alpha, preserve)
+    check_packed(packed)
     check_type("example", example, (Tensor, tuple, dict, type(None)), "a batch, a tuple or dict of arguments, or None")
 
     evidence = _look_at(model, example, preserve)
@@ -125,6 +130,8 @@ def to_enc(
     guard_fusers(model)
     if chosen.layers:
         average_from_start(model)
+        if how == "reparametrize":
+            pack_weights(model, packed)
 
     report = ConversionReport(
         converted,

@@ -12,13 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional.decay import shift_direction, shifted_l2_grad
+from .functional.decay import shift_direction, shift_directions
+from .functional.grouped import groups_of
+from .functional.weights import is_whole_layer
 
 # The decay term lambda W becomes lambda (W - eps U). Which of these does that depends on how the optimizer decays.
 GRADIENT = "gradient"  # it adds lambda W to the gradient (SGD, Adam): so -lambda eps U joins the gradient
 WEIGHT = "weight"  # it multiplies W by 1 - lr lambda (AdamW): W grows beforehand by what the product then leaves
 AROUND = "around"  # it scales the decayed update (Lamb): the step sees W - eps U in the place of W
 WHOLE = "whole"  # it has no decay (LBFGS, Rprop): the regularizer's whole gradient joins the gradient
+
+# Torch's optimizers of the first kind do so before anything else.
+_ADD_DECAY_FIRST = tuple(
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD")
+)
+
+_PIECE = 2**18  # elements: 1 MB in float32
 
 # RAdam's first five steps are those of SGD, with which all ways agree.
 _TRIAL_STEPS = 8
@@ -49,42 +59,69 @@ def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, fou
     if kind == WEIGHT and not isinstance(group["lr"] * decay, Tensor) and group["lr"] * decay == 1:
         kind = AROUND  # the step forgets W altogether, whatever it grew to
     if kind == AROUND:
-        offsets = torch._foreach_mul([_term(kind, p, variant, eps) for p in trained], eps)
+        offsets = torch._foreach_mul([shift_direction(_fixed(p), variant) for p in trained], eps)
         torch._foreach_sub_(trained, offsets)
         return [(trained, offsets)]
-    # One weight after the other: all directions at once would be memory of the model's size, taken at every step.
     if kind == WEIGHT:
         # The step will multiply by (1 - lr lambda): divide by it beforehand, so that the shift is exact.
         factor = group["lr"] * amount / (1 - group["lr"] * decay)
         if found_inf is not None:
             factor = factor * (1 - found_inf.clamp(max=1))
-        for p in trained:
-            _add(p, _term(kind, p, variant, eps), factor)
+        for weights, targets in _pieces(trained, trained, variant):
+            _add(targets, shift_directions(weights, variant), factor)
         return []
     sign = -1.0 if group.get("maximize") else 1.0
-    factor = sign * (decay if kind == WHOLE else -amount)
     if grad_scale is not None:
-        factor = factor * grad_scale
-    for p in trained:
-        if torch.is_grad_enabled():  # the gradient's own history must stay as it is
-            p.grad = p.grad + factor * _term(kind, p, variant, eps)
-        else:
-            _add(p.grad, _term(kind, p, variant, eps), factor)
+        sign = sign * grad_scale
+    if torch.is_grad_enabled():  # the gradient's own history must stay as it is
+        for p in trained:
+            p.grad = p.grad.clone()
+    for weights, grads in _pieces(trained, [p.grad for p in trained], variant):
+        if kind == WHOLE:
+            _add(grads, weights, sign * decay)
+        _add(grads, shift_directions(weights, variant), sign * -amount)
     return []
 
 
-def _term(kind: str, weight: Tensor, variant: str, eps: float) -> Tensor:
-    if torch.is_grad_enabled():  # differentiable=True: what the graph remembers must not change with the weight
-        weight = weight.clone()
-    return shifted_l2_grad(weight, variant, eps) if kind == WHOLE else shift_direction(weight, variant)
+def takes_decay(kind: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the shift may add the whole decay, so that the optimizer saves a pass over gradients and weights.
+
+    Fused optimizers save nothing: they decay within their only pass. What is compiled knows the decay as it was.
+    """
+    is_plain = not isinstance(group["weight_decay"], Tensor) and not group.get("fused")
+    is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return kind == GRADIENT and type(optimizer) in _ADD_DECAY_FIRST and is_plain and not is_recorded
 
 
-def _add(target: Tensor, term: Tensor, factor: float | Tensor) -> None:
-    """``target += factor * term`` in place."""
-    if isinstance(factor, Tensor):  # as an alpha it would be read, which waits for the device
-        target.addcmul_(term, factor.to(term.dtype))
+def _pieces(weights: list[Tensor], targets: list[Tensor], variant: str) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Weights, and what their terms are added to, in the pieces whose terms are computed at once.
+
+    On a GPU, where each operation costs the host time, groups of weights. On a CPU, rows that fit into its cache: the
+    terms of all weights would be memory of the model's size, taken at every step.
+    """
+    if torch.is_grad_enabled():
+        yield from (([_fixed(weight)], [target]) for weight, target in zip(weights, targets, strict=True))
+    elif weights[0].is_cuda and len({(type(weight), weight.device, weight.dtype) for weight in weights}) == 1:
+        for members in groups_of(weights, variant):
+            yield [weights[i] for i in members], [targets[i] for i in members]
     else:
-        target.add_(term, alpha=factor)
+        for weight, target in zip(weights, targets, strict=True):
+            whole = is_whole_layer(variant)
+            rows = len(weight) if whole else max(1, _PIECE * len(weight) // weight.numel())
+            yield from (([w], [t]) for w, t in zip(weight.split(rows), target.split(rows), strict=True))
+
+
+def _fixed(weight: Tensor) -> Tensor:
+    # differentiable=True: what the graph remembers must not change with the weight.
+    return weight.clone() if torch.is_grad_enabled() else weight
+
+
+def _add(targets: list[Tensor], terms: list[Tensor], factor: float | Tensor) -> None:
+    """``targets += factor * terms`` in place."""
+    if isinstance(factor, Tensor):  # as an alpha it would be read, which waits for the device
+        torch._foreach_addcmul_(targets, terms, [factor.to(terms[0].dtype)] * len(terms))
+    else:
+        torch._foreach_add_(targets, terms, alpha=factor)
 
 
 def restore(offsets: Offsets) -> None:

@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-# Weight of a layer within a pass, or None if the layer is to compute it.
-WeightOf = Callable[[nn.Module], Tensor | None]
+# Before torch 2.8, activation checkpointing cannot be told from a plain forward pass.
+_CAN_SEE_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+
+
+class Weights(Protocol):
+    """Weights of one forward pass."""
+
+    def weight_of(self, layer: nn.Module) -> Tensor | None:
+        """The weight of ``layer``, or None if the layer is to compute it."""
 
 
 class _Pass:
-    def __init__(self, model: nn.Module, frame: FrameType, weight_of: WeightOf):
-        self.model, self.frame, self.weight_of, self.mode = model, frame, weight_of, _mode()
+    def __init__(self, model: nn.Module, frame: FrameType, weights: Weights):
+        self.model, self.frame, self.weights, self.mode = model, frame, weights, _mode()
 
     def is_running(self) -> bool:
         # Hooks after a forward pass are not called if KeyboardInterrupt ends it; its frame is gone all the same.
@@ -41,49 +49,54 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def open_pass(model: nn.Module, weight_of: WeightOf) -> None:
-    """Let the layers of ``model`` take their weights from ``weight_of`` until the caller's caller returns.
+def can_precompute() -> bool:
+    """Whether weights may be computed in advance here: not where operations are recorded, batched or differentiated."""
+    return _CAN_SEE_HOOKS and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed())
+
+
+def open_pass(model: nn.Module, weights: Weights) -> None:
+    """Let the layers of ``model`` ask ``weights`` for theirs, until what calls the calling hook returns.
 
     Args:
-        model: The network. To be called by a forward pre-hook of it: what calls the hook runs the forward pass.
-        weight_of: See :data:`WeightOf`. It is asked in the mode of autograd and autocast of this moment alone.
+        model: The network. To be called by a forward pre-hook of it.
+        weights: Asked in the modes of autograd and autocast alone that hold at this moment.
     """
-    _running.passes.append(_Pass(model, sys._getframe(2), weight_of))
+    _running.passes.append(_Pass(model, sys._getframe(2), weights))
 
 
-def close_pass(model: nn.Module) -> None:
-    """End the innermost pass of ``model``, and all that exceptions have left behind."""
-    passes = _running.passes
-    while passes and not passes[-1].is_running():
-        passes.pop()
-    if passes and passes[-1].model is model:
-        passes.pop()
+def close_pass(model: nn.Module) -> Weights | None:
+    """End the innermost pass of ``model``, and those that exceptions have left behind; returns its weights."""
+    passes = _running_passes()
+    return passes.pop().weights if passes and passes[-1].model is model else None
 
 
 def weight_in_pass(layer: nn.Module) -> Tensor | None:
-    """The weight of ``layer`` that was computed for the pass that runs, in the mode that holds here; None without one.
+    """The weight of ``layer`` in the forward pass that runs, or None if the layer is to compute it.
 
-    The innermost pass that knows the layer answers.
+    The innermost pass answers that has one.
     """
     if torch.compiler.is_compiling() or not _running.passes:
         return None
+    mode = _mode()
+    weights = (x.weights.weight_of(layer) for x in reversed(_running_passes()) if x.mode == mode)
+    return next((weight for weight in weights if weight is not None), None)
+
+
+def _running_passes() -> list[_Pass]:
     passes = _running.passes
     while passes and not passes[-1].is_running():
         passes.pop()
-    mode = _mode() if passes else None
-    for running in reversed(passes):
-        weight = running.weight_of(layer) if running.mode == mode else None
-        if weight is not None:
-            return weight
-    return None
+    return passes
 
 
 def _mode() -> tuple:
     """What a weight depends on beside the layer: how autograd records, what it saves, and what autocast casts to."""
-    # Activation checkpointing sets hooks for saved tensors, and computes once more what it has not saved: the same
-    # operations, so each layer's own.
+    # Activation checkpointing sets hooks for saved tensors. What it saves it computes again, by the same operations,
+    # when the pass is over: by each layer's own.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    casts = [
-        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
-    ]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.jit.is_tracing(), hooks, casts
+    casts = [(x, torch.get_autocast_dtype(x)) for x in ("cpu", "cuda") if torch.is_autocast_enabled(x)]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _is_transformed(), hooks, casts
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

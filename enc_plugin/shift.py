@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .decay_kinds import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, decay_kind, restore, shift_group
+from .decay_kinds import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, decay_kind, restore, shift_group, takes_decay
 from .functional.checks import check_type
 from .functional.decay import check_shift_eps
 from .functional.weights import check_variant
@@ -129,6 +129,7 @@ class _Shift:
         self.said: set[str] = set()
         self.kinds: dict[int, str] = {}
         self.offsets: Offsets = []
+        self.decays: list[tuple[dict[str, Any], float]] = []
         self.step: _Step | None = None
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
         # The first to act after the step, so that others (an average of the weights) see the true weights.
@@ -137,6 +138,9 @@ class _Shift:
         hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
         if hooks is not None and _see_loading not in hooks.values():  # a copy has it already
             optimizer.register_load_state_dict_pre_hook(_see_loading)
+        if hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):
+            # A step that an exception ended has not put anything back.
+            optimizer.register_state_dict_pre_hook(self.restore)
         optimizer.__getstate__ = partial(_state_of_copies, weakref.ref(optimizer))
 
     def say(self, text: str) -> None:
@@ -231,7 +235,11 @@ class _Shift:
                         "shifted; a wrapper that decays weights by itself (LARC) cannot have the shift"
                     )
                 if kind != WEIGHT or not step.shifted:
-                    self.offsets += shift_group(kind, group, scale, found_inf)
+                    is_taken = takes_decay(kind, optimizer, group)
+                    self.offsets += shift_group(WHOLE if is_taken else kind, group, scale, found_inf)
+                    if is_taken:
+                        self.decays.append((group, group["weight_decay"]))
+                        group["weight_decay"] = 0.0
         step.shifted = True
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -244,7 +252,10 @@ class _Shift:
             _stepping.discard(self)
 
     def restore(self, optimizer: Optimizer) -> None:
-        """Put back what the way 'around' took from the weights."""
+        """Give the groups their decay back, and the weights what the way 'around' took from them."""
+        while self.decays:
+            group, decay = self.decays.pop()
+            group["weight_decay"] = decay
         if self.offsets:
             with torch.set_grad_enabled(_is_differentiable(optimizer)):
                 restore(self.offsets)
@@ -288,6 +299,7 @@ def _state_of_copies(original: weakref.ref[Optimizer]) -> dict[str, Any]:
     is unpickled in another process would not be shifted there unless something else imports this module.
     """
     optimizer = original()
+    _shift_of(optimizer).restore(optimizer)
     return {
         **type(optimizer).__getstate__(optimizer),
         # No handle has a negative number.

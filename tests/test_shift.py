@@ -16,6 +16,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn, optim
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+import enc_plugin.decay_kinds
 from enc_plugin import ENCLinear, add_shift, param_groups_enc
 
 LR, DECAY, EPS = 0.05, 0.3, 0.5
@@ -784,3 +785,39 @@ def test_an_optimizer_that_no_trial_can_tell_is_taken_as_coupled_with_a_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         add_shift(Other(groups_of(layer()), dict(lr=LR)), decoupled=True)
+
+
+def test_groups_show_their_decay_outside_of_the_step_whatever_ends_it():
+    """Torch's own optimizers leave the decay to the shift, which reads gradient and weight anyway."""
+    seen = []
+
+    fc = layer()
+    optimizer = optim.SGD(groups_of(fc), lr=LR, momentum=0.9)
+    optimizer.register_step_pre_hook(lambda opt, *_: seen.append(opt.param_groups[0]["weight_decay"]))
+    optimizer.register_step_post_hook(lambda opt, *_: seen.append(opt.param_groups[0]["weight_decay"]))
+    assert_shifts(optimizer, fc.weight)
+    assert seen == [DECAY, DECAY]
+    assert optimizer.param_groups[0]["weight_decay"] == DECAY
+    optimizer.param_groups[0]["momentum"] = "bad"  # ends the step after the shift
+    for look in (
+        lambda: optimizer.state_dict()["param_groups"][0],
+        lambda: copy.deepcopy(optimizer).param_groups[0],
+        lambda: pickle.loads(pickle.dumps(optimizer)).param_groups[0],
+    ):
+        with pytest.raises(TypeError):
+            optimizer.step()
+        assert look()["weight_decay"] == DECAY
+
+
+@pytest.mark.parametrize("variant", ["wn", "ws", "fro", "centered_fro"])
+def test_rows_in_pieces_are_shifted_as_the_whole(variant, monkeypatch):
+    """On a CPU the terms are computed for as many rows as its cache holds."""
+    found = []
+    for piece in (2**18, 13):  # two rows
+        monkeypatch.setattr(enc_plugin.decay_kinds, "_PIECE", piece)
+        fc = layer(variant)
+        optimizer = optim.SGD(groups_of(fc), lr=LR)
+        fc.weight.grad = torch.ones_like(fc.weight)
+        optimizer.step()
+        found.append(fc.weight.detach())
+    assert torch.equal(*found)

@@ -20,6 +20,7 @@ from ..build import make_dataset, part_class
 from ..checkpoint import find_damage, latest_checkpoint, replacing
 from ..measuring.ranks import on_all_ranks
 from ..measuring.untouched import unwrap
+from ..packed import is_packing_chosen, pack_weights
 from ..refused import Refused, describe, require_file
 from ..surgery.loading import Loading
 from ..surgery.projected import constrained_layers
@@ -88,6 +89,8 @@ class ENCRunner(Runner):
         if next(constrained_layers(wrapped), None) is not None:
             # Again: a backbone may be ENC by conv_cfg alone, or have got other norms.
             average_from_start(unwrap(wrapped))
+            if not is_packing_chosen(wrapped):
+                pack_weights(unwrap(wrapped))
         return wrapped
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from .checks import check_number
-from .weights import check_variant, check_weight, enc_weight, is_centered, num_rows
+from .grouped import computed, factors
+from .weights import check_variant, check_weight, enc_weight, is_centered, is_whole_layer, num_rows
 
 
 def shift_direction(weight: Tensor, variant: str) -> Tensor:
@@ -26,8 +28,20 @@ def shift_direction(weight: Tensor, variant: str) -> Tensor:
     """
     check_variant(variant)
     check_weight(weight)
-    alpha = weight.numel() if is_centered(variant) else num_rows(weight, variant)
-    return enc_weight(weight, variant, float(alpha))
+    return enc_weight(weight, variant, _alpha_of_direction(weight, variant))
+
+
+def _alpha_of_direction(weight: Tensor, variant: str) -> float:
+    return float(weight.numel() if is_centered(variant) else num_rows(weight, variant))
+
+
+def shift_directions(weights: Sequence[Tensor], variant: str) -> list[Tensor]:
+    """:func:`shift_direction` of weights of one group (:func:`~enc_plugin.functional.grouped.groups_of`) at once."""
+    if torch.is_grad_enabled() or (len(weights) == 1 and is_whole_layer(variant)):
+        return [shift_direction(weight, variant) for weight in weights]
+    scale = factors(weights, variant, [_alpha_of_direction(weight, variant) for weight in weights])
+    whats, _ = computed(weights, variant, scale)
+    return whats
 
 
 def shifted_l2_grad(weight: Tensor, variant: str, eps: float) -> Tensor:

@@ -42,7 +42,12 @@ def check_weight(weight: Tensor) -> None:
 
 def num_rows(weight: Tensor, variant: str) -> int:
     """Number of rows that are normalised on their own: 1 for the whole-layer variants, else ``out``."""
-    return 1 if variant in _WHOLE_LAYER else weight.shape[0]
+    return 1 if is_whole_layer(variant) else weight.shape[0]
+
+
+def is_whole_layer(variant: str) -> bool:
+    """Whether the layer as a whole is normalised (eq. 20 and 23), and not each row on its own."""
+    return variant in _WHOLE_LAYER
 
 
 def is_centered(variant: str) -> bool:
@@ -116,7 +121,7 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0,
         w = w.reshape(1, weight.shape[0], -1)
         what = F.group_norm(w, rows, _scale(w, alpha, w.numel(), w.shape[1:2]), None, 0.0)
     else:
-        what, _ = _UnitRows.apply(w.flatten(1), _scale(w, alpha, rows, (rows, 1)))
+        what, _ = _UnitRows.apply(w.flatten(1).contiguous(), _scale(w, alpha, rows, (rows, 1)))
     return what.reshape(weight.shape).to(weight.dtype)
 
 
@@ -131,7 +136,7 @@ def _by_formula(w: Tensor, variant: str, alpha: float | Tensor) -> Tensor:
     if is_centered(variant):
         # Of a layer in two stages: one float32 sum over millions of elements costs digits.
         sums = w.sum(columns, keepdim=True)
-        w = w - (sums.sum(0, keepdim=True) if variant in _WHOLE_LAYER else sums) / (w.numel() // rows)
+        w = w - (sums.sum(0, keepdim=True) if is_whole_layer(variant) else sums) / (w.numel() // rows)
     scale = _scale(w, alpha, rows, (rows, *(1 for _ in columns)))
     return w * (scale / _norms(w, scale))
 

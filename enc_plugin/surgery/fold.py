@@ -11,6 +11,7 @@ from ..functional.checks import check_model
 from ..functional.normalizable import check_normalizable
 from ..layers import ENCLayer, enc_layers
 from ..layers.reparametrized import copies_of_results
+from ..packed import unpack_weights
 from .conversion_report import NoEffectWarning
 from .eligible import refuse_weights_read_elsewhere
 from .projected import constrained_layers, unmark
@@ -68,6 +69,7 @@ def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.M
             module.become_plain()
     unmark(model)
     drop_averages(model)
+    unpack_weights(model)
     return model
 
 

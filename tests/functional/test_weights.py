@@ -127,6 +127,8 @@ def test_autocast_does_not_lower_the_statistics(variant):
 def test_memory_layout_does_not_matter(variant):
     weight = random_weight((8, 4, 3, 3), 4)
     assert torch.equal(enc_weight(weight.to(memory_format=torch.channels_last), variant), enc_weight(weight, variant))
+    matrix = weight.flatten(1)
+    assert torch.equal(enc_weight(matrix.t().contiguous().t(), variant), enc_weight(matrix, variant))
 
 
 @pytest.mark.parametrize("variant", ALL)

@@ -1,0 +1,256 @@
+"""The ENC reparameterizations of many layers at once (eq. 20-23): layers with rows of one length are one matrix.
+
+A layer computes its weight by a handful of operations. On a GPU each of them costs the host as much as it would for all
+layers together, so a network of small layers waits for the host. Here the number of operations depends on how many
+lengths of rows there are, not on how many layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .weights import enc_weight, is_centered, is_whole_layer, num_rows
+
+
+def enc_weights(
+    weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """:func:`~enc_plugin.functional.enc_weight` of many layers, equal to it up to rounding.
+
+    Statistics do not depend on the order of the elements within a row, so weights in channels_last are not copied into
+    another order, and their effective weights are in channels_last too.
+
+    Args:
+        weights: Free weights on one device and of one floating point dtype, each as in ``enc_weight``.
+        variant: ``'fro'``, ``'wn'``, ``'ws'`` or ``'centered_fro'``, for all of them.
+        alphas: Squared norm of each effective weight: numbers, or tensors of one element (learnable alphas).
+        dtype: Of the results; None: that of the weights. A cast to the dtype of autocast is one operation here, where
+            the layers would each cast their own.
+
+    Returns:
+        The effective weights, each with the shape and memory format of its free weight. They are views of common
+        memory. Differentiable in weights and alphas, any number of times. The weights must not change before the
+        backward pass.
+    """
+    found: dict[int, Tensor] = {}
+    for members in groups_of(weights, variant):
+        own = [weights[i] for i in members]
+        scale = factors(own, variant, [alphas[i] for i in members])
+        found |= zip(members, _Group.apply(variant, dtype or own[0].dtype, scale, *own), strict=True)
+    return [found[i] for i in range(len(weights))]
+
+
+def groups_of(weights: Sequence[Tensor], variant: str) -> list[list[int]]:
+    """Indices of the weights that can be computed together: of one row length, or of one shape for whole layers."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, weight in enumerate(weights):
+        shape = matrix_shape(weight)
+        groups.setdefault(shape if is_whole_layer(variant) else shape[1:], []).append(i)
+    return list(groups.values())
+
+
+def matrix_shape(weight: Tensor) -> tuple[int, int]:
+    """Rows and elements of a row."""
+    return len(weight), weight.numel() // len(weight)
+
+
+def rows_of(weight: Tensor) -> Tensor:
+    """``(out, n)`` view with the elements of each row in the order of memory; a copy if the rows are in pieces."""
+    m, n = matrix_shape(weight)
+    return weight.as_strided((m, n), (n, 1)) if has_whole_rows(weight) else weight.reshape(m, n).contiguous()
+
+
+def has_whole_rows(tensor: Tensor) -> bool:
+    """Whether the tensor is dense, row after row: contiguous, or channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.is_contiguous() or (
+        tensor.ndim in formats and tensor.is_contiguous(memory_format=formats[tensor.ndim])
+    )
+
+
+def rows_of_gradient(grad: Tensor | None, weight: Tensor) -> Tensor:
+    """The gradient's elements in the places that :func:`rows_of` gives to the weight's; zeros for None."""
+    if grad is None:
+        return weight.new_zeros(matrix_shape(weight))
+    if not has_whole_rows(weight):
+        return grad.reshape(matrix_shape(weight)).contiguous()
+    if grad.stride() != weight.stride():
+        grad = torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+    return rows_of(grad)
+
+
+def in_layouts_of(weights: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """Views of ``rows``, which holds the rows of all weights one after the other, each in the layout of its weight."""
+    views, start = [], 0
+    for weight in weights:
+        part = rows.as_strided((weight.numel(),), (1,), start)
+        whole = has_whole_rows(weight)
+        views.append(part.as_strided(weight.shape, weight.stride(), start) if whole else part.view(weight.shape))
+        start += weight.numel()
+    return views
+
+
+def gathered(rows: Sequence[Tensor], variant: str) -> Tensor:
+    """Rows of a group as one matrix, or whole layers ``(layers, m, n)``, in float32 at least."""
+    x = torch.cat(list(rows)) if len(rows) > 1 else rows[0]
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.reshape(len(rows), *rows[0].shape) if is_whole_layer(variant) else x
+
+
+def factors(weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Tensor]) -> Tensor:
+    """What a row of unit variance or norm (whole-layer variants: a layer of unit norm) is multiplied by."""
+    like = weights[0]
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    rows = tuple(num_rows(weight, variant) for weight in weights)
+    counts = [_divisor(weight, variant) for weight in weights]
+    if any(isinstance(alpha, Tensor) for alpha in alphas):
+        alphas = [a if isinstance(a, Tensor) else like.new_full((), a, dtype=dtype) for a in alphas]
+        return torch.cat([(a.to(dtype) / c).sqrt().expand(m) for a, c, m in zip(alphas, counts, rows, strict=True)])
+    values = tuple((alpha / count) ** 0.5 for alpha, count in zip(alphas, counts, strict=True))
+    # What is made while a CUDA graph is captured has values only when the graph runs, and must not be kept.
+    is_captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    return (_filled if is_captured else _kept)(values, rows, dtype, like.device)
+
+
+def _divisor(weight: Tensor, variant: str) -> int:
+    """Squared norm of the layer if each row (of whole-layer variants: the layer) has unit variance or norm."""
+    if is_whole_layer(variant):
+        return 1
+    return weight.numel() if is_centered(variant) else len(weight)
+
+
+def _filled(values: tuple[float, ...], repeats: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Not by torch.tensor, which would wait for a copy from the host.
+    return torch.cat([torch.full((m,), v, dtype=dtype, device=device) for v, m in zip(values, repeats, strict=True)])
+
+
+@lru_cache(maxsize=512)
+def _kept(*args) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # autograd will save it
+        return _filled(*args)
+
+
+def normalized(x: Tensor, variant: str, scale: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Effective rows, or layers, of the free ones ``x`` (:func:`gathered`), and the statistics for the backward pass.
+
+    Args:
+        x: ``(rows, n)``, or ``(layers, m, n)`` for the whole-layer variants; float32 or float64.
+        variant: As in :func:`enc_weights`.
+        scale: ``(rows,)`` or ``(layers,)``, see :func:`factors`.
+    """
+    if variant == "ws":
+        what, mean, rstd = torch.native_group_norm(x[None], scale, None, 1, *x.shape, len(x), 0.0)
+        return what[0], (mean, rstd)
+    if variant == "wn":
+        what, norms = torch._weight_norm_interface(x, scale[:, None], 0)
+        return what, (norms,)
+    # In two stages: a single float32 sum over millions of elements loses precision.
+    mean = [x.sum(2).sum(1)[:, None, None] / x[0].numel()] if is_centered(variant) else []
+    centered = x - mean[0] if mean else x
+    norms = torch.linalg.vector_norm(torch.linalg.vector_norm(centered, dim=2), dim=1)[:, None, None]
+    return centered * (scale[:, None, None] / norms), (norms, *mean)
+
+
+def pulled_back(
+    grad: Tensor, x: Tensor, variant: str, scale: Tensor, stats: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and ``scale`` from that of :func:`normalized` ``(x, variant, scale)``."""
+    if variant == "ws":
+        d_x, d_scale, _ = torch.ops.aten.native_group_norm_backward(
+            grad[None], x[None], *stats, scale, 1, *x.shape, len(x), [True, True, False]
+        )
+        return d_x[0], d_scale
+    if variant == "wn":
+        d_x, d_scale = torch.ops.aten._weight_norm_interface_backward(grad, x, scale[:, None], *stats, 0)
+        return d_x, d_scale[:, 0]
+    norms, *mean = stats
+    centered = x - mean[0] if mean else x
+    dots = (grad * centered).sum(2).sum(1)[:, None, None] / norms
+    d_x = (grad - centered * (dots / norms)) * (scale[:, None, None] / norms)
+    if mean:
+        d_x -= d_x.sum(2).sum(1)[:, None, None] / d_x[0].numel()
+    return d_x, dots[:, 0, 0]
+
+
+def computed(
+    weights: Sequence[Tensor], variant: str, scale: Tensor, dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """:func:`enc_weights` of one group, without a gradient, and the statistics of its rows."""
+    what, stats = normalized(gathered([rows_of(weight) for weight in weights], variant), variant, scale)
+    return in_layouts_of(weights, what.to(dtype or weights[0].dtype)), stats
+
+
+class _Group(torch.autograd.Function):
+    """Effective weights of layers that :func:`groups_of` has put together."""
+
+    @staticmethod
+    def forward(ctx, variant: str, dtype: torch.dtype, scale: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        whats, stats = computed(weights, variant, scale, dtype)
+        keep_for_backward(ctx, variant, scale, weights, stats)
+        return tuple(whats)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if needs_own_gradients(ctx, grads):
+            return None, None, *own_gradients(ctx, grads)
+        x = gathered([rows_of(w) for w in ctx.weights], ctx.variant)
+        rows = [rows_of_gradient(grad, weight) for grad, weight in zip(grads, ctx.weights, strict=True)]
+        grad = gathered(rows, ctx.variant).to(x.dtype)
+        d_x, d_scale = pulled_back(grad, x, ctx.variant, ctx.scale, ctx.stats)
+        d_weights = in_layouts_of(ctx.weights, d_x.to(ctx.weights[0].dtype))
+        d_weights = (None if grad is None else d for grad, d in zip(grads, d_weights, strict=True))
+        return None, None, d_scale if ctx.needs_input_grad[2] else None, *d_weights
+
+
+def keep_for_backward(ctx, variant: str, scale: Tensor, weights: Sequence[Tensor], stats: tuple[Tensor, ...]) -> None:
+    """Keep what the backward pass of a group needs.
+
+    Not by save_for_backward. Two outputs of a network that have no layer in common may have a backward pass each, of
+    which the first would free what the second needs.
+    """
+    ctx.set_materialize_grads(False)
+    ctx.variant, ctx.scale, ctx.weights, ctx.stats = variant, scale, weights, stats
+    ctx.versions = [None if weight.is_inference() else weight._version for weight in weights]
+
+
+def needs_own_gradients(ctx, grads: Sequence[Tensor | None]) -> bool:
+    """Whether the backward pass is to be differentiated, or mapped over batched gradients.
+
+    Raises:
+        RuntimeError: If a weight with a gradient has changed in place since the forward pass. Torch raises it for its
+            own operations.
+    """
+    for weight, version, grad in zip(ctx.weights, ctx.versions, grads, strict=True):
+        if grad is not None and version is not None and weight._version != version:
+            raise RuntimeError(
+                f"a weight of shape {tuple(weight.shape)} that is needed for gradient computation has been modified by "
+                "an inplace operation between the forward pass and its backward pass; run the backward pass first"
+            )
+    return torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
+
+
+def own_gradients(ctx, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of ``scale`` and the weights by the layers' own formula, differentiable themselves."""
+    create_graph = torch.is_grad_enabled()
+    of_scale, of_weights, row = None, [], 0
+    for weight, grad in zip(ctx.weights, grads, strict=True):
+        factor, row = ctx.scale[row], row + num_rows(weight, ctx.variant)
+        if grad is None:
+            of_weights.append(None)
+            continue
+        with torch.enable_grad():
+            # Of factor 1, so that all rows share the one factor, which may be learnable.
+            unit = enc_weight(weight, ctx.variant, float(_divisor(weight, ctx.variant)))
+            what = (unit * factor).to(grad.dtype)
+        inputs = [x for x in (weight, ctx.scale) if x.requires_grad]
+        found = dict(
+            zip(map(id, inputs), torch.autograd.grad(what, inputs, grad, create_graph=create_graph), strict=True)
+        )
+        of_weights.append(found.get(id(weight)))
+        if id(ctx.scale) in found:
+            of_scale = found[id(ctx.scale)] if of_scale is None else of_scale + found[id(ctx.scale)]
+    return [of_scale, *of_weights]

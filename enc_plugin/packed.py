@@ -1,14 +1,18 @@
 """All effective weights of a network at once, before its forward pass needs the first of them.
 
 A layer's own computation is about ten operations, which on a GPU cost the host more time than the GPU. Together, the
-layers of a network take a few operations for each length of rows (:mod:`enc_plugin.functional.grouped`).
+layers of a network take a few operations for each length of rows (:mod:`enc_plugin.functional.grouped`). With Triton,
+eq. 21 and 22 take one launch forward and two backward (:mod:`enc_plugin.triton_rows`).
 """
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, distributed, nn
@@ -30,7 +34,7 @@ def pack_weights(model: nn.Module, packed: bool | str = "auto") -> None:
 
     - under ``torch.compile``, export, tracing and ``torch.func`` transforms, in activation checkpointing, and where
       autocast or grad mode is not that of the network's call;
-    - if it is called on its own, or in a part of the network;
+    - if it is called on its own, in a part of the network, or in another CUDA stream than the first layer;
     - if its weight is frozen, pruned, parametrized, sharded or has hooks, or if the layer has forward pre-hooks.
 
     A pass sees changes of weights before its first layer runs, and those that torch counts (in-place operations under
@@ -151,9 +155,25 @@ class _Part:
         for (variant, _, _, dtype), members in groups.items():
             sources = [_sources(layer) for layer in members]
             states = [_state(tensors) for tensors in sources]
-            whats = enc_weights([x[0] for x in sources], variant, [layer.enc_alpha for layer in members], dtype)
+            whats = _together([x[0] for x in sources], variant, [layer.enc_alpha for layer in members], dtype)
             # The sources are kept, so that no other tensor can have their ids.
             self.found |= zip(members, zip(sources, states, whats, strict=True), strict=True)
+
+
+def _together(weights: list[Tensor], variant: str, alphas: list[float | Tensor], dtype: torch.dtype) -> list[Tensor]:
+    kernels = _triton_rows() if weights[0].is_cuda else None
+    if kernels is not None and kernels.can_take(weights, variant, dtype):
+        return kernels.triton_weights(weights, variant, alphas, dtype)
+    return enc_weights(weights, variant, alphas, dtype)
+
+
+@cache
+def _triton_rows() -> ModuleType | None:
+    """The kernels, or None without Triton."""
+    try:
+        return importlib.import_module(".triton_rows", __package__)
+    except ImportError:
+        return None
 
 
 def _in_parts(layers: list[ENCLayer]) -> Iterator[list[ENCLayer]]:
@@ -175,7 +195,10 @@ def _sources(layer: ENCLayer) -> list[Tensor]:
 
 
 def _state(tensors: list[Tensor]) -> list[tuple]:
-    return [(id(x), x._version, x.data_ptr()) for x in tensors]
+    """What is another one if the tensors have changed, or if another stream asks, which would have to wait."""
+    return [
+        (id(x), x._version, x.data_ptr(), torch.cuda.current_stream(x.device) if x.is_cuda else None) for x in tensors
+    ]
 
 
 def _can_be_packed(layer: ENCLayer) -> bool:

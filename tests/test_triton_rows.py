@@ -1,0 +1,74 @@
+"""The Triton kernels of the weights, run by Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+
+pytest.importorskip("triton")
+
+
+def check_rows() -> None:
+    """Against the operations of torch: results, gradients of weights and of a learnable alpha, a layer without one."""
+    from enc_plugin import triton_rows
+    from enc_plugin.functional import grouped
+
+    triton_rows._BLOCK = 64  # rows of less and of more than a block
+    for variant, dtype in itertools.product(("ws", "wn"), (torch.float32, torch.bfloat16)):
+        torch.manual_seed(0)
+        shapes = [(3, 3, 3, 3), (2, 150), (2, 4, 1, 1), (2, 5, 3, 3), (2, 2, 2, 2, 2)]
+        weights = [(torch.randn(shape) + 0.2).requires_grad_() for shape in shapes]
+        weights[3] = weights[3].detach().to(memory_format=torch.channels_last).requires_grad_()
+        alphas = [1.0, torch.tensor(2.0, requires_grad=True), 1.0, 0.5, 1.0]
+        assert triton_rows.can_take(weights, variant, dtype)
+        found = []
+        for compute in (triton_rows.triton_weights, grouped.enc_weights):
+            whats = compute(weights, variant, alphas, dtype)
+            assert all(what.stride() == weight.stride() for what, weight in zip(whats, weights, strict=True))
+            inputs = [*weights[:2], weights[3], alphas[1]]
+            directions = [weight.detach().cos().to(dtype).contiguous() for weight in weights]
+            used = (0, 1, 3)
+            gradients = torch.autograd.grad([whats[i] for i in used], inputs, [directions[i] for i in used])
+            (unused,) = torch.autograd.grad(whats[0].sum() * 0, weights[2], allow_unused=True, retain_graph=True)
+            assert unused is None
+            found.append([x.detach() for x in (*whats, *gradients)])
+        rtol = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(*found, rtol=rtol, atol=1e-6)
+    (what, *_) = triton_rows.triton_weights(weights, "ws", [1.0] * 5, torch.float32)
+    (first,) = torch.autograd.grad(what.pow(3).sum(), weights[0], create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), weights[0])[0].isfinite().all()
+
+
+def check_trial() -> None:
+    """Kernels that are wrong, or that do not run, are not used, with a warning."""
+    from enc_plugin import triton_rows
+
+    def fail(*args):
+        raise RuntimeError("no compiler")
+
+    def wrong(*args):
+        return [1.001 * what for what in right(*args)]
+
+    right = triton_rows.triton_weights
+    for kernels, reason in ((wrong, "they differ from torch's by a relative 1.0e-03"), (fail, "no compiler")):
+        triton_rows._is_right.clear()
+        triton_rows.triton_weights = kernels
+        with pytest.warns(UserWarning, match=reason):
+            assert not triton_rows.can_take([torch.randn(2, 5)], "ws", torch.float32)
+        assert not triton_rows.can_take([torch.randn(2, 5)], "ws", torch.float32)  # once
+    triton_rows._is_right.clear()
+
+
+def test_kernels_equal_the_operations_of_torch():
+    subprocess.run([sys.executable, __file__], check=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+if __name__ == "__main__":
+    check_rows()
+    check_trial()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 import os
 import sys
 from pathlib import Path
@@ -31,25 +29,8 @@ def _deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _quick_configs():
-    """Configs as mmengine writes them, but not formatted by yapf, which takes half of the time of a short run.
-
-    mmengine formats the config for each log, dump and checkpoint (``format_python_code=False`` of ``Config.fromfile``
-    is lost on the way), and parses mmpretrain's 85 metafiles for every ``mmpretrain::`` base.
-    """
-    if not is_installed("mmengine"):  # the CUDA suite works with torch alone, too
-        yield
-        return
-    import mmengine.config
-
-    with pytest.MonkeyPatch.context() as patch:
-        metainfo = functools.cache(mmengine.config.utils._get_cfg_metainfo)
-        patch.setattr(mmengine.config.utils, "_get_cfg_metainfo", metainfo)
-        patch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True), raising=False)
-        yield
-
-
 def pytest_collection_finish():
-    # Each data set of mmengine collects garbage: what has been imported is none, and need not be looked through again.
-    gc.freeze()
+    if is_installed("mmengine"):  # the CUDA suite works with torch alone, too
+        from helpers import quicken
+
+        quicken()

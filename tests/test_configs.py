@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CONFIGS, ROOT, build_runner, digits_config, run_command, scalars
+from helpers import CONFIGS, ROOT, build_runner, digits_config, run_tool, scalars
 from mmengine.config import Config
 from torch import nn
 
 from enc_plugin.build import build_model
 from enc_plugin.convert import enc_layers, fold
 from enc_plugin.surgery.projected import constrained_layers
-from lab.zoo import Measured, complexity, fill_tables, imagenet_configs
+from lab.zoo import complexity, imagenet_configs
 
 RECIPE = dict(epochs=100, milestones=[30, 60, 90], gamma=0.1, lr=0.1, momentum=0.9, batch_size=32)
 
@@ -279,15 +278,13 @@ def miniature_imagenet(tmp_path_factory) -> Path:
     return root
 
 
-def test_train_tool_runs_an_imagenet_config_on_a_miniature_folder(miniature_imagenet, tmp_path):
+def test_train_tool_runs_an_imagenet_config_on_a_miniature_folder(miniature_imagenet, tmp_path, monkeypatch):
     """Unmodified but for data_root, batch size and epochs."""
     options = [f"{split}_dataloader.dataset.data_root={miniature_imagenet}" for split in ("train", "val", "test")]
     options += ["train_dataloader.batch_size=5", "val_dataloader.batch_size=5", "train_cfg.max_epochs=1"]
-    config = "configs/table2/resnet50_enc-cutmix-ls_8xb32.py"
-    command = [sys.executable, "tools/train.py", config, "--work-dir", str(tmp_path), "--cfg-options", *options]
-    done = run_command(command)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "54 layers (ws, alpha 1), 1 with a batch norm" in done.stdout + done.stderr
+    config = CONFIGS / "table2" / "resnet50_enc-cutmix-ls_8xb32.py"
+    run_tool("train", [config, "--work-dir", tmp_path, "--cfg-options", *options], monkeypatch)
+    assert "54 layers (ws, alpha 1), 1 with a batch norm" in next(tmp_path.glob("*/*.log")).read_text()
     lines = scalars(tmp_path)
     assert any("accuracy/top1" in line and np.isfinite(line["accuracy/top1"]) for line in lines)
     assert (tmp_path / "epoch_1.pth").is_file()
@@ -325,14 +322,3 @@ def test_every_readme_row_links_to_a_config_and_has_its_sizes():
         for target in re.findall(r"\]\(([^)#]+)", readme.read_text()):
             assert (readme.parent / target).exists(), f"{readme}: {target}"
     assert rows > 40
-
-
-def test_tables_are_filled_from_the_built_model_alone(tmp_path):
-    text = (
-        "| config | params (M) | GFLOPs | paper |\n| --- | --- | --- | --- |\n| [x](resnet8.py) | 9 | 9 | 7 |\n\nend\n"
-    )
-    (tmp_path / "resnet8.py").write_text(f"_base_ = '{CONFIGS / 'digits' / 'resnet8_enc-ws_1xb64.py'}'\n")
-    filled = fill_tables(text, tmp_path, Measured()).splitlines()
-    assert filled[2].startswith("| [x](resnet8.py) | 0.08 | ")
-    assert filled[2].endswith(" | 7 |")
-    assert filled[3:] == ["", "end"]

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from helpers import ROOT, digits_config
+from helpers import ROOT, digits_config, quicken
 from phases import mark, read
 
 # What a kill aims at: the phases (tests/crash/phases.py) that count as hit.
@@ -76,6 +76,7 @@ def start(config: Path, phase_file: Path | None = None) -> BaseProcess:
 
 
 def _live(config: Path, phase_file: Path | None) -> None:
+    quicken()
     torch.set_num_threads(1)
     output = os.open(config.with_name("output.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

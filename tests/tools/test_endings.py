@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import runpy
-import sys
-
 import pytest
 import torch
-from helpers import CONFIGS, ROOT, free_port, run_command
-from mmengine.runner import Runner
+from helpers import CONFIGS, free_port, run_command, run_tool
 from mmpretrain import get_model
 
 ENC = str(CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py")
@@ -37,15 +32,6 @@ def files(tmp_path_factory) -> dict[str, str]:
     content = (folder / "enc.pth").read_bytes()
     (folder / "damaged.pth").write_bytes(content[: len(content) // 2])
     return found | {"damaged.pth": str(folder / "damaged.pth")}
-
-
-def run_tool(name: str, arguments: list[str], monkeypatch) -> None:
-    """``python tools/<name>.py`` in this process: starting another costs ten times as much."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(Runner, "build_logger", Runner.build_logger)  # put back what the tool shortens
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
 
 
 TOOLS = {

@@ -1,11 +1,10 @@
 import hashlib
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from helpers import ROOT, digits_config, run_command, scalars, train
+from helpers import ROOT, digits_config, run_tool, scalars, train
 
 import enc_plugin
 from enc_plugin.reports.gbr_report import measure_checkpoints
@@ -22,12 +21,11 @@ def finished(tmp_path_factory):
     return work_dir
 
 
-def test_the_tool_repeats_what_the_hook_logged_and_writes_json_and_a_curve(finished):
+def test_the_tool_repeats_what_the_hook_logged_and_writes_json_and_a_curve(finished, monkeypatch, capsys):
     checkpoints = [str(finished / f"epoch_{epoch}.pth") for epoch in (2, 1)]
     options = ["--num-samples", "40", "--outputs", "logits", "probs", "--out", str(finished / "out" / "gbr.json")]
-    command = [sys.executable, "tools/measure_gbr.py", str(finished / "config.py"), *checkpoints, *options]
-    done = run_command(command)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_tool("measure_gbr", [finished / "config.py", *checkpoints, *options], monkeypatch)
+    printed = capsys.readouterr().out
     written = json.loads((finished / "out" / "gbr.json").read_text())
     assert written["num_samples"] == 40
     assert {r["unit"] for r in written["results"]} == {"per squared standard deviation of the input"}
@@ -50,7 +48,7 @@ def test_the_tool_repeats_what_the_hook_logged_and_writes_json_and_a_curve(finis
         if record["output"] == "logits":
             assert record["gbr"] == pytest.approx(logged[record["epoch"]]["gbr/logits"], rel=1e-5)
             assert record["sem"] == pytest.approx(logged[record["epoch"]]["gbr/logits_sem"], rel=1e-4)
-            assert f"{record['gbr']:.6g}" in done.stdout
+            assert f"{record['gbr']:.6g}" in printed
     assert (finished / "out" / "gbr.png").read_bytes().startswith(b"\x89PNG")
 
 

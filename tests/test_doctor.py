@@ -16,7 +16,7 @@ from mmengine.config import Config
 
 from enc_plugin.doctor import BROKEN, NOTE, OK, run
 from enc_plugin.doctor.config import check_config
-from enc_plugin.doctor.decay import examine_decay
+from enc_plugin.doctor.weight_decay import examine_decay
 
 DIGITS = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"
 INSTALLED = Path(torch.__file__).parents[1]

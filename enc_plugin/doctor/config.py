@@ -20,8 +20,8 @@ from ..engine.preflight import check_is_enc, check_metrics, find_labels, rehears
 from ..refused import Refused, describe
 from ..surgery.eligible import Evidence
 from ..surgery.projected import constrained_layers
-from .decay import examine_decay
 from .finding import BROKEN, NOTE, OK, Finding, examine, quietly, refusal
+from .weight_decay import examine_decay
 
 
 @dataclass

@@ -33,7 +33,7 @@ def config_efolds(cfg: Config, iterations: int) -> float | None:
     if kind not in (torch.optim.SGD, torch.optim.AdamW):
         return None
     defaults = {"weight_decay": 0.0 if kind is torch.optim.SGD else 0.01}
-    return decay_efolds(learning_rates(cfg, iterations), **_settings(kind, defaults | optimizer))
+    return decay_efolds(learning_rates(cfg, iterations), **_decay_settings(kind, defaults | optimizer))
 
 
 class DecayTally:
@@ -59,7 +59,7 @@ class DecayTally:
         for i, group in enumerate(optimizer.param_groups):
             if any(p.grad is not None for p in group["params"]):
                 lr = group["lr"].double() if isinstance(group["lr"], Tensor) else group["lr"]
-                sums[i] = sums[i] + decay_efolds([lr], **_settings(self._optimizers[optimizer], group))
+                sums[i] = sums[i] + decay_efolds([lr], **_decay_settings(self._optimizers[optimizer], group))
 
     def of(self, weight: Tensor) -> float | None:
         """E-folds of the group that holds a weight, 0 for one that is frozen; None if no optimizer of ours has it."""
@@ -81,7 +81,7 @@ class DecayTally:
         return same
 
 
-def _settings(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> dict[str, float]:
+def _decay_settings(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> dict[str, float]:
     """Decay of a group, and what SGD's momentum makes of it; decoupled decay bypasses the moments."""
     names = ("weight_decay", "momentum", "dampening") if kind is torch.optim.SGD else ("weight_decay",)
     return {name: group[name] for name in names if name in group}

@@ -21,6 +21,7 @@ from .diagnosis import are_finite, constants, find_cause, trained
 from .preflight import check_is_enc, check_metrics, check_readable, check_room, find_labels, number_of_classes
 from .unread_step import UnreadStep
 from .watched import check_watched
+from .wrappers import optim_wrappers
 
 
 @HOOKS.register_module()
@@ -80,8 +81,7 @@ class ENCGuardHook(Hook):
         on_all_ranks(lambda: check_room(runner) if is_main_process() else None)
         self._nan_at_start = {name for name, tensor in constants(model) if tensor.isnan().any()}
         if self.finite:
-            wrappers = runner.optim_wrapper
-            for wrapper in wrappers.values() if hasattr(wrappers, "optim_wrappers") else [wrappers]:
+            for wrapper in optim_wrappers(runner):
                 wrapper.optimizer.register_step_pre_hook(
                     lambda optimizer, args, kwargs: self._check_gradients(runner, optimizer)
                 )

@@ -8,18 +8,20 @@ from collections.abc import Iterator
 import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..functional.checks import check_integer
 from ..functional.weights import num_rows
 from ..layers import ENCLayer
 from ..measuring.untouched import unwrap
 from ..surgery.projected import constrained_layers
 from .efolds import DecayTally
 from .scalars import Group, Scalar, log_scalars
+from .wrappers import optim_wrappers
 
 STEP = {  # of a measured step: title and unit
     "norm": ("Norm of the free weights W", "Frobenius norm of W"),
@@ -80,8 +82,7 @@ class ENCMonitorHook(Hook):
     )
 
     def __init__(self, interval: int = 100, per_layer: bool = False):
-        if interval < 1:
-            raise ValueError(f"interval: expected at least 1, got {interval!r}")
+        check_integer("interval", interval, 1)
         self.interval = interval
         self.per_layer = per_layer
         self._layers: dict[str, ENCLayer] = {}
@@ -106,7 +107,7 @@ class ENCMonitorHook(Hook):
         self._names = [*self._layers] or [n for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
         if not self._layers:
             runner.logger.warning("ENCMonitorHook: this model has no ENC layers, only e-folds of decay are logged")
-        self._tally = DecayTally(wrapper.optimizer for wrapper in _optim_wrappers(runner))
+        self._tally = DecayTally(wrapper.optimizer for wrapper in optim_wrappers(runner))
         if runner.iter and not (self._saved and self._tally.load(self._saved)):
             runner.logger.warning("ENCMonitorHook: the checkpoint has no e-folds of this optimizer: they start at 0")
 
@@ -119,7 +120,7 @@ class ENCMonitorHook(Hook):
     @master_only
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
         """Measure and log, unless gradients are still being accumulated."""
-        wrappers = _optim_wrappers(runner)
+        wrappers = optim_wrappers(runner)
         if self._before is None or not all(w.should_update() for w in wrappers):
             return
         table: dict[str, Tensor] = {}
@@ -183,11 +184,6 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
     angle = 2 * torch.asin((chord / 2).clamp(max=1))
     deviation = (effective.square() / alpha - 1).abs()
     return torch.stack([new, deviation, angle, host(learning_rates) / length.square()])
-
-
-def _optim_wrappers(runner: Runner) -> list[OptimWrapper]:
-    wrapper = runner.optim_wrapper
-    return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
 def _learning_rates(wrappers: list[OptimWrapper], layers: list[ENCLayer]) -> list[float]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from mmengine.hooks import EMAHook, Hook
-from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..measuring.untouched import unwrap
 from ..projection import add_projection, retract_
 from ..surgery.projected import projected_layers
+from .wrappers import optim_wrappers
 
 
 @HOOKS.register_module()
@@ -30,7 +29,7 @@ class ENCProjectionHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Take the weights to the set, initialised or loaded as they are now."""
-        for wrapper in _wrappers(runner):
+        for wrapper in optim_wrappers(runner):
             add_projection(wrapper.optimizer)
         self._retract_averages(runner)
 
@@ -44,9 +43,3 @@ class ENCProjectionHook(Hook):
             if isinstance(hook, EMAHook):
                 for _, layer in projected_layers(unwrap(hook.ema_model)):
                     retract_([layer.weight], layer.enc_variant, layer.enc_alpha)
-
-
-def _wrappers(runner: Runner) -> Iterator[OptimWrapper]:
-    """The run's optimizer wrapper, or those of an ``OptimWrapperDict``."""
-    wrapper = runner.optim_wrapper
-    yield from [wrapper] if isinstance(wrapper, OptimWrapper) else wrapper.values()

@@ -26,7 +26,7 @@ SPACES = {
 }
 
 # Of the first batch; three are the least with which a dependence on earlier and on later samples shows.
-CHECKED_SAMPLES = 8
+FEW_SAMPLES = 8
 BATCH_SIZE = 32  # as fast as larger ones on a CPU
 
 
@@ -119,7 +119,7 @@ def measure_gbr(
             labels = None if labels is None else labels.to(device)
             if forward is None:
                 forward, differentiated = _function(model, output, space, x)
-                few = slice(CHECKED_SAMPLES)
+                few = slice(FEW_SAMPLES)
                 check_forward(forward, x[few], differentiated, None if labels is None else labels[few])
             where = positions[number]
             found = _as_memory_allows(forward, x, differentiated, labels, projections, seeds[where])

@@ -1,0 +1,12 @@
+"""The optimizer wrappers of a run."""
+
+from __future__ import annotations
+
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
+
+
+def optim_wrappers(runner: Runner) -> list[OptimWrapper]:
+    """The run's optimizer wrapper, or those of an ``OptimWrapperDict``."""
+    wrapper = runner.optim_wrapper
+    return [wrapper] if isinstance(wrapper, OptimWrapper) else list(wrapper.values())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 
 
 def optim_wrappers(runner: Runner) -> list[OptimWrapper]:
     """The run's optimizer wrapper, or those of an ``OptimWrapperDict``."""
     wrapper = runner.optim_wrapper
-    return [wrapper] if isinstance(wrapper, OptimWrapper) else list(wrapper.values())
+    # An OptimWrapperDict is an OptimWrapper too.
+    return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]

@@ -6,18 +6,21 @@ import math
 import re
 import statistics
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from functional.test_weights import ALL
 from helpers import digits_config, scalars, train
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 
 from enc_plugin import ENCLinear
 from enc_plugin.convert import enc_layers
 from enc_plugin.engine.efolds import config_efolds
 from enc_plugin.engine.monitor_hook import STEP, ENCMonitorHook, measure_step
+from enc_plugin.engine.wrappers import optim_wrappers
 
 
 @HOOKS.register_module(force=True)
@@ -181,3 +184,10 @@ def test_the_last_e_folds_are_those_of_the_config_with_and_without_enc(tmp_path,
 def test_an_interval_below_one_is_refused(interval):
     with pytest.raises(ValueError, match=f"interval: expected at least 1, got {interval}"):
         partial(ENCMonitorHook, interval=interval)()
+
+
+def test_the_wrappers_of_a_run_with_two_optimizers_are_both():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    wrappers = {name: OptimWrapper(torch.optim.SGD(part.parameters(), lr=0.1)) for name, part in model.items()}
+    assert optim_wrappers(SimpleNamespace(optim_wrapper=OptimWrapperDict(**wrappers))) == list(wrappers.values())
+    assert optim_wrappers(SimpleNamespace(optim_wrapper=wrappers["a"])) == [wrappers["a"]]

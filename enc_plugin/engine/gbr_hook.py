@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..functional.checks import check_integer, check_seed, check_type
 from ..measuring.gbr import check_options, input_unit, measure_gbr, pick_batch_size
-from ..measuring.pipelines import find_pipeline
-from ..measuring.samples import FixedSamples, choose_samples
+from ..measuring.samples import FixedSamples
 from ..measuring.untouched import statistics_note, untouched, unwrap
+from .run_samples import stored_choice, validation_pipeline
 from .scalars import Group, Scalar, log_scalars, weights_in_words, write_measurements
 from .validated_hook import ValidatedNetworkHook
 
@@ -223,11 +220,12 @@ class GBRHook(ValidatedNetworkHook):
     def _read_samples(self, runner: Runner) -> None:
         """Choose, read and check the samples, and write down what is measured."""
         dataset = runner.train_dataloader.dataset
-        pipeline, loads = self._test_pipeline(runner), self.pipeline is not None
-        choose_samples(dataset, 1, self.seed)  # an error comes on all ranks, before one of them chooses
+        loads = self.pipeline is not None
+        pipeline = self.pipeline if loads else validation_pipeline(runner)
         device = next(unwrap(runner.model).parameters()).device
         batch_size = self.batch_size or pick_batch_size(device, runner.train_dataloader.batch_size)
-        samples = FixedSamples(dataset, pipeline, self._choose(runner), batch_size, own_loading=not loads).read()
+        chosen = stored_choice(runner, self.num_samples, self.seed)
+        samples = FixedSamples(dataset, pipeline, chosen, batch_size, own_loading=not loads).read()
         if samples.left_out:
             runner.logger.warning(
                 f"GBR: {len(samples.left_out)} of the chosen samples cannot be read and are left out, because the "
@@ -242,42 +240,3 @@ class GBRHook(ValidatedNetworkHook):
             "unit": f"{self.output}² {input_unit(unwrap(runner.model), self.space)}",
         }
         write_measurements(runner, dict.fromkeys(self.scalar_names, entry))
-
-    def _choose(self, runner: Runner) -> list[int]:
-        """The samples' indices, the same on all ranks: from the work dir if they are there, else chosen and stored."""
-        dataset = runner.train_dataloader.dataset
-        length = len(dataset)
-        settings = {"seed": self.seed, "num_samples": self.num_samples, "dataset_length": length}
-        shared: list[list[int] | None] = [None]
-        if is_main_process():
-            path = Path(runner.work_dir, f"gbr_samples_{self.num_samples or 'all'}_seed{self.seed}.json")
-            stored = json.loads(path.read_text()) if path.is_file() else {}
-            if {key: stored.get(key) for key in settings} == settings:
-                shared = [stored["indices"]]
-            else:
-                if stored:
-                    runner.logger.warning(
-                        f"GBR: {path} is of a dataset of {stored.get('dataset_length')} samples, this one has "
-                        f"{length}; other samples are chosen, so that the curve does not go on from the earlier run's"
-                    )
-                shared = [choose_samples(dataset, self.num_samples, self.seed)]
-                path.write_text(json.dumps({**settings, "indices": shared[0]}) + "\n")
-        broadcast_object_list(shared)
-        return shared[0]
-
-    def _test_pipeline(self, runner: Runner) -> Sequence:
-        if self.pipeline is not None:
-            return self.pipeline
-        # Loops that have not been built yet are configs: reading them builds nothing.
-        for loader, loop in (
-            (runner._val_dataloader, runner._val_loop),
-            (runner._test_dataloader, runner._test_loop),
-        ):
-            loader = loop.dataloader if isinstance(loop, BaseLoop) else loader
-            found = find_pipeline(loader["dataset"] if isinstance(loader, dict) else getattr(loader, "dataset", None))
-            if found is not None:
-                return found
-        raise ValueError(
-            "pipeline: GBRHook reads training samples with the pipeline of the validation or test dataloader, and this "
-            "run has neither; set one of them, or GBRHook(pipeline=[...])"
-        )

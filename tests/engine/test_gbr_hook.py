@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build_runner, digits_config, scalars, train, train_on_processes
-from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmpretrain import get_model
@@ -13,8 +12,6 @@ from torch import nn
 
 from enc_plugin.datasets import Digits
 from enc_plugin.engine import GBRHook
-from enc_plugin.measuring.pipelines import find_pipeline
-from enc_plugin.measuring.samples import FixedSamples, choose_samples
 
 PACK = [dict(type="PackInputs")]
 
@@ -174,38 +171,6 @@ def test_one_two_and_three_processes_log_the_same_values(exact_run, tmp_path):
     assert values[1][0] == pytest.approx(logged(exact_dir)[2], rel=1e-5)
     assert values[2] == pytest.approx(values[1], rel=1e-6)
     assert values[3] == pytest.approx(values[1], rel=1e-6)
-
-
-def test_samples_are_chosen_by_seed_without_repetition():
-    chosen = choose_samples(1000, 50, seed=1)
-    assert chosen == sorted(set(chosen)) == choose_samples(1000, 50, seed=1)
-    assert chosen != choose_samples(1000, 50, seed=2)
-    assert choose_samples(5, None, seed=0) == choose_samples(5, 50, seed=0) == list(range(5))
-
-
-def test_samples_are_read_without_the_datasets_own_pipeline_even_within_wrappers():
-    def refuse(results):
-        raise AssertionError("training augmentation ran")
-
-    plain, augmented = Digits(split="train", pipeline=PACK), Digits(split="train", pipeline=[refuse])
-    for dataset in (augmented, RepeatDataset(augmented, 2), ConcatDataset([augmented, augmented])):
-        samples = FixedSamples(dataset, PACK, [3, 7, 9], batch_size=2)
-        (first, first_labels), (second, second_labels) = samples.batch(0), samples.batch(1)
-        for picture, label, index in zip([*first, *second], [*first_labels, *second_labels], [3, 7, 9], strict=True):
-            assert torch.equal(picture, plain[index]["inputs"])
-            assert label == plain[index]["data_samples"].gt_label
-
-
-def test_the_pipeline_is_found_within_wrappers_built_or_not():
-    assert find_pipeline(dict(type="RepeatDataset", dataset=dict(type="Digits", pipeline=PACK))) == PACK
-    assert len(find_pipeline(RepeatDataset(Digits(split="test", pipeline=PACK), 2))) == 1
-    assert find_pipeline(dict(type="Digits")) is None
-    assert find_pipeline(None) is None
-
-
-def test_a_dataset_that_runs_its_own_pipeline_only_is_refused():
-    with pytest.raises(TypeError, match="TensorDataset has no get_data_info"):
-        FixedSamples(torch.utils.data.TensorDataset(torch.zeros(3, 1)), PACK, [0], 1)
 
 
 @pytest.mark.parametrize(

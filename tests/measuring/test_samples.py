@@ -16,10 +16,12 @@ from mmpretrain.datasets import CustomDataset, KFoldDataset
 from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset, Subset
 
-from enc_plugin.measuring.pipelines import WithoutReplacement
+from enc_plugin.datasets import Digits
+from enc_plugin.measuring.pipelines import WithoutReplacement, find_pipeline
 from enc_plugin.measuring.robustness import check_dataset, measure_robustness
 from enc_plugin.measuring.samples import FixedSamples, choose_samples
 
+PACK = [dict(type="PackInputs")]
 ARCHIVES = {"train": 10, "more": 90, "val": 200}  # first grey level; the keys of all begin at 0
 
 
@@ -332,3 +334,35 @@ def test_dark_pictures_are_not_taken_for_another_range():
         FixedSamples(dataset, [], range(len(dataset)), 1).read().check_pixels()
         check_dataset(dataset, None)
         assert measure_robustness(_Threshold(), dataset, [1], batch_size=1).num_samples == len(dataset)
+
+
+def test_samples_are_chosen_by_seed_without_repetition():
+    chosen = choose_samples(1000, 50, seed=1)
+    assert chosen == sorted(set(chosen)) == choose_samples(1000, 50, seed=1)
+    assert chosen != choose_samples(1000, 50, seed=2)
+    assert choose_samples(5, None, seed=0) == choose_samples(5, 50, seed=0) == list(range(5))
+
+
+def test_samples_are_read_without_the_datasets_own_pipeline_even_within_wrappers():
+    def refuse(results):
+        raise AssertionError("training augmentation ran")
+
+    plain, augmented = Digits(split="train", pipeline=PACK), Digits(split="train", pipeline=[refuse])
+    for dataset in (augmented, RepeatDataset(augmented, 2), ConcatDataset([augmented, augmented])):
+        samples = FixedSamples(dataset, PACK, [3, 7, 9], batch_size=2)
+        (first, first_labels), (second, second_labels) = samples.batch(0), samples.batch(1)
+        for picture, label, index in zip([*first, *second], [*first_labels, *second_labels], [3, 7, 9], strict=True):
+            assert torch.equal(picture, plain[index]["inputs"])
+            assert label == plain[index]["data_samples"].gt_label
+
+
+def test_the_pipeline_is_found_within_wrappers_built_or_not():
+    assert find_pipeline(dict(type="RepeatDataset", dataset=dict(type="Digits", pipeline=PACK))) == PACK
+    assert len(find_pipeline(RepeatDataset(Digits(split="test", pipeline=PACK), 2))) == 1
+    assert find_pipeline(dict(type="Digits")) is None
+    assert find_pipeline(None) is None
+
+
+def test_a_dataset_that_runs_its_own_pipeline_only_is_refused():
+    with pytest.raises(TypeError, match="TensorDataset has no get_data_info"):
+        FixedSamples(torch.utils.data.TensorDataset(torch.zeros(3, 1)), PACK, [0], 1)

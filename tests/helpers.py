@@ -79,7 +79,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def on_processes(count: int, work: Callable, *args, timeout: float = 240) -> None:
+def on_processes(count: int, work: Callable, *args, timeout: float = 600) -> None:
     """Call ``work(*args)`` in ``count`` processes that find each other as torchrun's do; all have to end well.
 
     A server imports the package once, for the tests of all modules, and forks: what starts is at once ready. (A fork of
@@ -107,7 +107,7 @@ def _rank(rank: int, count: int, port: int, work: Callable, args: tuple) -> None
         torch.distributed.destroy_process_group()
 
 
-def train_on_processes(cfg: Config, count: int, timeout: float = 240) -> None:
+def train_on_processes(cfg: Config, count: int, timeout: float = 600) -> None:
     """Train a config on gloo processes, without the tool that users start."""
     path = Path(cfg.work_dir).with_suffix(".py")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,15 +8,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 
 @contextmanager
-def kept_random_states(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+def kept_random_states(devices: Iterable[torch.device] = (), model: nn.Module | None = None) -> Iterator[None]:
     """Block after which the global generators of Python, NumPy and torch are in the state from before.
 
     Args:
         devices: Accelerators whose generators are kept, too. The CPU's always is.
+        model: A network whose own generators of torch, attributes of its modules, are kept, too.
     """
+    modules = [] if model is None else model.modules()
+    own = [value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator)]
+    own_states = [generator.get_state() for generator in own]
     numpy = sys.modules.get("numpy")  # torch works without it
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     with ExitStack() as stack:
@@ -26,6 +31,8 @@ def kept_random_states(devices: Iterable[torch.device] = ()) -> Iterator[None]:
         try:
             yield
         finally:
+            for generator, state in zip(own, own_states, strict=True):
+                generator.set_state(state)
             random.setstate(python_state)
             if numpy:
                 numpy.random.set_state(numpy_state)

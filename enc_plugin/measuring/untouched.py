@@ -24,9 +24,10 @@ _WRAPPER = turn_on_activation_checkpointing.__module__
 def untouched(model: nn.Module) -> Iterator[None]:
     """Block in which ``model`` is in eval mode and equal on all ranks, and which the run around it does not notice.
 
-    Restored are the mode of every module, the random state of Python, NumPy and torch, and the buffers. Within the
-    block all ranks have rank 0's buffers: batch norm statistics differ between ranks, and rank 0's are those that a
-    checkpoint holds. Activation checkpointing and gradients are off. Every rank has to enter the block.
+    Restored are the mode of every module, the buffers, and the random states of Python, NumPy, torch and the model's
+    own generators. Within the block all ranks have rank 0's buffers: batch norm statistics differ between ranks, and
+    rank 0's are those that a checkpoint holds. Activation checkpointing and gradients are off. Every rank has to enter
+    the block.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [
@@ -39,7 +40,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     own = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
     try:
-        with kept_random_states(devices), torch.no_grad():
+        with kept_random_states(devices, model), torch.no_grad():
             model.eval()
             for module, flag, _ in flags:
                 setattr(module, flag, False)

@@ -39,7 +39,7 @@ def restored(model: nn.Module, training: bool = False) -> Iterator[None]:
         contents = [(v, v.copy()) for v in module.__dict__.values() if isinstance(v, (dict, list, set, deque))]
         saved.append((module, dict(module.__dict__), contents))
     own = {id(x) for module in modules for x in (module, *module.__dict__.values())}
-    with kept_random_states({t.device for t in model.parameters() if t.is_cuda}):
+    with kept_random_states({t.device for t in model.parameters() if t.is_cuda}, model):
         try:
             for module in modules:
                 # Not by eval(): some networks merge weights or empty caches there.

@@ -13,10 +13,11 @@ from exactness import Stopped, assert_same, assert_same_run
 from helpers import build_runner, digits_config, on_processes, train
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
-from mmengine.registry import TRANSFORMS
+from mmengine.registry import MODELS, TRANSFORMS
 from mmengine.runner import Runner
 
 from enc_plugin.engine import ENCRunner
+from enc_plugin.models import ResNetCIFAR6n
 
 FLIP = dict(type="RandomFlip", prob=0.5, direction="horizontal")
 
@@ -62,6 +63,18 @@ class _OwnNoise(BaseTransform):
         return results
 
 
+@MODELS.register_module(force=True)
+class _Noisy(ResNetCIFAR6n):
+    """Trains with noise from a generator of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        return super().forward(x + torch.randn(x.shape, generator=self.generator) if self.training else x)
+
+
 OWN_NOISE, PACK = dict(type="_OwnNoise"), dict(type="PackInputs")
 EMA = dict(type="EMAHook", momentum=0.1)
 MONITOR = dict(type="ENCMonitorHook", interval=1)
@@ -97,6 +110,7 @@ CASES = {
         dict(iter=5),
         "iter_9.pth",
     ),
+    "a generator of the network's own": (dict(model__backbone__type="_Noisy") | MIXUP, dict(epoch=1), "epoch_3.pth"),
     "within an epoch, workers": (WORKERS | dict(default_hooks__checkpoint=EVERY_TWO), dict(iter=5), "iter_9.pth"),
     "at an epoch's last iteration": (
         dict(hooks=[MONITOR], default_hooks__checkpoint=EVERY_TWO),

@@ -17,6 +17,8 @@ def test_untouched_restores_modes_buffers_flags_and_random_states():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 3))
     model[1].eval()
     model[2].with_cp = True
+    model[2].generator = torch.Generator().manual_seed(3)
+    own_state = model[2].generator.get_state()
     mean = model[0].running_mean.clone()
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
 
@@ -25,7 +27,7 @@ def test_untouched_restores_modes_buffers_flags_and_random_states():
             assert not any(module.training for module in model.modules())
             assert not model[2].with_cp
             model[0].running_mean.fill_(7)
-            torch.rand(1), np.random.rand(), random.random()
+            torch.rand(1), np.random.rand(), random.random(), torch.rand(1, generator=model[2].generator)
             raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -34,6 +36,7 @@ def test_untouched_restores_modes_buffers_flags_and_random_states():
     assert model[2].with_cp
     assert torch.equal(model[0].running_mean, mean)
     assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(model[2].generator.get_state(), own_state)
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert random.getstate() == states[2]
 

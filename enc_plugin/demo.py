@@ -42,5 +42,9 @@ def run_demo(out: str | Path = "work_dirs/demo") -> Path:
         work_dirs.append(work_dir)
     report = out / "report.html"
     print(write_report(work_dirs, report, list(RUNS), "ENC on the handwritten digits"))
+    print(
+        "One seed on one machine is one draw: another seed or number of threads moves accuracy and GBR, and can reverse"
+    )
+    print("their order. Means over seeds: lab/results/study/README.md of the repository.")
     print(f"report: {report}")
     return report

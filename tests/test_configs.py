@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import CONFIGS, ROOT, build_runner, digits_config, run_tool, scalars
 from mmengine.config import Config
+from mmengine.registry import HOOKS
 from torch import nn
 
 from enc_plugin.build import build_model
@@ -322,3 +323,11 @@ def test_every_readme_row_links_to_a_config_and_has_its_sizes():
         for target in re.findall(r"\]\(([^)#]+)", readme.read_text()):
             assert (readme.parent / target).exists(), f"{readme}: {target}"
     assert rows > 40
+
+
+def test_measuring_is_added_to_an_imagenet_config_by_the_line_of_the_readme(tmp_path):
+    line = re.search(r"`(_base_ = .*measure_imagenet.py\"\])`", (CONFIGS / "README.md").read_text())[1]
+    (tmp_path / "measured.py").write_text(line.replace('"./', f'"{CONFIGS}/'))
+    measured, plain = (Config.fromfile(path) for path in (tmp_path / "measured.py", CONFIGS / "resnet50_enc_8xb32.py"))
+    assert [HOOKS.build(hook).scalar_names[0] for hook in measured.custom_hooks] == ["gbr/logits", "fgsm/top1_clean"]
+    assert {**measured.to_dict(), "custom_hooks": None} == {**plain.to_dict(), "custom_hooks": None}

@@ -107,9 +107,9 @@ def _kind(cells: Sequence[str]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether the cell is empty or a number, such as ``1.5 ± 0.2``, ``1.5 (1.2 to 1.9)`` or the ratio ``x1.5``."""
+    """Whether the cell is empty or a number: ``1.5 ± 0.2``, ``1.5 (1.2 to 1.9)``, ``1 to 2``, or the ratio ``x1.5``."""
     number = r"[x<+-]*(\d[\d.,]*(e[+-]?\d+)?|nan|inf)%?"
-    return re.fullmatch(rf"({number}( ± {number})?( [(\[].*[)\]])*)?", cell) is not None
+    return re.fullmatch(rf"({number}( (±|to) {number})?( [(\[].*[)\]])*)?", cell) is not None
 
 
 _STYLE = """

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -48,6 +49,7 @@ def one_line(tool: str, go_on: str = "run it again"):
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
+        _refuse_parts_in_options()
         yield
     except KeyboardInterrupt:
         if not rank:
@@ -61,14 +63,19 @@ def one_line(tool: str, go_on: str = "run it again"):
         sys.exit(f"{tool}: {f'rank {rank}: ' if rank else ''}{_text(error)}")
 
 
+def _refuse_parts_in_options() -> None:
+    """mmengine takes ``dict(...)`` in --cfg-options for text, or recurses on it without end."""
+    part = next((argument for argument in sys.argv if re.match(r"[\w.]+=.*dict\(", argument)), None)
+    if part is not None and "--cfg-options" in sys.argv:
+        raise ValueError(
+            f"--cfg-options: {part!r} cannot be read, since mmengine parses no dict(...) there; hooks need a config of "
+            'two lines: _base_ = ["CONFIG"] and custom_hooks = [dict(type="GBRHook"), dict(type="FGSMHook")]'
+        )
+
+
 def _text(error: Exception) -> str:
     from enc_plugin.refused import describe
 
-    if isinstance(error, RecursionError) and "--cfg-options" in sys.argv:
-        return (
-            "--cfg-options: mmengine cannot read dict(...) there, so hooks need a config of their own, of two lines: "
-            '_base_ = ["CONFIG"] and custom_hooks = [dict(type="GBRHook"), dict(type="FGSMHook")]'
-        )
     text = describe(error, 2000)
     # Errors that are written for users name the argument; of others, the type says more.
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):

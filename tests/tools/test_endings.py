@@ -81,7 +81,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tool, files, tmp_path, m
     with pytest.raises(SystemExit) as ended:
         run_tool(tool, TOOLS[tool]("stop.py", files["enc.pth"]), monkeypatch)
     assert ended.value.code == 130
-    go_on = "python train.py stop.py --work-dir run --resume" if tool == "train" else "run it again"
+    go_on = "train.py stop.py --work-dir run --resume" if tool == "train" else "run it again"
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"{tool}: stopped; ")
     assert go_on in line
@@ -91,7 +91,9 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tool, files, tmp_path, m
 def test_a_hook_on_the_command_line_is_refused_with_the_way_out(tool, files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = TOOLS[tool](files["enc"], files["enc.pth"])
-    with pytest.raises(SystemExit, match=r"--cfg-options: .* hooks need a config of their own.*custom_hooks = "):
+    with pytest.raises(
+        SystemExit, match=r"--cfg-options: .*hooks need a config of two lines: _base_ = .*custom_hooks = "
+    ):
         run_tool(tool, [*arguments, "--cfg-options", "custom_hooks=[dict(type='GBRHook')]"], monkeypatch)
 
 

@@ -100,6 +100,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) $(COMPAT:%=.venv-%) .venv-ecosystem build dist work_dirs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -119,16 +120,15 @@ def to_enc(
     refuse_unfit(model, chosen, variant, alpha, how)
     plan = None if preserve is False else _plan(model, chosen, evidence)
 
-    gaining = [(name, layer) for name, layer in chosen.layers.items() if chosen.gains_parameters(layer, alpha)]
-    for layer in chosen.layers.values():
-        _convert(layer, variant, alpha, layer in chosen.needs_norm)
-    converted = [ConvertedLayer.of(name, layer) for name, layer in chosen.layers.items()]
+    gaining = [name for name, layer in chosen.layers.items() if chosen.gains_parameters(layer, alpha)]
+    layers = {x: _convert(layer, variant, alpha, layer in chosen.needs_norm) for x, layer in chosen.layers.items()}
+    converted = [ConvertedLayer.of(name, layer) for name, layer in layers.items()]
+    watch_optimizers((name, layers[name]) for name in gaining)
     if how == "project":
-        for layer in chosen.layers.values():
+        for layer in layers.values():
             make_projected(layer)
-    watch_optimizers(gaining)
     guard_fusers(model)
-    if chosen.layers:
+    if layers:
         average_from_start(model)
         if how == "reparametrize":
             pack_weights(model, packed)
@@ -137,8 +137,8 @@ def to_enc(
         converted,
         plain_weights(model, chosen.problems),
         _keep_function(plan, variant),
-        [name for name in evidence.without_norm(_normed(model)) if name in chosen.layers],
-        {name: why for name, why in evidence.guessed().items() if name in chosen.layers},
+        [name for name in evidence.without_norm(_normed(model)) if name in layers],
+        {name: why for name, why in evidence.guessed().items() if name in layers},
     )
     warn_of_doubts(model, report, chosen, evidence.failure, post_norm)
     return report
@@ -170,13 +170,15 @@ def _look_at(model: nn.Module, example: Tensor | tuple | dict | None, preserve: 
     return evidence
 
 
-def _convert(layer: nn.Module, variant: str, alpha: float | str, needs_norm: bool) -> None:
-    if not isinstance(layer, ENCLayer):
+def _convert(layer: nn.Module, variant: str, alpha: float | str, needs_norm: bool) -> ENCLayer:
+    cls, converted = enc_class(type(layer)), cast(ENCLayer, layer)
+    if cls is not None:
         # Changing the class keeps every reference, hook and shared module in place.
-        layer.__class__ = enc_class(type(layer))
-        layer._init_enc(variant, alpha, needs_norm)
-    elif needs_norm and layer.enc_norm is None:
-        layer.add_post_norm()
+        layer.__class__ = cls
+        converted._init_enc(variant, alpha, needs_norm)
+    elif needs_norm and converted.enc_norm is None:
+        converted.add_post_norm()
+    return converted
 
 
 def _normed(model: nn.Module) -> set[nn.Module]:
@@ -186,7 +188,9 @@ def _normed(model: nn.Module) -> set[nn.Module]:
 def _plan(model: nn.Module, chosen: Selection, evidence: Evidence) -> Plan | None:
     # Weights that were loaded from ENC layers have their function already.
     plain = {name: layer for name, layer in chosen.layers.items() if not getattr(layer, "loaded_settings", None)}
-    return Plan(model, plain, chosen.needs_norm | _normed(model), evidence.trace) if plain else None
+    if not plain or evidence.trace is None:
+        return None
+    return Plan(model, plain, chosen.needs_norm | _normed(model), evidence.trace)
 
 
 def _keep_function(plan: Plan | None, variant: str) -> Preservation | None:

@@ -117,7 +117,7 @@ def test_the_wheel_carries_configs_tools_and_the_model_index(wheel):
         missing = [p for p in files if f"enc_plugin/.mim/{p.relative_to(ROOT)}" not in names]
         assert files
         assert not missing
-    assert "enc_plugin/.mim/model-index.yml" in names
+    assert {"enc_plugin/.mim/model-index.yml", "enc_plugin/py.typed"} <= names
     assert not [name for name in names if name.startswith(("tests", "lab", "data", "work_dirs"))]
 
 

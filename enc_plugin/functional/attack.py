@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -235,16 +236,16 @@ def _check_arguments(
         raise ValueError(
             f"labels: expected {len(images)} class numbers, got shape {tuple(labels.shape)} of {labels.dtype}"
         )
+    largest = torch.finfo(images.dtype).max
     for name, value in (("lower", lower), ("upper", upper)):
-        largest = torch.finfo(images.dtype).max
-        check_number(name, value, f"a number of {images.dtype}", lambda v, largest=largest: -largest <= v <= largest)
+        check_number(name, value, f"a number of {images.dtype}", lambda v: -largest <= v <= largest)
     if not lower < upper:
         raise ValueError(f"lower, upper: expected lower < upper, got {lower!r}, {upper!r}")
     if not _is_number(eps) and (
         isinstance(eps, (str, bytes)) or not (isinstance(eps, Sequence) or hasattr(eps, "ndim"))
     ):
         raise TypeError(f"eps: expected a number or a sequence of numbers, got {eps!r}")
-    budgets = [eps] if _is_number(eps) else list(eps)
+    budgets: list[Any] = [eps] if _is_number(eps) else list(cast(Sequence[float], eps))
     for i, budget in enumerate(budgets):
         if getattr(budget, "ndim", None) == 0:
             budgets[i] = budget = budget.item()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,14 +128,12 @@ def conv_map_sq_norm(
     dilations = _per_dimension("dilation", dilation, len(kernel), 1)
     if isinstance(padding, str) and padding not in ("same", "valid"):
         raise ValueError(f"padding: expected a number, one per dimension, 'same' or 'valid', got {padding!r}")
-    paddings = [None] * len(kernel) if isinstance(padding, str) else _per_dimension("padding", padding, len(kernel), 0)
+    paddings = None if isinstance(padding, str) else _per_dimension("padding", padding, len(kernel), 0)
     reads = []
     for i, (size, taps) in enumerate(zip(input_size, kernel, strict=True)):
         reach = dilations[i] * (taps - 1)
-        before, both = paddings[i], 2 * (paddings[i] or 0)
-        if isinstance(padding, str):
-            both = {"same": reach, "valid": 0}[padding]
-            before = both // 2
+        both = (reach if padding == "same" else 0) if paddings is None else 2 * paddings[i]
+        before = both // 2
         if size + both <= reach:
             raise ValueError(
                 f"input_size: expected sizes that the kernel fits into, got {size} + {both} (padding) for a reach of "
@@ -168,7 +169,7 @@ def map_rows_sq_norm(weight: Tensor, reads: Sequence[Tensor]) -> Tensor:
 
 
 def _per_dimension(name: str, value: int | Sequence[int], count: int, minimum: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name}: expected a number or {count} of them, got {value!r}")
     for number in values:
@@ -205,7 +206,7 @@ def robustness_gap(delta_s: float, n: int, num_cells: int, loss_bound: float, co
         ("num_cells", num_cells, 1),
         ("loss_bound", loss_bound, 0),
     ):
-        check_number(name, value, f"at least {low}", lambda v, low=low: v >= low)
+        check_number(name, value, f"at least {low}", partial(operator.le, low))
     check_number("confidence", confidence, "a probability 1 - delta in [0, 1)", lambda v: 0 <= v < 1)
     log_inverse_delta = -math.log1p(-confidence)
     return delta_s + loss_bound * math.sqrt((2 * num_cells * math.log(2) + 2 * log_inverse_delta) / n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -24,11 +25,12 @@ def check_integer(name: str, value: object, minimum: int, *, below: int | None =
     """
     if value is None and none is not None:
         return
+    kind: type[Exception]
     if isinstance(value, bool) or not isinstance(value, Integral):
         kind, expected = TypeError, f"an integer of at least {minimum}"
-    elif value < minimum:
+    elif int(value) < minimum:
         kind, expected = ValueError, f"at least {minimum}" if none is None else f"an integer of at least {minimum}"
-    elif below is not None and value >= below:
+    elif below is not None and int(value) >= below:
         kind, expected = ValueError, f"an integer from {minimum} to {below - 1}"
     else:
         return
@@ -55,11 +57,11 @@ def check_number(name: str, value: object, expected: str, accepts: Callable[[flo
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if not accepts(value):
+    if not accepts(cast(float, value)):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def check_type(name: str, value: object, types: type | tuple, expected: str) -> None:
+def check_type(name: str, value: object, types: Any, expected: str) -> None:
     """Raise ``TypeError`` unless ``value`` is of one of ``types``, which ``expected`` puts in words."""
     if not isinstance(value, types):
         raise TypeError(f"{name}: expected {expected}, got {_describe(value)}")

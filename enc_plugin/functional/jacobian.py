@@ -3,6 +3,7 @@ r"""The Generalization Bound Regularizer (GBR), eq. 2 and 18: squared norm of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ def gbr_penalty(
         directions, scale = _drawn_frames(outputs, projections, generator, device), size / projections
     else:
         directions, scale = _UnitVectors(outputs), 1.0
-    total = 0.0
+    total: Any = 0.0
     for direction in directions:
         (gradient,) = torch.autograd.grad(outputs, inputs, direction, create_graph=True)
         total = total + gradient.to(_at_least_float32(gradient)).square().sum()
@@ -263,7 +264,7 @@ def _graph(
     out = out.reshape(len(x), -1)
     if output != "logits":
         out = out.softmax(1, dtype=_at_least_float32(out))
-    if output == "label_prob":
+    if output == "label_prob" and labels is not None:
         check_class_numbers("labels", labels, out.shape[1])
         out = out.gather(1, labels.to(out.device).long()[:, None])
     return x, out
@@ -296,7 +297,7 @@ def _directions(
     """Output directions ``(P, N, C)`` and the factor of the sum of squares: all unit vectors, or random frames."""
     if projections is None or projections >= size:
         return _UnitVectors(like), 1.0
-    frames = torch.stack([_orthonormal(size, projections, seed) for seed in seeds], 1)
+    frames = torch.stack([_orthonormal(size, projections, seed) for seed in seeds or ()], 1)
     return frames.to(like), size / projections
 
 

@@ -41,7 +41,8 @@ def full_float32() -> Iterator[None]:
 
 def float32_formats() -> dict[str, str]:
     """Format to which a GPU rounds the factors of float32 products and convolutions: ``'float32'`` or ``'tf32'``."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends: Any = torch.backends  # of which torch declares a part
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
     if hasattr(torch.backends, "fp32_precision"):
         found = {"products": matmul.fp32_precision, "convolutions": cudnn.conv.fp32_precision}
         return {name: "float32" if value in ("ieee", "none") else value for name, value in found.items()}
@@ -51,7 +52,7 @@ def float32_formats() -> dict[str, str]:
 
 def _settings() -> tuple[list[Any], list[Any]]:
     """Where torch from 2.9 on keeps the precision of float32: for all operators of a backend, and for single ones."""
-    backends = torch.backends
+    backends: Any = torch.backends
     if not hasattr(backends, "fp32_precision"):
         return [], []
     general = [backends, backends.cudnn, backends.mkldnn]

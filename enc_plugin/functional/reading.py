@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def _random_states(device: torch.device) -> tuple:
     return random.getstate(), *(bytes(state.cpu().tolist()) for state in states)  # tensors compare by element
 
 
-def _uncompiled():
+def _uncompiled() -> AbstractContextManager[Any]:
     """Block in which compiled functions run as they were written."""
     # A compiled backward pass frees its buffers, whatever retain_graph says. Nothing is compiled without this module,
     # and importing it takes a second.

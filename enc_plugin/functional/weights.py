@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -207,12 +209,12 @@ class _UnitRows(torch.autograd.Function):
         return v * (g / norm), norm
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         v, g, norms = ctx.saved_tensors
         if torch.is_grad_enabled():
             norms = _norms(v, g)  # once more, as a function of v

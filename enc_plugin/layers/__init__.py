@@ -12,7 +12,7 @@ from .attributes import lacks_attribute
 from .effective import POST_NORM_KEYS
 from .enc_layer import ENCLayer, enc_layers
 from .plain import RefusesRescaledRows, batch_norm_affine
-from .stock import ENC_LAYERS, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
+from .stock import ENC_LAYERS, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear, StockLayer
 from .subclasses import enc_class, reserved_attributes
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ENCLinear",
     "POST_NORM_KEYS",
     "RefusesRescaledRows",
+    "StockLayer",
     "batch_norm_affine",
     "enc_class",
     "enc_layers",

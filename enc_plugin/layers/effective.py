@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..forward_pass import weight_in_pass
 from ..functional.checks import check_type
 from ..functional.normalizable import check_row_length
 from ..functional.weights import check_alpha_option, check_variant, enc_weight
 from .attributes import YieldingAttribute, lacks_attribute
+from .origin import Settings
 from .reparametrized import free_weights
 
 # torch.fx is to record a call of this function, and not to look inside.
@@ -26,7 +28,10 @@ class EffectiveWeightLayer(nn.Module):
 
     # The stock class that fold() goes back to, and the batch norm that fits its output: set by each subclass.
     plain_class: type[nn.Module]
-    norm_class: type[nn.Module]
+    norm_class: type[_BatchNorm]
+    # Of the stock class, which comes behind this one among the bases.
+    weight: Tensor
+    bias: Tensor | None
 
     # Own attributes have names that no subclass of the stock layers uses. Internal code reads these, not the public
     # names below, which may be a subclass's own.
@@ -71,17 +76,21 @@ class EffectiveWeightLayer(nn.Module):
     @property
     def enc_alpha(self) -> float | Tensor:
         """Squared Frobenius norm of the effective weight: a number, or a scalar tensor when it is learnable."""
-        return self._parameters["log_alpha"].exp() if self._enc_alpha is None else self._enc_alpha
+        return self._own_parameter("log_alpha").exp() if self._enc_alpha is None else self._enc_alpha
 
     @property
     def enc_log_alpha(self) -> nn.Parameter | None:
         """Logarithm of a learnable alpha, a scalar; None for a constant one."""
-        return self._parameters["log_alpha"] if self._enc_alpha is None else None
+        return self._own_parameter("log_alpha") if self._enc_alpha is None else None
+
+    def _own_parameter(self, key: str) -> nn.Parameter:
+        # Not by getattr, which may find a subclass's attribute.
+        return cast(nn.Parameter, self._parameters[key])
 
     @property
-    def enc_settings(self) -> dict[str, str | float | bool]:
+    def enc_settings(self) -> Settings:
         """``variant``, ``alpha`` (a number or ``'learnable'``) and ``post_norm``, as the constructor takes them."""
-        alpha = "learnable" if self._enc_alpha is None else self._enc_alpha
+        alpha: float | Literal["learnable"] = "learnable" if self._enc_alpha is None else self._enc_alpha
         return {"variant": self.enc_variant, "alpha": alpha, "post_norm": self.enc_norm is not None}
 
     @property
@@ -95,7 +104,7 @@ class EffectiveWeightLayer(nn.Module):
 
         Pruning renews ``weight`` in forward passes alone, so that it is out of date after a step of the optimizer.
         """
-        return self.weight if self.enc_kept is None else self._parameters["weight_orig"]
+        return self.weight if self.enc_kept is None else self._own_parameter("weight_orig")
 
     @property
     def effective_weight(self) -> Tensor:
@@ -123,9 +132,9 @@ class EffectiveWeightLayer(nn.Module):
         return any(p.requires_grad for p in self.free_weights())
 
     @property
-    def enc_norm(self) -> nn.Module | None:
+    def enc_norm(self) -> _BatchNorm | None:
         """The layer's own batch norm (post-norm), or None."""
-        return None if self._enc_norm_name is None else self._modules[self._enc_norm_name]
+        return None if self._enc_norm_name is None else cast(_BatchNorm, self._modules[self._enc_norm_name])
 
     def add_post_norm(self) -> None:
         """Append a fresh batch norm (weight 1, bias 0), frozen if the layer is; its keys join the state dict.
@@ -137,17 +146,17 @@ class EffectiveWeightLayer(nn.Module):
         self._enc_norm_frozen = not self._is_trained()
         norm.requires_grad_(not self._enc_norm_frozen)
         self._modules[self._enc_norm_name] = norm
-        self._set_norm_mode()
+        self._set_norm_mode(norm)
 
     def train(self, mode: bool = True) -> EffectiveWeightLayer:
         """Set the mode. The post-norm of a frozen layer stays in eval mode, so that its outputs do not change."""
         super().train(mode)
         if self.enc_norm is not None:
-            self._set_norm_mode()
+            self._set_norm_mode(self.enc_norm)
         return self
 
-    def _set_norm_mode(self) -> None:
-        norm, is_trained = self.enc_norm, self._is_trained()
+    def _set_norm_mode(self, norm: _BatchNorm) -> None:
+        is_trained = self._is_trained()
         if is_trained and self._enc_norm_frozen:  # someone has unfrozen the layer's weight alone
             norm.requires_grad_(True)
             self._enc_norm_frozen = False

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from ..functional.normalizable import check_normalizable
 from .attributes import YieldingAttribute, lacks_attribute
 from .effective import EffectiveWeightLayer
-from .origin import KEY, UNKNOWN, read_settings, warn_of_origin, write_settings
+from .origin import KEY, UNKNOWN, Settings, read_settings, warn_of_origin, write_settings
 from .plain import RefusesRescaledRows, batch_norm_affine
 from .reparametrized import WEIGHT_KEYS, remove_reparametrizations
 
 # Attributes of ENC layers that users read, and all that an ENC layer keeps in its own ``__dict__``.
 PUBLIC = tuple(name for name, value in vars(EffectiveWeightLayer).items() if isinstance(value, YieldingAttribute))
-_OWN_STATE = ("enc_variant", "_enc_alpha", "_enc_norm_name", "_enc_norm_frozen", "loaded_settings", "keeps_function")
-_OWN_STATE += ("enc_is_projected", "enc_projected")
+_OWN_STATE = (
+    *("enc_variant", "_enc_alpha", "_enc_norm_name", "_enc_norm_frozen"),
+    *("loaded_settings", "keeps_function", "enc_is_projected", "enc_projected"),
+)
 
 
 class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
@@ -43,7 +45,7 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
     """
 
     # Settings of the layer that the weights were last loaded from: {} for a plain one, None before anything is loaded.
-    loaded_settings: dict[str, Any] | None = None
+    loaded_settings: Settings | None = None
     # Whether the function of plain weights is kept after loading (preserve), so that no warning is due.
     keeps_function = False
 
@@ -62,8 +64,10 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
     @torch.no_grad()
     def become_plain(self) -> None:
         """Turn into the stock layer of :meth:`fuse`, in place; hooks and references stay valid."""
-        weight, bias, like, is_trained = self.effective_weight, self.bias, self.weight, self._is_trained()
-        if self.enc_norm is not None:
+        like, is_trained = self.weight, self._is_trained()
+        weight: Tensor = self.effective_weight
+        bias: Tensor | None = self.bias
+        if self.enc_norm is not None and self._enc_norm_name is not None:
             gain, shift = batch_norm_affine(self.enc_norm)
             weight = weight.double() * gain.reshape(-1, *[1] * (weight.ndim - 1))
             bias = shift if bias is None else shift + gain * bias.double()
@@ -75,24 +79,26 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
         self.become_stock()
         # New parameters: a weight that is tied to another layer's must not change there.
         self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=is_trained)
-        if is_new_bias:
+        if is_new_bias and bias is not None:
             self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=is_trained)
 
     def become_stock(self) -> None:
         """Turn into the stock layer with the free weight, in place; for layers without a norm or a learnable alpha."""
         for name in _OWN_STATE:
             self.__dict__.pop(name, None)
-        self.__class__ = self.plain_class
+        layer: nn.Module = self
+        layer.__class__ = self.plain_class
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> ENCLayer:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ENCLayer:
         norm_was_meta, alpha_was_meta = _is_meta(self.enc_norm), _is_meta(self.enc_log_alpha)
         super()._apply(fn, recurse)
         # Off the meta device (to_empty) tensors hold whatever the memory held. A checkpoint of a plain network has no
         # values for these, and nothing else would set them.
-        if norm_was_meta and not _is_meta(self.enc_norm):
-            self.enc_norm.reset_parameters()
-        if alpha_was_meta and not _is_meta(self.enc_log_alpha):
-            nn.init.zeros_(self.enc_log_alpha)
+        norm, log_alpha = self.enc_norm, self.enc_log_alpha  # others than before
+        if norm is not None and norm_was_meta and not _is_meta(norm):
+            norm.reset_parameters()
+        if log_alpha is not None and alpha_was_meta and not _is_meta(log_alpha):
+            nn.init.zeros_(log_alpha)
         return self
 
     # The settings have to stand in the file, and layer by layer: without them an ENC checkpoint passes for a plain one,
@@ -108,26 +114,27 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
     def set_extra_state(self, state: Tensor | None) -> None:
         """Change nothing: a layer keeps its own settings, and loading compares them with those of the checkpoint."""
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         entry, weights = f"{prefix}{KEY}", [state_dict.get(f"{prefix}{key}") for key in WEIGHT_KEYS]
         has_weight = any(weight is not None and weight.shape == self.weight.shape for weight in weights)
         if has_weight:
             own = self._norm_state(prefix)
             has_norm = any(key in state_dict for key in own)
-            saved = read_settings(state_dict[entry]) if entry in state_dict else UNKNOWN if has_norm else {}
+            unsaved = UNKNOWN if has_norm else Settings()
+            saved = read_settings(state_dict[entry]) if entry in state_dict else unsaved
             warn_of_origin(saved, self.enc_settings, self.keeps_function)
             self.loaded_settings = saved
             # Where the checkpoint has no post-norm or no learnable alpha, ours stays and no key is reported missing.
             if not has_norm and not saved.get("post_norm"):
                 state_dict.update(own)
-            if self.enc_log_alpha is not None and saved.get("alpha") != "learnable":
+            alpha = saved.get("alpha")
+            if self.enc_log_alpha is not None and alpha != "learnable":
                 start = self.enc_log_alpha.detach()
                 start = torch.zeros_like(start, device="cpu") if start.is_meta else start
-                if "alpha" in saved:
-                    start = torch.full_like(start, math.log(saved["alpha"]))
+                start = start if alpha is None else torch.full_like(start, math.log(alpha))
                 state_dict.setdefault(f"{prefix}log_alpha", start)
         state_dict.setdefault(entry, None)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if has_weight:
             errors = args[-1]  # torch raises them once all layers are loaded
             try:
@@ -147,7 +154,7 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
     def _normalises_rows(self) -> bool:
         return "enc_variant" in self.__dict__
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in PUBLIC and name != "norm" and self._normalises_rows() and lacks_attribute(self, name):
             raise AttributeError(
                 f"{name}: the settings of an ENC layer are fixed when it is made, got {value!r}; make a new "

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-Settings = dict[str, str | float | bool]
+
+class Settings(TypedDict, total=False):
+    """Settings of an ENC layer, as its constructor takes them; empty for a plain layer."""
+
+    variant: str
+    alpha: float | Literal["learnable"]
+    post_norm: bool
+
 
 # The key of a layer's settings in state dicts, behind the layer's name: the one that torch has for what is no tensor.
 KEY = "_extra_state"
@@ -33,7 +41,7 @@ def write_settings(settings: Settings) -> Tensor:
 def read_settings(entry: Tensor) -> Settings:
     """The settings that :func:`write_settings` wrote, also from a cast or an average of its result."""
     try:
-        settings = json.loads(bytes(map(round, entry.tolist())))
+        settings: Settings = json.loads(bytes(map(round, entry.tolist())))
         return settings if "variant" in settings else UNKNOWN
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # another module's, or on meta
         return UNKNOWN
@@ -56,7 +64,11 @@ def saved_settings(state_dict: Mapping[str, Tensor]) -> dict[str, Settings]:
 def differences(saved: Settings, own: Settings) -> list[str]:
     """Names of the settings by which layers with equal weights compute something else."""
     # A learnable alpha takes up any value.
-    return [key for key in saved if saved[key] != own.get(key) and not (key == "alpha" and own[key] == "learnable")]
+    return [
+        key
+        for key, value in saved.items()
+        if value != own.get(key) and not (key == "alpha" and own["alpha"] == "learnable")
+    ]
 
 
 def warn_of_origin(saved: Settings, own: Settings, keeps_function: bool) -> None:
@@ -72,7 +84,7 @@ def warn_of_origin(saved: Settings, own: Settings, keeps_function: bool) -> None
     if differ:
         warnings.warn(
             "the checkpoint is of an ENC network with "
-            + ", ".join(f"{key}={saved[key]!r}" for key in differ)
+            + ", ".join(f"{key}={saved.get(key)!r}" for key in differ)
             + ", this one has "
             + ", ".join(f"{key}={own.get(key)!r}" for key in differ)
             + ": the free weights load, but the outputs differ",

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def batch_norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Gain and shift, each ``(C,)`` in float64, of a batch norm in eval mode: ``y = gain * x + shift``.
 
     Raises:
         ValueError: If the batch norm keeps no running statistics and so has no fixed gain.
     """
-    if norm.running_mean is None:
+    if norm.running_mean is None or norm.running_var is None:
         raise ValueError(
             "norm: a batch norm without running statistics normalises each batch by its own and cannot be merged; "
             "train with track_running_stats=True"

@@ -21,8 +21,9 @@ def free_weights(layer: nn.Module) -> list[nn.Parameter]:
     """
     found = [layer._parameters.get(key) for key in ("weight", "weight_orig", "weight_v")]
     if parametrize.is_parametrized(layer, "weight"):
-        originals = layer.parametrizations["weight"]._parameters.items()
-        found += [p for key, p in originals if key.startswith("original") and p.shape == layer.weight.shape]
+        shape = layer.weight.shape
+        originals = layer.get_submodule("parametrizations.weight")._parameters.items()
+        found += [p for key, p in originals if key.startswith("original") and p is not None and p.shape == shape]
     return [p for p in found if p is not None]
 
 
@@ -46,8 +47,9 @@ def remove_reparametrizations(layer: nn.Module) -> None:
 
 def _remove_parametrizations(layer: nn.Module) -> None:
     # Not by torch's remove_parametrizations: it changes the class, which a copied layer shares with its original.
-    owners = layer._modules.pop("parametrizations")
+    owners = dict(layer.get_submodule("parametrizations").named_children())
     values = {name: owner().detach().clone() for name, owner in owners.items()}
+    del layer._modules["parametrizations"]
     layer.__class__ = type(layer).__bases__[0]
     for name, value in values.items():
         if any(True for _ in owners[name].parameters(recurse=False)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,8 @@ from .enc_layer import ENCLayer
 
 
 class _ENCConv(ENCLayer):
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # the stock class's
+
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the effective weight, then apply the post-norm if there is one."""
         return self._post_norm(self._conv_forward(input, self._weight(), self.bias))
@@ -74,7 +78,7 @@ torch.fx.wrap("_to_rows")
 torch.fx.wrap("_to_shape_of")
 
 
-class ENCLinear(LinearPostNorm, nn.Linear):
+class ENCLinear(LinearPostNorm, nn.Linear):  # type: ignore[misc]  # torch declares that linear layers have a bias
     """:class:`torch.nn.Linear` with an ENC weight: input ``(*, in)``, output ``(*, out)``. See :class:`ENCConv2d`.
 
     The batch norm of ``post_norm`` normalises each output feature over all leading dimensions.
@@ -86,6 +90,8 @@ class ENCLinear(LinearPostNorm, nn.Linear):
         """Multiply by the effective weight, then apply the post-norm if there is one."""
         return self._post_norm(nn.functional.linear(input, self._weight(), self.bias))
 
+
+StockLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 ENC_LAYERS: dict[type[nn.Module], type[ENCLayer]] = {
     cls.plain_class: cls for cls in (ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear)

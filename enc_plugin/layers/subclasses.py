@@ -52,7 +52,8 @@ def enc_class(plain_class: type[nn.Module]) -> type[ENCLayer] | None:
 
     Subclasses (mmcv's wrappers, timm's ``Conv2dSame``, ...) keep their own forward, which sees the effective weight.
     """
-    return ENC_LAYERS.get(plain_class) or _derive_enc_class(plain_class)
+    cls: Any = plain_class  # mypy takes no type[nn.Module] for hashable
+    return ENC_LAYERS.get(cls) or _derive_enc_class(cls)
 
 
 def reserved_attributes(layer: nn.Module) -> list[str]:
@@ -65,7 +66,7 @@ def reserved_attributes(layer: nn.Module) -> list[str]:
 
 
 @cache
-def _derive_enc_class(plain_class: type[nn.Module]) -> type[ENCLayer] | None:
+def _derive_enc_class(plain_class: type[Any]) -> type[ENCLayer] | None:
     stock = next((base for base in ENC_LAYERS if issubclass(plain_class, base)), None)
     if stock is None or issubclass(plain_class, ENCLayer):
         return None
@@ -86,5 +87,5 @@ def _derive_enc_class(plain_class: type[nn.Module]) -> type[ENCLayer] | None:
     )
 
 
-def _new_subclass_layer(plain_class: type[nn.Module]) -> ENCLayer:
-    return object.__new__(_derive_enc_class(plain_class))
+def _new_subclass_layer(plain_class: type[nn.Module]) -> nn.Module:
+    return object.__new__(enc_class(plain_class) or plain_class)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..layers import StockLayer
 from .operations import ELEMENTWISE, MOVES, POOLS, REDUCTIONS
 from .trace import Op, Value
 
 
-def channel_dim(layer: nn.Module, out: Value) -> int | None:
+def channel_dim(layer: StockLayer, out: Value) -> int | None:
     """Dimension of the layer's output that holds its channels; None if it has another shape than the layer gives."""
     # Not by the weight: in train mode, each look at one that is made by spectral norm changes it.
     if isinstance(layer, nn.Linear):
@@ -94,4 +95,4 @@ def _combined(op: Op, name: str, labels: dict[Value, Tensor]) -> list[Tensor] | 
         return [first] if first is not None and second is not None and torch.equal(first, second) else None
     if first is not None and second is not None or (name == "div" and first is None):
         return None
-    return [first if first is not None else second]
+    return [x for x in (first, second) if x is not None]

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import StockLayer
 from .recording import RecordError, record_forward
 from .scale_fate import fate
 from .scale_paths import norms_that_fold
-from .trace import LAYERS, Trace
+from .trace import Trace
 
 # Squeeze-and-excitation blocks by their class names in mmpretrain, mmcv, timm and torchvision: the guess where a
 # network does not run.
@@ -43,7 +44,7 @@ class Evidence:
         self.model = model
         self.trace: Trace | None = None
         self.failure: str | None = None
-        self._layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+        self._layers = {name: module for name, module in model.named_modules() if isinstance(module, StockLayer)}
         self._whole: list[Trace] = []
         self._parts: list[Trace] = []
         if not self._layers:
@@ -105,7 +106,7 @@ class Evidence:
         squeeze-and-excitation blocks and convolutional classifiers, or in front of the last pooling.
         """
         guesses = self._guessed_wants()
-        wants = set()
+        wants: set[nn.Module] = set()
         for layer in self._layers.values():
             trace = self._trace_of(layer)
             if trace is not None:
@@ -117,10 +118,10 @@ class Evidence:
         return wants
 
     def _guessed_wants(self) -> set[nn.Module]:
-        wants = {layer for layer in self._layers.values() if isinstance(layer, nn.Linear)}
+        wants: set[nn.Module] = {layer for layer in self._layers.values() if isinstance(layer, nn.Linear)}
         for module in self.model.modules():
             if _SE_BLOCK.search(type(module).__name__):
-                wants.update(m for m in module.modules() if isinstance(m, LAYERS))
+                wants.update(m for m in module.modules() if isinstance(m, StockLayer))
         for module in self.model.modules():
             if isinstance(module, nn.Sequential):
                 children = list(module)
@@ -167,7 +168,7 @@ def _reason(layer: nn.Module, reader: nn.Module) -> str:
     return f"{type(reader).__name__} reads its weight without calling it"
 
 
-def _needs_norm(trace: Trace, layer: nn.Module) -> bool:
+def _needs_norm(trace: Trace, layer: StockLayer) -> bool:
     if norms_that_fold(trace, layer):
         return False
     if isinstance(layer, nn.Linear):

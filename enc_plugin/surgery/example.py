@@ -42,7 +42,9 @@ def made_up(model: nn.Module, for_values: bool = False) -> Iterator[Arguments]:
     required = _required_arguments(model)
     for shape, are_tokens in _shapes(model, for_values):
         x = torch.empty(shape, dtype=torch.long if are_tokens else dtype, device="meta")
-        for arguments in (((x,) * required, {}), (((x,),) * required, {})):
+        tensors: Arguments = ((x,) * required, {})
+        tuples: Arguments = (((x,),) * required, {})
+        for arguments in (tensors, tuples):
             yield with_values(arguments, model) if for_values else arguments
 
 
@@ -59,7 +61,8 @@ def with_values(arguments: Arguments, model: nn.Module) -> Arguments:
         noise = torch.randn(math.prod(x.shape), generator=generator, device="cpu").view(x.shape)
         return noise.to(device, x.dtype)
 
-    return tree_map(fill, arguments)
+    filled: Arguments = tree_map(fill, arguments)
+    return filled
 
 
 def _like(model: nn.Module) -> Tensor:
@@ -68,26 +71,26 @@ def _like(model: nn.Module) -> Tensor:
 
 def _shapes(model: nn.Module, for_values: bool) -> Iterator[tuple[tuple[int, ...], bool]]:
     """Shapes of batches of two, and whether the network takes class numbers (tokens) instead of real ones."""
-    firsts: dict[type, nn.Module] = {}
-    kinds = (nn.Conv2d, nn.Conv1d, nn.Conv3d, nn.Linear, nn.Embedding)
+    firsts: dict[type[nn.Module], nn.Module] = {}
     for module in model.modules():
-        kind = next((kind for kind in kinds if isinstance(module, kind)), None)
-        if kind is not None:
-            firsts.setdefault(kind, module)
+        for kind in (nn.Conv2d, nn.Conv1d, nn.Conv3d, nn.Linear, nn.Embedding):
+            if isinstance(module, kind):
+                firsts.setdefault(kind, module)
     stated = _stated_sizes(model)
     sizes = list(dict.fromkeys([*stated, *((s, s) for s in (_SIZES_FOR_VALUES if for_values else _SIZES))]))
     tokens = list(dict.fromkeys([*_TOKENS, *(h * w + extra for h, w in stated if h * w <= 4096 for extra in (0, 1))]))
-    for kind, layer in firsts.items():
-        if kind is nn.Conv2d:
+    for layer in firsts.values():
+        if isinstance(layer, nn.Conv2d):
             yield from (((2, layer.in_channels, *size), False) for size in sizes)
-        elif kind is nn.Conv1d:
+        elif isinstance(layer, nn.Conv1d):
             yield from (((2, layer.in_channels, length), False) for length in _LENGTHS)
-        elif kind is nn.Conv3d:
+        elif isinstance(layer, nn.Conv3d):
             yield from (((2, layer.in_channels, *clip), False) for clip in _CLIPS)
-        elif kind is nn.Embedding:
+        elif isinstance(layer, nn.Embedding):
             yield from (((2, length), True) for length in tokens)
-        else:
-            flat, sequences = [(2, layer.in_features)], [(2, length, layer.in_features) for length in tokens]
+        elif isinstance(layer, nn.Linear):
+            flat: list[tuple[int, ...]] = [(2, layer.in_features)]
+            sequences: list[tuple[int, ...]] = [(2, length, layer.in_features) for length in tokens]
             # Attention takes a single sequence too, but then not the way that it takes for batches.
             has_attention = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
             yield from ((shape, False) for shape in (sequences + flat if has_attention else flat + sequences))

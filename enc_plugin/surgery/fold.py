@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -65,8 +66,9 @@ def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.M
     for module in list(model.modules()):
         for name in [key for key, value in module.__dict__.items() if isinstance(value, _FoldFirst)]:
             delattr(module, name)
-        if hasattr(module, "become_plain"):
-            module.become_plain()
+        become_plain = getattr(module, "become_plain", None)  # of ENC layers, and of models with a class for ENC
+        if become_plain is not None:
+            become_plain()
     unmark(model)
     drop_averages(model)
     unpack_weights(model)
@@ -79,7 +81,7 @@ class _FoldFirst:
     def __init__(self, owner: str, method: str):
         self.owner, self.method = owner, method
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
             f"{self.owner}.{self.method} merges the weights of its layers, but they are ENC and compute with others; "
             f"call enc_plugin.fold(model) first and use {self.method} on the plain model that it returns"

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.bounds import bound_chain
-from ..layers import ENCLayer, batch_norm_affine
+from ..layers import ENCLayer, StockLayer, batch_norm_affine
 from ..table import format_table
 from .recording import RecordError, record_forward
 from .scale_paths import norms_that_fold
-from .trace import LAYERS
 from .used_weight import UnclearWeightError, UsedWeight, used_weight
 
 
@@ -53,8 +52,8 @@ class FoldedAudit(list[FoldedRow]):
     @property
     def map_chain(self) -> dict[str, float] | None:
         """:func:`enc_plugin.functional.bound_chain` of the linear maps' norms, those of eq. 17; None without inputs."""
-        norms = [row.map_sq_norm for row in self]
-        return None if None in norms else bound_chain(norms)
+        norms = [row.map_sq_norm for row in self if row.map_sq_norm is not None]
+        return bound_chain(norms) if len(norms) == len(self) else None
 
     @property
     def slack(self) -> float:
@@ -107,7 +106,7 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
     Raises:
         ValueError: If the network does not run on a batch that was made up for it.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, StockLayer)}
     # A layer counts with all that it does: with its post-norm, and with layers and norms that it is made of (adapters).
     inside = {module for layer in layers.values() for module in layer.modules() if module is not layer}
     layers = {name: layer for name, layer in layers.items() if layer not in inside}
@@ -131,11 +130,14 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
         if isinstance(layer, ENCLayer) and layer.enc_norm is not None:
             norms.insert(0, layer.enc_norm)
         folded.update(norms)
-        sq_gain = 1.0
+        sq_gain = torch.ones(())
         for norm in norms:
             sq_gain = sq_gain * batch_norm_affine(norm)[0].square()
+        first = trace.calls[layer][0].input
         try:
-            used = used_weight(layer, trace.calls[layer][0].input.shape, with_map=inputs is not None)
+            if first is None:
+                raise UnclearWeightError("it is given no tensor")
+            used = used_weight(layer, first.shape, with_map=inputs is not None)
         except UnclearWeightError as error:
             table.unclear[name] = str(error)
             used = UsedWeight(torch.tensor([math.nan]), torch.tensor([math.nan]))

@@ -6,10 +6,12 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..layers import ENCLayer
 
@@ -50,18 +52,18 @@ def _wrappers() -> tuple[type, ...]:
     return tuple(found)
 
 
-def _live_objects(types: type | tuple[type, ...]) -> Iterator[object]:
+def _live_objects(types: type | tuple[type, ...]) -> Iterator[Any]:
     # By type() and not by isinstance, because proxies of all kinds answer the latter.
     return (x for x in gc.get_objects() if issubclass(type(x), types))
 
 
-class _Watch:
+class _StepWatch:
     """Looks, when an optimizer steps, for layers whose weight it trains while nobody trains what to_enc added."""
 
     def __init__(self) -> None:
         self.layers: weakref.WeakKeyDictionary[ENCLayer, str] = weakref.WeakKeyDictionary()
         self.seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-        self.hook = None
+        self.hook: RemovableHandle | None = None
 
     def add(self, layers: Iterable[tuple[str, ENCLayer]]) -> None:
         self.layers.update((layer, name) for name, layer in layers)
@@ -96,7 +98,7 @@ class _Watch:
             self.hook = None
 
 
-_watch = _Watch()
+_watch = _StepWatch()
 
 
 def watch_optimizers(layers: Iterable[tuple[str, ENCLayer]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ..functional.weights import is_centered, num_rows
-from ..layers import ENCLayer
+from ..layers import ENCLayer, StockLayer
 from .example import with_values
 from .restored import plain_forward, restored
 from .scale_paths import Scales
@@ -55,7 +56,7 @@ class Plan:
             and the operator are named.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], owns_norm: set[nn.Module], trace: Trace):
+    def __init__(self, model: nn.Module, layers: dict[str, StockLayer], owns_norm: set[nn.Module], trace: Trace):
         self.model, self.layers = model, layers
         self.example = with_values(trace.example, model)
         scales = Scales(trace, [layer for layer in layers.values() if layer not in owns_norm])
@@ -80,9 +81,10 @@ class Plan:
         """Move the scales, once the layers are ENC, and measure what has changed."""
         removed = {}
         for name, layer in self.layers.items():
+            assert isinstance(layer, ENCLayer), "apply comes behind the conversion"
             scale, removed[name] = _row_scale(layer)
             if layer.enc_norm is not None:
-                _fill_post_norm(layer, scale)
+                _fill_post_norm(layer.enc_norm, layer, scale)
             else:
                 if layer.bias is not None:
                     layer.bias.copy_(layer.bias.double() * scale)
@@ -107,7 +109,8 @@ def _row_scale(layer: ENCLayer) -> tuple[Tensor, float]:
 
 def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
     """Let ``norm`` give the same outputs in eval mode for inputs that have become ``scale`` times what they were."""
-    var = norm.running_var[channels].double()
+    mean, running_var = _statistics(norm)
+    var = running_var[channels].double()
     new_var = scale.square() * var
     if norm.weight is not None:
         # The statistics become those that training will find; the gain takes what eps does to small variances.
@@ -115,21 +118,27 @@ def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
         norm.weight[channels] = (norm.weight[channels].double() * gain).to(norm.weight.dtype)
     else:
         new_var = (scale.square() * (var + norm.eps) - norm.eps).clamp(min=0)
-    norm.running_var[channels] = new_var.to(norm.running_var.dtype)
-    norm.running_mean[channels] = (norm.running_mean[channels].double() * scale).to(norm.running_mean.dtype)
+    running_var[channels] = new_var.to(running_var.dtype)
+    mean[channels] = (mean[channels].double() * scale).to(mean.dtype)
 
 
-def _fill_post_norm(layer: ENCLayer, scale: Tensor) -> None:
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("norm: expected a batch norm that keeps running statistics")
+    return norm.running_mean, norm.running_var
+
+
+def _fill_post_norm(norm: _BatchNorm, layer: ENCLayer, scale: Tensor) -> None:
     """Let the post-norm undo ``scale`` in eval mode; its statistics are those of white inputs of unit variance."""
-    norm = layer.enc_norm
+    mean, running_var = _statistics(norm)
     var = layer.effective_weight.double().flatten(1).square().sum(1)
     bias = torch.zeros_like(var) if layer.bias is None else layer.bias.double()
-    norm.running_mean.copy_(bias)
-    norm.running_var.copy_(var)
-    norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt() / scale)
+    mean.copy_(bias)
+    running_var.copy_(var)
+    norm.weight.copy_((running_var.double() + norm.eps).sqrt() / scale)
     norm.bias.copy_(bias)
 
 
-def _flat(outputs) -> Tensor:
+def _flat(outputs: Any) -> Tensor:
     tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
     return torch.cat([t.detach().double().flatten() for t in tensors])

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
 from ..layers import ENCLayer
 
 
-class Projected(NamedTuple):
+@dataclass(frozen=True)
+class Projected:
     """A stock layer that is ENC by projection, seen as an ENC layer: its weight is the effective one."""
 
     layer: nn.Module
     enc_variant: str
     enc_alpha: float
 
-    enc_log_alpha = enc_kept = enc_norm = None  # an ENC layer may have them
+    # An ENC layer may have these.
+    enc_log_alpha: ClassVar[None] = None
+    enc_kept: ClassVar[None] = None
+    enc_norm: ClassVar[None] = None
 
     @property
     def weight(self) -> Tensor:
         """The weight, on the constraint set once training has begun."""
-        return self.layer.weight
+        return cast(Tensor, self.layer.weight)
 
     @property
     def type_name(self) -> str:
         """Name of the layer's class."""
         return type(self.layer).__name__
 
-    enc_free_weight = effective_weight = weight
+    enc_free_weight = weight
+    effective_weight = weight
 
 
 def make_projected(layer: ENCLayer) -> None:

@@ -6,7 +6,7 @@ Activations may have shapes but no values (meta tensors), so that even large net
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -74,22 +74,24 @@ class Recorder(TorchDispatchMode):
 
     def finish(self, outputs: Any, example: Arguments) -> Trace:
         """The record of a pass on ``example`` that returned ``outputs``."""
-        values = [self._of(tensor) for tensor in _tensors(outputs)]
+        values = [self._of(tensor) for tensor in _tensors_in(outputs)]
         return Trace(self.model, self.ops, self.calls, values, example, self._states)
 
-    def _call(self, module: nn.Module, forward, *args, **kwargs):
+    def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outside, self._inside = self._inside, (*self._inside, module)
-        given = next(iter(_tensors((args, kwargs))), None)
-        given = None if given is None else self._of(given)
+        given = self._first((args, kwargs))
         try:
             out = forward(*args, **kwargs)
         finally:
             self._inside = outside
-        made = next(iter(_tensors(out)), None)
-        self.calls.setdefault(module, []).append(Call(given, None if made is None else self._of(made)))
+        self.calls.setdefault(module, []).append(Call(given, self._first(out)))
         return out
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def _first(self, taken_or_returned: Any) -> Value | None:
+        tensors = _tensors_in(taken_or_returned)
+        return self._of(tensors[0]) if tensors else None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         inputs = [self._of(tensor) for tensor in tensors]
@@ -113,7 +115,7 @@ class Recorder(TorchDispatchMode):
                 self._bind(tensor, value)
         return out
 
-    def _run_on_twins(self, func, args, kwargs, tensors: list[Tensor]):
+    def _run_on_twins(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         if func.overloadpacket.__name__ == "native_batch_norm":  # its own meta version takes a hundred times as long
             x = self._twin(args[0])
             return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
@@ -132,7 +134,7 @@ class Recorder(TorchDispatchMode):
             self._twins[id(tensor)] = twin
         return self._twins[id(tensor)]
 
-    def _note(self, name, func, args, kwargs, inputs: list[Value], made: list[Tensor]) -> Op:
+    def _note(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Value], made: list[Tensor]) -> Op:
         from_input = any(value.from_input for value in inputs)
         outputs = [Value(tensor.shape, from_input) for tensor in made]
         op = Op(len(self.ops), name, func, args, kwargs, self._inside, list(dict.fromkeys(inputs)), outputs)
@@ -167,11 +169,11 @@ class Recorder(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     with suppress(NotImplementedError, RuntimeError):  # sparse tensors have none
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     return -id(tensor)
 
 
-def _written(func, args, kwargs) -> list[Tensor]:
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that ``func`` writes to."""
     if not func._schema.is_mutable:
         return []
@@ -182,7 +184,7 @@ def _written(func, args, kwargs) -> list[Tensor]:
     return [tensor for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def _tensors_in(outputs: Any) -> list[Tensor]:
     """The tensors in what a module takes or returns: containers, and objects that hold tensors as attributes."""
     leaves = [y for x in tree_leaves(outputs) for y in ([x] if isinstance(x, Tensor) else tree_leaves(_attributes(x)))]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -20,9 +20,9 @@ def without_wrappers(model: nn.Module) -> nn.Module:
     """The network inside of ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
+            model = model.get_submodule("module")
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 
@@ -69,11 +69,12 @@ def _belongs(hook: Any, own: set[int]) -> bool:
 def plain_forward(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Let the ENC layers among ``layers`` compute with W while the context lasts: the network they came from."""
     # Of a parametrized layer, the weight is an attribute of the class that it has.
-    enc = {x: type(x) for x in layers if isinstance(x, ENCLayer) and not parametrize.is_parametrized(x)}
-    for layer in enc:
-        layer.__class__ = layer.plain_class
+    enc = [x for x in layers if isinstance(x, ENCLayer) and not parametrize.is_parametrized(x)]
+    changes: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = [(x, type(x), x.plain_class) for x in enc]
+    for layer, _, plain in changes:
+        layer.__class__ = plain
     try:
         yield
     finally:
-        for layer, own in enc.items():
+        for layer, own, _ in changes:
             layer.__class__ = own

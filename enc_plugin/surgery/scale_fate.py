@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -30,7 +31,7 @@ class Fate:
         return not self.outputs and self.lost_in is None
 
 
-def fate(trace: Trace, layer: nn.Module, through_layers: bool = True, norms_due=frozenset()) -> Fate:
+def fate(trace: Trace, layer: nn.Module, through_layers: bool = True, norms_due: Set[nn.Module] = frozenset()) -> Fate:
     """Follow a factor of the outputs of ``layer``: operation by operation, by its degree of homogeneity.
 
     A norm makes the degree 0, whether it is one operation or several (``x / x.norm()``).

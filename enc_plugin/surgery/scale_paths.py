@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import StockLayer
 from .channel_labels import along_dim, channel_dim, labels_behind, per_channel
 from .operations import MOVES
 from .trace import Op, Trace, Value
 
 
-def norms_that_fold(trace: Trace, layer: nn.Module) -> list[_BatchNorm]:
+def norms_that_fold(trace: Trace, layer: StockLayer) -> list[_BatchNorm]:
     """The batch norms that fold into ``layer``, nearest first: each reads its outputs at once, and nothing else does.
 
     Reshaping and transposing in between is no obstacle. Of a layer that is called several times, all calls agree.
@@ -20,7 +23,7 @@ def norms_that_fold(trace: Trace, layer: nn.Module) -> list[_BatchNorm]:
     return chains[0] if chains and all(chain == chains[0] for chain in chains) else []
 
 
-def _chain(trace: Trace, layer: nn.Module, value: Value | None) -> list[_BatchNorm]:
+def _chain(trace: Trace, layer: StockLayer, value: Value | None) -> list[_BatchNorm]:
     norms: list[_BatchNorm] = []
     dim = None if value is None else channel_dim(layer, value)
     if value is None or dim is None:
@@ -34,7 +37,8 @@ def _chain(trace: Trace, layer: nn.Module, value: Value | None) -> list[_BatchNo
         op = readers[0]
         norm = trace.norm_of(op)
         if norm is not None and op.args[0] is value:
-            if not torch.equal(per_channel(labels, op.args[0]), channels):
+            order = per_channel(labels, value)
+            if order is None or not torch.equal(order, channels):
                 break
             norms.append(norm)
             value, labels = op.outputs[0], along_dim(channels, 1, op.outputs[0])
@@ -59,11 +63,11 @@ class Scales:
         leaks: The layers whose factor reaches something else, with the reason in words.
     """
 
-    def __init__(self, trace: Trace, layers):
-        self.readers: dict[nn.Module, list[tuple[_BatchNorm, Tensor, Tensor]]] = {}
-        self.leaks: dict[nn.Module, str] = {}
+    def __init__(self, trace: Trace, layers: Iterable[StockLayer]):
+        self.readers: dict[StockLayer, list[tuple[_BatchNorm, Tensor, Tensor]]] = {}
+        self.leaks: dict[StockLayer, str] = {}
         self._trace = trace
-        self._starts: dict[nn.Module, int] = {}
+        self._starts: dict[StockLayer, int] = {}
         self._labels: dict[Value, Tensor] = {}  # broadcastable to the value; 0 where there is no factor
         self._read: dict[_BatchNorm, list[Tensor]] = {}
         start = 1
@@ -80,7 +84,7 @@ class Scales:
                 self._leak(self._labels[value], "it is an output of the network")
         self._match()
 
-    def _begin(self, layer: nn.Module, out: Value | None) -> None:
+    def _begin(self, layer: StockLayer, out: Value | None) -> None:
         dim = None if out is None else channel_dim(layer, out)
         if out is None or dim is None:
             self.leaks.setdefault(layer, f"its output has shape {None if out is None else tuple(out.shape)}")
@@ -114,10 +118,10 @@ class Scales:
         for layer in self._layers_in(labels):
             self.leaks.setdefault(layer, why)
 
-    def _layers_in(self, labels: Tensor) -> list[nn.Module]:
+    def _layers_in(self, labels: Tensor) -> list[StockLayer]:
         return [layer for layer in self._starts if self._of_layer(layer, labels).any()]
 
-    def _of_layer(self, layer: nn.Module, labels: Tensor) -> Tensor:
+    def _of_layer(self, layer: StockLayer, labels: Tensor) -> Tensor:
         first = self._starts[layer]
         return (labels >= first) & (labels < first + layer.weight.shape[0])
 

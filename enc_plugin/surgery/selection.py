@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 from torch import nn
 
 from ..functional.normalizable import check_all_normalizable
-from ..layers import POST_NORM_KEYS, ENCLayer, enc_class, lacks_attribute
+from ..layers import POST_NORM_KEYS, ENCLayer, StockLayer, enc_class, lacks_attribute
 from .eligible import Evidence
 from .late_surgery import refuse_wrapped
 from .projected import projection_of
@@ -29,12 +30,12 @@ class Selection:
         candidates: Names of the layers that the user could choose from.
     """
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, StockLayer]
     needs_norm: set[nn.Module]
     problems: dict[str, str]
     candidates: list[str]
 
-    def gains_parameters(self, layer: nn.Module, alpha: float | str) -> bool:
+    def gains_parameters(self, layer: StockLayer, alpha: float | str) -> bool:
         """Whether conversion adds parameters to ``layer``: a batch norm or a learnable alpha."""
         is_enc = isinstance(layer, ENCLayer)
         gains_norm = layer in self.needs_norm and not (is_enc and layer.enc_norm is not None)
@@ -68,9 +69,8 @@ def select_layers(
 def refuse_unfit(model: nn.Module, chosen: Selection, variant: str, alpha: float | str, how: str) -> None:
     """Raise ``ValueError`` if the layers that are chosen cannot be converted, before the first of them is changed."""
     for name, layer in chosen.layers.items():
-        if isinstance(layer, ENCLayer) or projection_of(layer) is not None:
-            _check_same_options(name, layer, variant, alpha, how)
-        else:
+        _check_same_options(name, layer, variant, alpha, how)
+        if not isinstance(layer, ENCLayer) and projection_of(layer) is None:
             _check_names(name, layer, alpha, layer in chosen.needs_norm)
     plain = {name: layer.weight for name, layer in chosen.layers.items() if not isinstance(layer, ENCLayer)}
     check_all_normalizable(plain, variant)
@@ -78,7 +78,7 @@ def refuse_unfit(model: nn.Module, chosen: Selection, variant: str, alpha: float
         refuse_wrapped(model)
 
 
-def _is_layer(module: nn.Module) -> bool:
+def _is_layer(module: nn.Module) -> TypeGuard[StockLayer]:
     return isinstance(module, ENCLayer) or enc_class(type(module)) is not None
 
 
@@ -134,13 +134,14 @@ def _check_names(name: str, layer: nn.Module, alpha: float | str, needs_norm: bo
         )
 
 
-def _check_same_options(name: str, layer: nn.Module, variant: str, alpha: float | str, how: str) -> None:
+def _check_same_options(name: str, layer: StockLayer, variant: str, alpha: float | str, how: str) -> None:
     held = projection_of(layer)
-    if held is None:
-        own = (layer.enc_settings["variant"], layer.enc_settings["alpha"], "reparametrize")
-    else:
+    own: tuple[str, float | str, str] | None = None
+    if held is not None:
         own = (held.enc_variant, held.enc_alpha, "project")
-    if own != (variant, alpha, how):
+    elif isinstance(layer, ENCLayer):
+        own = (layer.enc_variant, layer.enc_settings["alpha"], "reparametrize")
+    if own is not None and own != (variant, alpha, how):
         (own_variant, own_alpha, own_how), other = own, f", how={how!r}" if own[2] != how else ""
         raise ValueError(
             f"layer {name!r} is ENC already with variant={own_variant!r}, alpha={own_alpha!r}"

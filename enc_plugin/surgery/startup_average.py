@@ -10,10 +10,30 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class _Norm(Protocol):
+    """What a norm has that keeps running statistics."""
+
+    training: bool
+    track_running_stats: bool
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    # Statistics ahead of an update: mean, variance, count, and whether they are those of a new norm.
+    _before_update: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    _forward_hooks: dict[int, Any]
+    _forward_pre_hooks: dict[int, Any]
+    _forward_hooks_always_called: dict[int, Any]
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
 
 _TRIAL_SHAPES = ((2, 2), (), (2,), (2, 2, 2))  # of an input, behind (N, C)
 
@@ -35,9 +55,9 @@ def average_from_start(model: nn.Module) -> None:
         model: Any ``nn.Module``. It and its batch norms get forward hooks for the first ``1 / momentum`` steps, and it
             gets a hook that renews them when a checkpoint is loaded. Calling this again changes nothing.
     """
-    watch = next((h for h in model._load_state_dict_post_hooks.values() if isinstance(h, _Watch)), None)
+    watch = next((h for h in model._load_state_dict_post_hooks.values() if isinstance(h, _FirstSteps)), None)
     if watch is None:
-        watch = _Watch()
+        watch = _FirstSteps()
         model.register_load_state_dict_post_hook(watch)
     watch.start(model)
 
@@ -46,7 +66,7 @@ def drop_averages(model: nn.Module) -> None:
     """Take off all that :func:`average_from_start` has put on ``model``; the statistics stay as they are."""
     for module in model.modules():
         for hooks in (module._load_state_dict_post_hooks, module._forward_pre_hooks, module._forward_hooks):
-            _remove(module, hooks, (_Watch, _Update))
+            _remove_hooks(module, hooks, (_FirstSteps, _Update))
         module.__dict__.pop("_before_update", None)
 
 
@@ -62,17 +82,17 @@ def unfit_statistics(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, norm in model.named_modules():
         var, mean, momentum = (getattr(norm, key, None) for key in ("running_var", "running_mean", "momentum"))
-        if not isinstance(var, Tensor) or var.is_meta or not isinstance(momentum, float):
+        if not (isinstance(var, Tensor) and isinstance(mean, Tensor) and isinstance(momentum, float)) or var.is_meta:
             continue
         count = getattr(norm, "num_batches_tracked", None)
-        if (var == 1).all() and not mean.any():
+        if var.eq(1).all() and not mean.any():
             found[name] = "no batch seen"
         elif count and not _is_averaged(norm) and (1 - momentum) ** int(count) > 0.1 * var.median():
             found[name] = f"{int(count)} batches seen, the initial variance is still felt"
     return found
 
 
-class _Watch:
+class _FirstSteps:
     """Hooks of a network: keep those of its batch norms on for its first steps, and renew them when it is loaded.
 
     In each step anew, because conversion to synchronised batch norm puts new modules without hooks in the place.
@@ -81,29 +101,29 @@ class _Watch:
     def __init__(self) -> None:
         self.steps = 0
 
-    def __call__(self, model: nn.Module, incompatible_keys) -> None:
+    def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
         """As the load hook: the checkpoint may be of the first steps."""
         self.start(model)
 
     def start(self, model: nn.Module) -> None:
         self.steps = 0
-        _remove(model, model._forward_pre_hooks, _Watch)
+        _remove_hooks(model, model._forward_pre_hooks, _FirstSteps)
         model.register_forward_pre_hook(self.before)
         for module in model.modules():
             if _updates_as_torch(module):
                 _attach(module)
 
-    def before(self, model: nn.Module, args: tuple) -> None:
+    def before(self, model: nn.Module, args: Any) -> None:
         """As the forward pre-hook."""
         if not model.training or torch.compiler.is_compiling():
             return
-        norms = [module for module in model.modules() if _is_averaged(module) or _is_stock(module)]
+        norms = [norm for norm in model.modules() if _is_averaged(norm) or _is_stock(norm)]
         if self.steps < max((math.ceil(1 / norm.momentum) for norm in norms if norm.momentum), default=0):
             self.steps += 1
             for norm in norms:
                 _attach(norm)
         else:
-            _remove(model, model._forward_pre_hooks, _Watch)
+            _remove_hooks(model, model._forward_pre_hooks, _FirstSteps)
 
 
 class _Update:
@@ -117,19 +137,19 @@ class _Update:
     def __init__(self) -> None:
         self.calls = 0
 
-    def before(self, norm: nn.Module, args: tuple) -> None:
+    def before(self, norm: _Norm, args: Any) -> None:
         """Note the statistics, with zeros for the initial 1: small variances would drown in its rounding."""
         if not (norm.training and norm.track_running_stats and norm.momentum):
             return
         # .data: autograd has saved the statistics (without using them), and would object to a change.
         mean, var, count = norm.running_mean.data, norm.running_var.data, norm.num_batches_tracked.data
         is_new = count == 0
-        is_fresh = is_new & (mean == 0).all() & (var == 1).all()
+        is_fresh = is_new & mean.eq(0).all() & var.eq(1).all()
         count.add_((is_new & ~is_fresh) * math.ceil(1 / norm.momentum))
         norm._before_update = (mean.clone(), var.clone(), count.clone(), is_fresh)
         var.mul_(~is_fresh)
 
-    def after(self, norm: nn.Module, args: tuple, out: Tensor | None) -> None:
+    def after(self, norm: _Norm, args: Any, out: Tensor | None) -> None:
         """Give the update that was made with the factor ``momentum`` the factor ``max(momentum, 1 / n)``."""
         if norm._before_update is None:
             return
@@ -150,11 +170,11 @@ class _Update:
             self.calls += 1
             if self.calls * norm.momentum >= 1:
                 for hooks in (norm._forward_pre_hooks, norm._forward_hooks):
-                    _remove(norm, hooks, _Update)
+                    _remove_hooks(norm, hooks, _Update)
 
 
-def _attach(norm: nn.Module) -> None:
-    if not any(_owner(hook, _Update) for hook in norm._forward_hooks.values()):
+def _attach(norm: Any) -> None:
+    if not any(_is_of(hook, _Update) for hook in norm._forward_hooks.values()):
         update = _Update()
         norm._before_update = None  # of the module, because replicas (DataParallel) share its hooks
         norm.register_forward_pre_hook(update.before)
@@ -162,27 +182,27 @@ def _attach(norm: nn.Module) -> None:
         norm.register_forward_hook(update.after, always_call=True)
 
 
-def _remove(module: nn.Module, hooks: dict, kinds: type | tuple[type, ...]) -> None:
-    for key in [key for key, hook in hooks.items() if _owner(hook, kinds)]:
+def _remove_hooks(module: Any, hooks: dict[int, Any], kinds: type | tuple[type, ...]) -> None:
+    for key in [key for key, hook in hooks.items() if _is_of(hook, kinds)]:
         del hooks[key]
         module._forward_hooks_always_called.pop(key, None)
 
 
-def _owner(hook, kinds: type | tuple[type, ...]) -> bool:
+def _is_of(hook: Any, kinds: type | tuple[type, ...]) -> bool:
     return isinstance(hook, kinds) or isinstance(getattr(hook, "__self__", None), kinds)
 
 
-def _is_averaged(module: nn.Module) -> bool:
+def _is_averaged(module: nn.Module) -> TypeGuard[_Norm]:
     return "_before_update" in module.__dict__
 
 
-def _is_stock(module: nn.Module) -> bool:
+def _is_stock(module: nn.Module) -> TypeGuard[_Norm]:
     """Whether torch updates the module's statistics: subclasses of SyncBatchNorm add to what its forward does."""
     stock = isinstance(module, nn.SyncBatchNorm) or type(module).forward is _BatchNorm.forward
     return stock and _keeps_statistics(module)
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
+def _keeps_statistics(module: nn.Module) -> TypeGuard[_Norm]:
     names = ("running_mean", "running_var", "num_batches_tracked")
     is_kept = all(isinstance(module._buffers.get(name), Tensor) for name in names)
     return is_kept and isinstance(getattr(module, "momentum", None), float) and hasattr(module, "track_running_stats")
@@ -197,7 +217,8 @@ def _updates_as_torch(module: nn.Module) -> bool:
         return True
     if not _keeps_statistics(module) or module.running_mean.ndim != 1:
         return False
-    trial = copy.deepcopy(module).to_empty(device="cpu").float().train()
+    stock: Any = module
+    trial = copy.deepcopy(stock).to_empty(device="cpu").float().train()
     for hooks in (trial._forward_hooks, trial._forward_pre_hooks):
         hooks.clear()
     with torch.no_grad(), torch.random.fork_rng([]):
@@ -206,7 +227,7 @@ def _updates_as_torch(module: nn.Module) -> bool:
         return any(_follows_rule(trial, shape) for shape in _TRIAL_SHAPES)
 
 
-def _follows_rule(norm: nn.Module, shape: tuple[int, ...]) -> bool:
+def _follows_rule(norm: _Norm, shape: tuple[int, ...]) -> bool:
     channels, m = len(norm.running_mean), norm.momentum
     x = torch.arange(6.0 * channels * math.prod(shape)).sin().view(6, channels, *shape)
     norm.running_mean.fill_(0.5)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from ..layers import ENC_LAYERS, enc_class, reserved_attributes
+from ..layers import ENC_LAYERS, StockLayer, enc_class, reserved_attributes
 
 
 @torch.no_grad()
-def weight_problem(layer: nn.Module) -> str | None:
+def weight_problem(layer: StockLayer) -> str | None:
     """Why a layer cannot be ENC, or None: its output must be proportional to the weight that it owns.
 
     A layer that normalises its own weight does not double its output with it.
@@ -42,7 +43,7 @@ def weight_problem(layer: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def post_norm_problem(layer: nn.Module) -> str | None:
+def post_norm_problem(layer: StockLayer) -> str | None:
     """Why no batch norm of its own can follow a layer, or None: ``fold`` merges it into weight and bias alone.
 
     The layer's output has to be ``W x + b``, with nothing behind the sum (an activation, a factor).
@@ -53,7 +54,7 @@ def post_norm_problem(layer: nn.Module) -> str | None:
     out, negative = (trial.forward_with(sign * weight, x) for sign in (1, -1))
     bias = torch.arange(1.0, 1 + len(weight))
     trial._parameters["bias"] = nn.Parameter(bias)
-    shape = (1, -1) if isinstance(layer, nn.Linear) else (1, -1, *(1 for _ in layer.kernel_size))
+    shape = (1, -1) + (1,) * (weight.ndim - 2)
     if _are_close(negative, -out) and _are_close(trial.forward_with(weight, x), out + bias.view(shape)):
         return None
     name = _stock_class(layer).__name__
@@ -64,9 +65,9 @@ def _stock_class(layer: nn.Module) -> type[nn.Module]:
     return getattr(layer, "plain_class", type(layer))
 
 
-def _trial(layer: nn.Module) -> tuple[nn.Module, Tensor, Tensor]:
+def _trial(layer: StockLayer) -> tuple[Any, Tensor, Tensor]:
     """A copy of ``layer`` as an ENC layer on the CPU, with parameters of zero; a weight and an input for it."""
-    trial = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
+    trial: Any = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
     for tensor in (*trial.parameters(), *trial.buffers()):
         tensor.zero_()
     for module in trial.modules():
@@ -74,6 +75,7 @@ def _trial(layer: nn.Module) -> tuple[nn.Module, Tensor, Tensor]:
             module.reset_parameters()
     trial.__class__ = enc_class(_stock_class(layer))
     weight = torch.arange(1.0, 1 + trial.weight.numel()).sin().view_as(trial.weight)
+    shape: tuple[int, ...]
     if isinstance(layer, nn.Linear):
         shape = (2, layer.in_features)
     else:

@@ -12,10 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import ENC_LAYERS
+from ..layers import StockLayer
 from .example import Arguments
-
-LAYERS = tuple(ENC_LAYERS)
 
 # Operations that read shape, dtype or device of a tensor and none of its values.
 _METADATA = ("_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "is_same_size")
@@ -105,7 +103,7 @@ class Trace:
                 if op.is_alias:
                     open_values.extend(op.outputs)
                 elif op.reads_values and not any(
-                    module is layer or (isinstance(module, LAYERS) and module._parameters.get("weight") is weight)
+                    module is layer or (isinstance(module, StockLayer) and module._parameters.get("weight") is weight)
                     for module in op.inside
                 ):
                     found.append(op.inside[-1] if op.inside else self.model)

@@ -11,14 +11,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..functional.bounds import map_rows_sq_norm
-from ..layers import ENCLayer
+from ..layers import ENCLayer, StockLayer
 from .restored import restored
+
+ConvLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _MAX_ELEMENTS = 2**23  # of one batch of probes
 _MAX_OUTPUTS = 4096  # of a layer whose Jacobian is taken row by row
@@ -42,7 +45,7 @@ class UsedWeight:
 
 
 @torch.no_grad()
-def used_weight(layer: nn.Module, shape: torch.Size, with_map: bool = True) -> UsedWeight:
+def used_weight(layer: StockLayer, shape: torch.Size, with_map: bool = True) -> UsedWeight:
     """Measure the weight that a convolution or linear layer, ENC or plain, computes with.
 
     The layer runs a few times on inputs of one sample. It is left as it was.
@@ -55,13 +58,14 @@ def used_weight(layer: nn.Module, shape: torch.Size, with_map: bool = True) -> U
     Raises:
         UnclearWeightError: If the layer is no affine map of its input, or does not run on its own.
     """
-    is_linear = isinstance(layer, nn.Linear)
     # Not by the weight: in train mode, each look at one that is made by spectral norm changes it.
-    batched = len(shape) > (1 if is_linear else len(layer.kernel_size) + 1)
+    batched = len(shape) > (1 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 1)
     sample = (1, *(shape[1:] if batched else shape))
     with restored(layer), _without_post_norm(layer):
         try:
-            return _of_matrix(layer, sample) if is_linear else _of_kernel(layer, sample, with_map)
+            if isinstance(layer, nn.Linear):
+                return _of_matrix(layer, sample)
+            return _of_kernel(layer, sample, with_map)
         except UnclearWeightError:
             raise
         except Exception as error:  # layers of any kind: sparse inputs, further arguments, ...
@@ -69,7 +73,7 @@ def used_weight(layer: nn.Module, shape: torch.Size, with_map: bool = True) -> U
 
 
 @contextmanager
-def _without_post_norm(layer: nn.Module) -> Iterator[None]:
+def _without_post_norm(layer: StockLayer) -> Iterator[None]:
     name = getattr(layer, "_enc_norm_name", None)
     if isinstance(layer, ENCLayer):
         layer._enc_norm_name = None
@@ -80,7 +84,7 @@ def _without_post_norm(layer: nn.Module) -> Iterator[None]:
             layer._enc_norm_name = name
 
 
-def _random(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+def _random(layer: StockLayer, shape: tuple[int, ...]) -> Tensor:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))  # leaves the global random state alone
     return noise.to(layer.weight.device, layer.weight.dtype)
 
@@ -91,7 +95,7 @@ def _are_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return a.shape == b.shape and bool((a - b).norm() <= tolerance * b.norm())
 
 
-def _not_linear(layer: nn.Module) -> UnclearWeightError:
+def _not_linear(layer: StockLayer) -> UnclearWeightError:
     return UnclearWeightError(f"{type(layer).__name__} is no linear map of its input (an activation or a norm in it?)")
 
 
@@ -119,7 +123,7 @@ def _answers_to_units(layer: nn.Linear, sample: tuple[int, ...]) -> Tensor:
     return torch.cat(columns).T
 
 
-def _of_kernel(layer: nn.Module, sample: tuple[int, ...], with_map: bool) -> UsedWeight:
+def _of_kernel(layer: ConvLayer, sample: tuple[int, ...], with_map: bool) -> UsedWeight:
     x = _random(layer, sample)
     ran, zero_ran = _Convolution(), _Convolution()
     with ran:
@@ -138,11 +142,11 @@ def _of_kernel(layer: nn.Module, sample: tuple[int, ...], with_map: bool) -> Use
 class _Convolution(TorchDispatchMode):
     """Keeps the arguments of the convolutions that run, of which there has to be one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple] = []
+        self.calls: list[Any] = []  # arguments
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ == "convolution":
             self.calls.append(args)
         return func(*args, **(kwargs or {}))
@@ -156,9 +160,9 @@ class _Convolution(TorchDispatchMode):
         return self.calls[0][1]
 
     @property
-    def geometry(self) -> tuple:
+    def geometry(self) -> tuple[Any, ...]:
         """Stride, padding, dilation, transposed, output padding, groups."""
-        return self.calls[0][3:]
+        return tuple(self.calls[0][3:])
 
     def is_same_as(self, other: _Convolution) -> bool:
         """Whether one convolution ran both times, with the same weight: none that depends on the input."""
@@ -169,7 +173,9 @@ class _Convolution(TorchDispatchMode):
         return torch.convolution(self.input - zero.input, self.weight, None, *self.geometry)
 
 
-def _pixels_read(layer: nn.Module, sample: tuple[int, ...], ran: _Convolution, zero: _Convolution):
+def _pixels_read(
+    layer: ConvLayer, sample: tuple[int, ...], ran: _Convolution, zero: _Convolution
+) -> list[Tensor] | None:
     """For each dimension ``(outputs, taps)``: the input's pixel that a tap meets, -1 where it meets padding.
 
     None if the input of the convolution is not made of the layer's input's pixels.
@@ -177,8 +183,8 @@ def _pixels_read(layer: nn.Module, sample: tuple[int, ...], ran: _Convolution, z
     size = sample[2:]
     marked = _Convolution()
     with marked:  # one sample for each dimension, with pixels that say where they are, from 1
-        places = torch.meshgrid(*(torch.arange(1, n + 1) for n in size), indexing="ij")
-        x = torch.stack(places)[:, None].expand(-1, sample[1], *size)
+        grid = torch.meshgrid(*(torch.arange(1, n + 1) for n in size), indexing="ij")
+        x = torch.stack(grid)[:, None].expand(-1, sample[1], *size)
         layer(x.to(layer.weight.device, layer.weight.dtype))
     places = (marked.input - zero.input)[:, 0].double().cpu()
     dims = range(len(size))
@@ -205,7 +211,7 @@ def _take(x: Tensor, sources: list[Tensor]) -> Tensor:
     return x
 
 
-def _of_jacobian(layer: nn.Module, x: Tensor, out: Tensor, zero: Tensor, with_map: bool) -> UsedWeight:
+def _of_jacobian(layer: ConvLayer, x: Tensor, out: Tensor, zero: Tensor, with_map: bool) -> UsedWeight:
     """Of a layer that is more than one convolution (adapters, a factor behind it): rows of its Jacobian."""
     tolerance = 3 * torch.finfo(out.dtype).eps ** 0.5
     other = x.flip(1, 2)
@@ -227,7 +233,7 @@ def _of_jacobian(layer: nn.Module, x: Tensor, out: Tensor, zero: Tensor, with_ma
     return UsedWeight(rows, by_map)
 
 
-def _jacobian_rows(layer: nn.Module, x: Tensor, places: list[list[int]]) -> Tensor:
+def _jacobian_rows(layer: ConvLayer, x: Tensor, places: list[list[int]]) -> Tensor:
     """``(out,)`` float64: for each channel the squared norms of the outputs' gradients, summed over ``places``."""
     channels = layer(x).shape[1]
     wanted = [(channel, place) for channel in range(channels) for place in places]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type
+from .checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type, holds_integers
 from .eval_mode import require_eval_mode
 from .precision import full_float32
 
@@ -62,11 +62,11 @@ def fgsm(
         >>> fgsm(lambda x: x @ torch.tensor([[1.0, 0.0], [0.0, 1.0]]), images, labels, eps=0.25)
         tensor([[0.2500, 1.0000]])
     """
-    budgets = _check_arguments(images, labels, eps, lower, upper)
+    budgets = _checked_budgets(images, labels, eps, lower, upper)
     lower, upper = float(lower), float(upper)
     gradient, _ = input_gradient(forward, images, labels, loss=loss)
     adversarial = [sign_step(images, gradient, budget, lower=lower, upper=upper) for budget in budgets]
-    return adversarial[0] if _is_number(eps) else adversarial
+    return adversarial[0] if _is_one_budget(eps) else adversarial
 
 
 def pgd(
@@ -118,7 +118,7 @@ def pgd(
         >>> pgd(lambda x: x @ torch.tensor([[1.0, 0.0], [0.0, 1.0]]), images, labels, eps=0.25)
         tensor([[0.2500, 1.0000]])
     """
-    budgets = _check_arguments(images, labels, eps, lower, upper)
+    budgets = _checked_budgets(images, labels, eps, lower, upper)
     lower, upper = float(lower), float(upper)
     check_integer("steps", steps, 1, below=MAX_STEPS)
     if step_size is not None:
@@ -141,7 +141,7 @@ def pgd(
             change = (x + step * _sign(gradient) - images).clamp(-budget, budget)
             x = (images + change).clamp(lower, upper)
         adversarial.append(x)
-    return adversarial[0] if _is_number(eps) else adversarial
+    return adversarial[0] if _is_one_budget(eps) else adversarial
 
 
 def input_gradient(
@@ -200,13 +200,9 @@ def _sign(gradient: Tensor) -> Tensor:
     return gradient.sign().nan_to_num_(nan=0.0)
 
 
-def _is_number(eps: float | Tensor | Sequence[float]) -> bool:
+def _is_one_budget(eps: float | Tensor | Sequence[float]) -> bool:
     """Whether ``eps`` is one budget: a number, or a tensor or array without dimensions."""
     return isinstance(eps, Real) or getattr(eps, "ndim", None) == 0
-
-
-def _holds_integers(labels: Tensor) -> bool:
-    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
 
 
 def _warn_of_other_unit(budgets: Sequence[float], scale: float) -> None:
@@ -224,7 +220,7 @@ def other_unit(eps: float) -> str:
     )
 
 
-def _check_arguments(
+def _checked_budgets(
     images: Tensor, labels: Tensor, eps: float | Sequence[float], lower: float, upper: float
 ) -> list[float]:
     """Refuse what would attack something else than meant; the values of ``eps`` as a list."""
@@ -232,7 +228,7 @@ def _check_arguments(
     if images.ndim == 0:
         raise ValueError("images: expected a batch (N, ...), got a scalar")
     check_type("labels", labels, Tensor, "a tensor of class numbers")
-    if labels.shape != images.shape[:1] or not _holds_integers(labels):
+    if labels.shape != images.shape[:1] or not holds_integers(labels):
         raise ValueError(
             f"labels: expected {len(images)} class numbers, got shape {tuple(labels.shape)} of {labels.dtype}"
         )
@@ -241,11 +237,11 @@ def _check_arguments(
         check_number(name, value, f"a number of {images.dtype}", lambda v: -largest <= v <= largest)
     if not lower < upper:
         raise ValueError(f"lower, upper: expected lower < upper, got {lower!r}, {upper!r}")
-    if not _is_number(eps) and (
+    if not _is_one_budget(eps) and (
         isinstance(eps, (str, bytes)) or not (isinstance(eps, Sequence) or hasattr(eps, "ndim"))
     ):
         raise TypeError(f"eps: expected a number or a sequence of numbers, got {eps!r}")
-    budgets: list[Any] = [eps] if _is_number(eps) else list(cast(Sequence[float], eps))
+    budgets: list[Any] = [eps] if _is_one_budget(eps) else list(cast(Sequence[float], eps))
     for i, budget in enumerate(budgets):
         if getattr(budget, "ndim", None) == 0:
             budgets[i] = budget = budget.item()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -78,6 +79,11 @@ def check_floating_tensor(name: str, value: object, hint: str = "") -> None:
         raise TypeError(f"{name}: expected a tensor, got {_describe(value)}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected floating point, got {value.dtype}{hint}")
+
+
+def holds_integers(tensor: Tensor) -> bool:
+    """Whether the elements are integers, truth values not among them."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def check_class_numbers(name: str, labels: Tensor, num_classes: int) -> None:

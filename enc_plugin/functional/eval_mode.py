@@ -20,10 +20,10 @@ def require_eval_mode(forward: Callable) -> Iterator[None]:
     model = module_of(forward)
     if model is not None:
         for name, module in model.named_modules():
-            _check(module, name)
+            _check_mode(module, name)
         yield
         return
-    handle = register_module_forward_pre_hook(lambda module, _: _check(module))
+    handle = register_module_forward_pre_hook(lambda module, _: _check_mode(module))
     try:
         yield
     finally:
@@ -40,7 +40,7 @@ def module_of(forward: Callable) -> nn.Module | None:
     return forward if isinstance(forward, nn.Module) else None
 
 
-def _check(module: nn.Module, name: str = "") -> None:
+def _check_mode(module: nn.Module, name: str = "") -> None:
     if module.training:
         where = f"{type(module).__name__} ({name!r})" if name else type(module).__name__
         raise ValueError(

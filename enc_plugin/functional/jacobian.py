@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_class_numbers, check_floating_tensor, check_integer, check_type
+from .checks import check_class_numbers, check_floating_tensor, check_integer, check_type, holds_integers
 from .reading import reading, refuse_random
 
 OUTPUTS = {
@@ -69,7 +69,7 @@ def gbr(
         >>> gbr(lambda x: x @ weight.T + 1, torch.zeros(2, 2))
         tensor([14., 14.])
     """
-    _check_arguments(forward, inputs, output, labels, projections, generator, seeds, batch_size)
+    _check_gbr(forward, inputs, output, labels, projections, generator, seeds, batch_size)
     values = []
     with reading(inputs.device):
         if projections is not None and seeds is None:
@@ -252,10 +252,10 @@ def _graph(
     forward: Callable[[Tensor], Tensor], inputs: Tensor, output: str, labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Leaf with the values of ``inputs``, and the outputs ``(N, C)`` to differentiate, with their graph."""
-    x, out = _run(forward, inputs)
+    x, out = _leaf_and_output(forward, inputs)
     if len(x) == 1 and isinstance(out, Tensor) and (out.ndim == 0 or len(out) != 1):
         # A network that squeezes takes a batch of one for no batch at all.
-        x, out = _run(forward, inputs, copies=2)
+        x, out = _leaf_and_output(forward, inputs, copies=2)
         out = out[:1] if out.ndim and len(out) == 2 else out
     if not isinstance(out, Tensor):
         raise TypeError(f"forward: expected it to return a tensor (N, C), got {type(out).__name__}")
@@ -270,7 +270,7 @@ def _graph(
     return x, out
 
 
-def _run(forward: Callable[[Tensor], Tensor], inputs: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
+def _leaf_and_output(forward: Callable[[Tensor], Tensor], inputs: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
     """Leaf with the values of ``inputs``, and what ``forward`` returns for ``copies`` of it, one behind the other."""
 
     def feed(x: Tensor) -> Tensor:
@@ -336,7 +336,7 @@ def _at_least_float32(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.dtype, torch.float32)
 
 
-def _check_arguments(
+def _check_gbr(
     forward: Callable[[Tensor], Tensor],
     inputs: Tensor,
     output: str,
@@ -354,11 +354,11 @@ def _check_arguments(
     check_output(output)
     if inputs.ndim == 0:
         raise ValueError("inputs: expected a batch (N, ...), got a scalar")
-    if output == "label_prob" and (labels is None or labels.shape != inputs.shape[:1] or not _holds_integers(labels)):
+    if output == "label_prob" and (labels is None or labels.shape != inputs.shape[:1] or not holds_integers(labels)):
         got = "None" if labels is None else f"shape {tuple(labels.shape)} of {labels.dtype}"
         raise ValueError(f"labels: 'label_prob' needs {len(inputs)} class numbers, got {got}")
     check_projections(projections)
-    if seeds is not None and (seeds.shape != inputs.shape[:1] or not _holds_integers(seeds)):
+    if seeds is not None and (seeds.shape != inputs.shape[:1] or not holds_integers(seeds)):
         raise ValueError(f"seeds: expected {len(inputs)} integers, got shape {tuple(seeds.shape)} of {seeds.dtype}")
     if seeds is not None and seeds.numel() and not 0 <= int(seeds.min()) <= int(seeds.max()) < 2**32:
         raise ValueError(f"seeds: expected integers from 0 to 2^32 - 1, got {int(seeds.min())}..{int(seeds.max())}")
@@ -374,7 +374,3 @@ def check_output(output: str) -> None:
 def check_projections(projections: int | None) -> None:
     """Refuse what is neither None (exact) nor a positive integer."""
     check_integer("projections", projections, 1, none="exact")
-
-
-def _holds_integers(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from .eval_mode import module_of
 from .precision import full_float32
-from .random_states import kept_random_states
+from .rng import kept_random_states
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def saved_settings(state_dict: Mapping[str, Tensor]) -> dict[str, Settings]:
     }
 
 
-def differences(saved: Settings, own: Settings) -> list[str]:
+def differing_settings(saved: Settings, own: Settings) -> list[str]:
     """Names of the settings by which layers with equal weights compute something else."""
     # A learnable alpha takes up any value.
     return [
@@ -80,7 +80,7 @@ def warn_of_origin(saved: Settings, own: Settings, keeps_function: bool) -> None
             CheckpointWarning,
             stacklevel=3,
         )
-    differ = differences(saved, own)
+    differ = differing_settings(saved, own)
     if differ:
         warnings.warn(
             "the checkpoint is of an ENC network with "

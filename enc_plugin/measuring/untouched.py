@@ -11,7 +11,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import nn
 
-from ..functional.random_states import kept_random_states
+from ..functional.rng import kept_random_states
 from ..surgery.startup_average import unfit_statistics
 
 # Flags of activation checkpointing (mmpretrain's and timm's): where it is reentrant, autograd.grad refuses it.

@@ -83,15 +83,15 @@ def warn_of_doubts(
     skipped = {name: why for name, why in report.skipped.items() if name in chosen.problems}
     majority = describe_plain_majority(model, skipped)
     if majority and report.layers:
-        _warn(f"to_enc: {majority}; report.skipped names them")
+        _warn_caller(f"to_enc: {majority}; report.skipped names them")
     if report.guessed and failure is not None:
-        _warn(
+        _warn_caller(
             f"to_enc did not see the network at work ({failure}: example=...). It took for granted that each of the "
             f"{len(report.guessed)} layers alone computes with its weight, and guessed which batch norms follow"
         )
     if report.without_norm and post_norm is not False:
         names = report.without_norm
-        _warn(
+        _warn_caller(
             f"to_enc: {len(names)} of {len(report)} ENC layers have no norm behind them, so that their outputs stay as "
             f"small as their weights: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. A network of such "
             "layers hardly trains; give each layer a batch norm of its own with post_norm=True, or leave them plain "
@@ -99,10 +99,10 @@ def warn_of_doubts(
         )
     if not report.layers:
         left = " that include and exclude leave" if chosen.candidates else ""
-        _warn(
+        _warn_caller(
             f"to_enc changed nothing: {type(model).__name__} has no Conv1d/2d/3d or Linear layer{left}", NoEffectWarning
         )
 
 
-def _warn(text: str, category: type[Warning] = UserWarning) -> None:
+def _warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(text, category, stacklevel=4)

@@ -25,7 +25,7 @@ def refuse_wrapped(model: nn.Module) -> None:
         model: The wrapper, a network with wrapped parts, or the network inside of a wrapper.
     """
     own = set(model.modules())
-    wrapper = next((type(m) for m in own if isinstance(m, _wrappers())), None)
+    wrapper = next((type(m) for m in own if isinstance(m, _distributed_wrappers())), None)
     if wrapper is None and distributed.is_available() and distributed.is_initialized():
         wrapper = _live_wrapper(own)
         if wrapper is not None:
@@ -40,10 +40,10 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 def _live_wrapper(modules: set[nn.Module]) -> type | None:
     """Type of a wrapper somewhere in the process that has one of ``modules`` inside."""
-    return next((type(w) for w in _live_objects(_wrappers()) if not modules.isdisjoint(w.modules())), None)
+    return next((type(w) for w in _live_objects(_distributed_wrappers()) if not modules.isdisjoint(w.modules())), None)
 
 
-def _wrappers() -> tuple[type, ...]:
+def _distributed_wrappers() -> tuple[type, ...]:
     found = [nn.parallel.DistributedDataParallel]
     if distributed.is_available():
         from torch.distributed import fsdp

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 from ..layers import ENCLayer
-from ..layers.origin import KEY, differences, saved_settings
+from ..layers.origin import KEY, differing_settings, saved_settings
 from ..layers.reparametrized import WEIGHT_KEYS
 
 
@@ -24,7 +24,7 @@ class Loading:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        before = _tensors(model)
+        before = _loadable(model)
         self._before = {name: (tensor, tensor._version) for name, tensor in before.items()}
         # Some buffers (masks) are infinite on purpose.
         self._not_finite = set(_not_finite(before.items()))
@@ -34,7 +34,7 @@ class Loading:
         """The tensors that were loaded, by their keys in state dicts."""
         return {
             name: tensor
-            for name, tensor in _tensors(self.model).items()
+            for name, tensor in _loadable(self.model).items()
             if tensor is not self._before[name][0] or tensor._version != self._before[name][1]
         }
 
@@ -73,10 +73,10 @@ def check_trained_as(model: nn.Module) -> None:
                 f"checkpoint: its layer {name!r} is of a plain network, and this model's is ENC, which computes "
                 "something else; use the plain config, or keep the function of plain weights: enc=dict(preserve=True)"
             )
-        if saved and differences(saved, layer.enc_settings):
+        if saved and differing_settings(saved, layer.enc_settings):
             raise ValueError(
-                f"checkpoint: its layer {name!r} was trained with {_show(saved)}, the config's has "
-                f"{_show(layer.enc_settings)}; use the config of the training run (a copy is in its work_dir)"
+                f"checkpoint: its layer {name!r} was trained with {_in_words(saved)}, the config's has "
+                f"{_in_words(layer.enc_settings)}; use the config of the training run (a copy is in its work_dir)"
             )
 
 
@@ -116,7 +116,7 @@ def why_not_plain(layers: list[str]) -> str:
     )
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _loadable(model: nn.Module) -> dict[str, Tensor]:
     # Batch norms load a counter of batches from themselves where an old checkpoint has none.
     passed_over = (KEY, "num_batches_tracked")
     state = model.state_dict(keep_vars=True)
@@ -129,5 +129,5 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
             yield name
 
 
-def _show(settings: Mapping) -> str:
+def _in_words(settings: Mapping) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in settings.items())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..functional.random_states import kept_random_states
+from ..functional.rng import kept_random_states
 from ..layers import ENCLayer
 
 

@@ -29,12 +29,12 @@ def weight_problem(layer: StockLayer) -> str | None:
         return f"{name} has no weight before its first forward pass"
     if type(layer) in ENC_LAYERS:
         return None
-    trial, weight, x = _trial(layer)
+    trial, weight, x = _trial_copy(layer)
     try:
         once, twice = (trial.forward_with(factor * weight, x) for factor in (1, 2))
     except Exception as error:
         return f"{name} does not run on its own: {error}"
-    if not once.any() or not _are_close(twice, 2 * once):
+    if not once.any() or not _all_close(twice, 2 * once):
         return f"{name} transforms its weight itself"
     taken = reserved_attributes(layer)
     if taken:
@@ -50,12 +50,12 @@ def post_norm_problem(layer: StockLayer) -> str | None:
     """
     if _stock_class(layer) in ENC_LAYERS:
         return None
-    trial, weight, x = _trial(layer)
+    trial, weight, x = _trial_copy(layer)
     out, negative = (trial.forward_with(sign * weight, x) for sign in (1, -1))
     bias = torch.arange(1.0, 1 + len(weight))
     trial._parameters["bias"] = nn.Parameter(bias)
     shape = (1, -1) + (1,) * (weight.ndim - 2)
-    if _are_close(negative, -out) and _are_close(trial.forward_with(weight, x), out + bias.view(shape)):
+    if _all_close(negative, -out) and _all_close(trial.forward_with(weight, x), out + bias.view(shape)):
         return None
     name = _stock_class(layer).__name__
     return f"{name} does more than add its bias to W x, so that the batch norm due behind it could not be folded"
@@ -65,7 +65,7 @@ def _stock_class(layer: nn.Module) -> type[nn.Module]:
     return getattr(layer, "plain_class", type(layer))
 
 
-def _trial(layer: StockLayer) -> tuple[Any, Tensor, Tensor]:
+def _trial_copy(layer: StockLayer) -> tuple[Any, Tensor, Tensor]:
     """A copy of ``layer`` as an ENC layer on the CPU, with parameters of zero; a weight and an input for it."""
     trial: Any = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
     for tensor in (*trial.parameters(), *trial.buffers()):
@@ -84,5 +84,5 @@ def _trial(layer: StockLayer) -> tuple[Any, Tensor, Tensor]:
     return trial, weight, torch.arange(1.0, 1 + math.prod(shape)).cos().view(shape)
 
 
-def _are_close(a: Tensor, b: Tensor) -> bool:
+def _all_close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())

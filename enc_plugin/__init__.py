@@ -9,11 +9,14 @@ import importlib
 import os
 import warnings
 
-from .convert import Audit, ConversionReport, NoEffectWarning, audit, fold, to_enc
+from .convert import to_enc
 from .installation import check_stack, config_path, is_installed
 from .layers import ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
 from .layers.origin import CheckpointWarning
 from .optim import add_projection, add_shift, param_groups_enc
+from .surgery.audit import Audit, audit
+from .surgery.conversion_report import ConversionReport, NoEffectWarning
+from .surgery.fold import fold
 from .version import __version__
 
 __all__ = [

@@ -24,14 +24,14 @@ from torch.utils._pytree import tree_leaves
 
 from .build import build_dataset, build_model, evaluation_split, load_config, part_class, pick_device
 from .checkpoint import file_sha256, read_checkpoint, replacing
-from .convert import enc_layers, fold
 from .functional.checks import check_integer, check_number
-from .layers import ENC_LAYERS
+from .layers import ENC_LAYERS, enc_layers
 from .layers.origin import saved_settings
 from .measuring.spread import spread
 from .models import ENCImageClassifier, GBRImageClassifier
 from .refused import describe, require_file
 from .surgery.eligible import refuse_weights_read_elsewhere
+from .surgery.fold import fold
 from .surgery.loading import load_trained
 from .surgery.recording import RecordError, record_forward
 from .version import __version__

@@ -1,4 +1,4 @@
-"""Plain-text tables."""
+"""Plain text: tables, and lists that may be long."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
     )
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """The first of ``names``, with ``...`` in the place of those beyond ``most``."""
+    return ", ".join([*names[:most], *["..."] * (len(names) > most)])

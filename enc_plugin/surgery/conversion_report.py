@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..layers import ENCLayer
-from ..table import format_table
+from ..table import first_few, format_table
 from .plain_weights import describe_plain_majority
 from .preserve import Preservation
 from .selection import Selection
@@ -93,9 +93,8 @@ def warn_of_doubts(
         names = report.without_norm
         _warn_caller(
             f"to_enc: {len(names)} of {len(report)} ENC layers have no norm behind them, so that their outputs stay as "
-            f"small as their weights: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. A network of such "
-            "layers hardly trains; give each layer a batch norm of its own with post_norm=True, or leave them plain "
-            "with exclude=[...]"
+            f"small as their weights: {first_few(names)}. A network of such layers hardly trains; give each layer a "
+            "batch norm of its own with post_norm=True, or leave them plain with exclude=[...]"
         )
     if not report.layers:
         left = " that include and exclude leave" if chosen.candidates else ""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..functional.bounds import bound_chain
 from ..layers import ENCLayer, StockLayer, batch_norm_affine
-from ..table import format_table
+from ..table import first_few, format_table
 from .recording import RecordError, record_forward
 from .scale_paths import norms_that_fold
 from .used_weight import UnclearWeightError, UsedWeight, used_weight
@@ -79,9 +79,9 @@ class FoldedAudit(list[FoldedRow]):
             if self.map_slack is not None:
                 text[-1] += f", {self.map_slack:.4g} (linear maps)"
         if self.unfolded:
-            text.append(f"{len(self.unfolded)} batch norms fold into no layer: {_shorten(self.unfolded)}")
+            text.append(f"{len(self.unfolded)} batch norms fold into no layer: {first_few(self.unfolded)}")
         if self.skipped:
-            text.append(f"{len(self.skipped)} layers did not run: {_shorten(self.skipped)}")
+            text.append(f"{len(self.skipped)} layers did not run: {first_few(self.skipped)}")
         text += [f"no norm: {name} ({why})" for name, why in self.unclear.items()]
         return "\n".join(text)
 
@@ -149,7 +149,3 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
     ran = {trace.norm_of(op) for op in trace.ops} - inside
     table.unfolded = [name for name, module in model.named_modules() if module in ran - folded]
     return table
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

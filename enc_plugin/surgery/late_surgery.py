@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import ENCLayer
+from ..table import first_few
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -85,7 +86,7 @@ class _StepWatch:
             elsewhere = _parameters_of(_live_objects(Optimizer))
             missing = {name: p for name, p in missing.items() if id(p) not in elsewhere}
         if missing:
-            names = ", ".join(repr(name) for name in list(missing)[:5]) + (", ..." if len(missing) > 5 else "")
+            names = first_few(list(map(repr, missing)))
             warnings.warn(
                 f"{type(optimizer).__name__} trains layers that to_enc has given parameters of their own, but no "
                 f"optimizer holds {len(missing)} of these: {names}. They will not train. Make the optimizer after "

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..functional.weights import is_centered, num_rows
 from ..layers import ENCLayer, StockLayer
+from ..table import first_few
 from .example import with_values
 from .restored import plain_forward, restored
 from .scale_paths import Scales
@@ -63,10 +64,9 @@ class Plan:
         self.readers = scales.readers
         problems = [f"{name!r} ({scales.leaks[layer]})" for name, layer in layers.items() if layer in scales.leaks]
         if problems:
-            shown = ", ".join(problems[:5]) + (", ..." if len(problems) > 5 else "")
             raise ValueError(
-                f"preserve: the scale of {len(problems)} layer(s) cannot go into a batch norm: {shown}; leave them "
-                "plain (exclude=...), or give them a batch norm of their own (post_norm=True)"
+                f"preserve: the scale of {len(problems)} layer(s) cannot go into a batch norm: {first_few(problems)}; "
+                "leave them plain (exclude=...), or give them a batch norm of their own (post_norm=True)"
             )
         with plain_forward(layers.values()):
             self.outputs = self._run()

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..functional.normalizable import check_all_normalizable
 from ..layers import POST_NORM_KEYS, ENCLayer, StockLayer, enc_class, lacks_attribute
+from ..table import first_few
 from .eligible import Evidence
 from .late_surgery import refuse_wrapped
 from .projected import projection_of
@@ -116,8 +117,8 @@ def _hits(argument: str, patterns: str | Sequence[str], names: list[str]) -> set
     for pattern in patterns:
         hits = {n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)}
         if not hits:
-            shown = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
-            raise ValueError(f"{argument}: {pattern!r} matches no layer; the layers are {shown or '(none)'}")
+            shown = first_few(list(map(repr, names)), 8) or "(none)"
+            raise ValueError(f"{argument}: {pattern!r} matches no layer; the layers are {shown}")
         found |= hits
     return found
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .functional import grouped
-from .functional.weights import is_centered, is_whole_layer
+from .functional.weights import is_centered
 
 _BLOCK = 1024  # elements of a row that are read at once
 
@@ -168,7 +168,7 @@ def can_take(weights: Sequence[Tensor], variant: str, dtype: torch.dtype) -> boo
     They are tried once, beside torch's own operations, for which this waits for the device. Where they fail or differ
     by more than rounding, this warns, and torch's operations do the work from then on.
     """
-    fits = not is_whole_layer(variant) and all(w.dtype == torch.float32 and grouped.has_whole_rows(w) for w in weights)
+    fits = variant in ("wn", "ws") and all(w.dtype == torch.float32 and grouped.has_whole_rows(w) for w in weights)
     if not fits or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     device = weights[0].device

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_number
-from .grouped import computed, factors
+from .grouped import GROUPED, computed, factors
 from .weights import check_variant, check_weight, enc_weight, is_centered, is_whole_layer, num_rows
 
 
@@ -37,7 +37,7 @@ def _alpha_of_direction(weight: Tensor, variant: str) -> float:
 
 def shift_directions(weights: Sequence[Tensor], variant: str) -> list[Tensor]:
     """:func:`shift_direction` of weights of one group (:func:`~enc_plugin.functional.grouped.groups_of`) at once."""
-    if torch.is_grad_enabled() or (len(weights) == 1 and is_whole_layer(variant)):
+    if torch.is_grad_enabled() or variant not in GROUPED or (len(weights) == 1 and is_whole_layer(variant)):
         return [shift_direction(weight, variant) for weight in weights]
     scale = factors(weights, variant, [_alpha_of_direction(weight, variant) for weight in weights])
     whats, _ = computed(weights, variant, scale)

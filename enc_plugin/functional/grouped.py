@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .weights import enc_weight, is_centered, is_whole_layer, num_rows
+
+# The variants whose equations this module has for matrices of many layers; others are computed layer by layer.
+GROUPED = ("fro", "wn", "ws", "centered_fro")
 
 
 def enc_weights(
@@ -36,6 +40,9 @@ def enc_weights(
         memory. Differentiable in weights and alphas, any number of times. The weights must not change before the
         backward pass.
     """
+    if variant not in GROUPED:
+        pairs = zip(weights, alphas, strict=True)
+        return [enc_weight(weight, variant, alpha).to(dtype or weight.dtype) for weight, alpha in pairs]
     found: dict[int, Tensor] = {}
     for members in groups_of(weights, variant):
         own = [weights[i] for i in members]
@@ -108,9 +115,9 @@ def factors(weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Te
     rows = tuple(num_rows(weight, variant) for weight in weights)
     counts = [_divisor(weight, variant) for weight in weights]
     if any(isinstance(alpha, Tensor) for alpha in alphas):
-        alphas = [a if isinstance(a, Tensor) else like.new_full((), a, dtype=dtype) for a in alphas]
-        return torch.cat([(a.to(dtype) / c).sqrt().expand(m) for a, c, m in zip(alphas, counts, rows, strict=True)])
-    values = tuple((alpha / count) ** 0.5 for alpha, count in zip(alphas, counts, strict=True))
+        tensors = [a if isinstance(a, Tensor) else like.new_full((), a, dtype=dtype) for a in alphas]
+        return torch.cat([(a.to(dtype) / c).sqrt().expand(m) for a, c, m in zip(tensors, counts, rows, strict=True)])
+    values = tuple(float((alpha / count) ** 0.5) for alpha, count in zip(alphas, counts, strict=True))
     # What is made while a CUDA graph is captured has values only when the graph runs, and must not be kept.
     is_captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
     return (_filled if is_captured else _kept)(values, rows, dtype, like.device)
@@ -129,7 +136,7 @@ def _filled(values: tuple[float, ...], repeats: tuple[int, ...], dtype: torch.dt
 
 
 @lru_cache(maxsize=512)
-def _kept(*args) -> Tensor:
+def _kept(*args: Any) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # autograd will save it
         return _filled(*args)
 
@@ -143,16 +150,17 @@ def normalized(x: Tensor, variant: str, scale: Tensor) -> tuple[Tensor, tuple[Te
         scale: ``(rows,)`` or ``(layers,)``, see :func:`factors`.
     """
     if variant == "ws":
-        what, mean, rstd = torch.native_group_norm(x[None], scale, None, 1, *x.shape, len(x), 0.0)
+        rows, n = x.shape
+        what, mean, rstd = torch.native_group_norm(x[None], scale, None, 1, rows, n, rows, 0.0)
         return what[0], (mean, rstd)
     if variant == "wn":
         what, norms = torch._weight_norm_interface(x, scale[:, None], 0)
         return what, (norms,)
     # In two stages: a single float32 sum over millions of elements loses precision.
-    mean = [x.sum(2).sum(1)[:, None, None] / x[0].numel()] if is_centered(variant) else []
-    centered = x - mean[0] if mean else x
+    means = [x.sum(2).sum(1)[:, None, None] / x[0].numel()] if is_centered(variant) else []
+    centered = x - means[0] if means else x
     norms = torch.linalg.vector_norm(torch.linalg.vector_norm(centered, dim=2), dim=1)[:, None, None]
-    return centered * (scale[:, None, None] / norms), (norms, *mean)
+    return centered * (scale[:, None, None] / norms), (norms, *means)
 
 
 def pulled_back(
@@ -188,13 +196,13 @@ class _Group(torch.autograd.Function):
     """Effective weights of layers that :func:`groups_of` has put together."""
 
     @staticmethod
-    def forward(ctx, variant: str, dtype: torch.dtype, scale: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, variant: str, dtype: torch.dtype, scale: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         whats, stats = computed(weights, variant, scale, dtype)
         keep_for_backward(ctx, variant, scale, weights, stats)
         return tuple(whats)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if needs_own_gradients(ctx, grads):
             return None, None, *own_gradients(ctx, grads)
         x = gathered([rows_of(w) for w in ctx.weights], ctx.variant)
@@ -202,11 +210,13 @@ class _Group(torch.autograd.Function):
         grad = gathered(rows, ctx.variant).to(x.dtype)
         d_x, d_scale = pulled_back(grad, x, ctx.variant, ctx.scale, ctx.stats)
         d_weights = in_layouts_of(ctx.weights, d_x.to(ctx.weights[0].dtype))
-        d_weights = (None if grad is None else d for grad, d in zip(grads, d_weights, strict=True))
-        return None, None, d_scale if ctx.needs_input_grad[2] else None, *d_weights
+        wanted = (None if grad is None else d for grad, d in zip(grads, d_weights, strict=True))
+        return None, None, d_scale if ctx.needs_input_grad[2] else None, *wanted
 
 
-def keep_for_backward(ctx, variant: str, scale: Tensor, weights: Sequence[Tensor], stats: tuple[Tensor, ...]) -> None:
+def keep_for_backward(
+    ctx: Any, variant: str, scale: Tensor, weights: Sequence[Tensor], stats: tuple[Tensor, ...]
+) -> None:
     """Keep what the backward pass of a group needs.
 
     Not by save_for_backward. Two outputs of a network that have no layer in common may have a backward pass each, of
@@ -217,7 +227,7 @@ def keep_for_backward(ctx, variant: str, scale: Tensor, weights: Sequence[Tensor
     ctx.versions = [None if weight.is_inference() else weight._version for weight in weights]
 
 
-def needs_own_gradients(ctx, grads: Sequence[Tensor | None]) -> bool:
+def needs_own_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> bool:
     """Whether the backward pass is to be differentiated, or mapped over batched gradients.
 
     Raises:
@@ -233,10 +243,12 @@ def needs_own_gradients(ctx, grads: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
 
 
-def own_gradients(ctx, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+def own_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of ``scale`` and the weights by the layers' own formula, differentiable themselves."""
     create_graph = torch.is_grad_enabled()
-    of_scale, of_weights, row = None, [], 0
+    of_scale: Tensor | None = None
+    of_weights: list[Tensor | None] = []
+    row = 0
     for weight, grad in zip(ctx.weights, grads, strict=True):
         factor, row = ctx.scale[row], row + num_rows(weight, ctx.variant)
         if grad is None:

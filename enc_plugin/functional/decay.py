@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from .checks import check_number
-from .grouped import GROUPED, computed, factors
+from .grouped import computed, factors
 from .weights import check_variant, check_weight, enc_weight, is_centered, is_whole_layer, num_rows
+
+# By whether the layer is taken as a whole and whether means are removed: the equation that divides by the same norms.
+_DIVISIONS = {(False, False): "wn", (True, False): "fro", (False, True): "ws", (True, True): "centered_fro"}
 
 
 def shift_direction(weight: Tensor, variant: str) -> Tensor:
@@ -28,7 +31,11 @@ def shift_direction(weight: Tensor, variant: str) -> Tensor:
     """
     check_variant(variant)
     check_weight(weight)
-    return enc_weight(weight, variant, _alpha_of_direction(weight, variant))
+    return enc_weight(weight, _division(variant), _alpha_of_direction(weight, variant))
+
+
+def _division(variant: str) -> str:
+    return _DIVISIONS[is_whole_layer(variant), is_centered(variant)]
 
 
 def _alpha_of_direction(weight: Tensor, variant: str) -> float:
@@ -37,7 +44,8 @@ def _alpha_of_direction(weight: Tensor, variant: str) -> float:
 
 def shift_directions(weights: Sequence[Tensor], variant: str) -> list[Tensor]:
     """:func:`shift_direction` of weights of one group (:func:`~enc_plugin.functional.grouped.groups_of`) at once."""
-    if torch.is_grad_enabled() or variant not in GROUPED or (len(weights) == 1 and is_whole_layer(variant)):
+    variant = _division(variant)
+    if torch.is_grad_enabled() or (len(weights) == 1 and is_whole_layer(variant)):
         return [shift_direction(weight, variant) for weight in weights]
     scale = factors(weights, variant, [_alpha_of_direction(weight, variant) for weight in weights])
     whats, _ = computed(weights, variant, scale)

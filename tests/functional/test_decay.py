@@ -18,20 +18,20 @@ def literal(weight: Tensor, variant: str, eps: float) -> Tensor:
     rows = weight.reshape(1, -1) if variant in ("fro", "centered_fro") else weight.flatten(1)
     out = []
     for row in rows:
-        if variant in ("fro", "wn"):
-            out.append((1 - eps / row.norm()) * row)
-        else:
+        if variant in ("ws", "centered_fro"):
             mean = row.mean()
             out.append((1 - eps / row.std(correction=0)) * (row - mean) + mean)
+        else:
+            out.append((1 - eps / row.norm()) * row)
     return torch.stack(out).view_as(weight)
 
 
 def regularizer(weight: Tensor, variant: str, eps: float) -> Tensor:
     rows = weight.reshape(1, -1) if variant in ("fro", "centered_fro") else weight.flatten(1)
-    if variant in ("fro", "wn"):
-        return 0.5 * (rows.norm(dim=1) - eps).square().sum()
-    spread = (rows.std(dim=1, correction=0) - eps).square() + rows.mean(1).square()
-    return 0.5 * rows.shape[1] * spread.sum()
+    if variant in ("ws", "centered_fro"):
+        spread = (rows.std(dim=1, correction=0) - eps).square() + rows.mean(1).square()
+        return 0.5 * rows.shape[1] * spread.sum()
+    return 0.5 * (rows.norm(dim=1) - eps).square().sum()
 
 
 @given(st.tuples(st.integers(1, 6), st.integers(2, 6)), st.sampled_from(ALL), st.floats(0, 3), st.integers(0, 2**31))
@@ -59,7 +59,7 @@ def test_descent_settles_at_the_shift(variant):
         for _ in range(400):
             weight = weight - 0.1 * shifted_l2_grad(weight, variant, eps)
         rows = weight.reshape(1, -1) if variant in ("fro", "centered_fro") else weight
-        length = rows.norm(dim=1) if variant in ("fro", "wn") else rows.std(dim=1, correction=0)
+        length = rows.std(dim=1, correction=0) if variant in ("ws", "centered_fro") else rows.norm(dim=1)
         torch.testing.assert_close(length, torch.full_like(length, eps))
 
 

@@ -11,7 +11,7 @@ from helpers import ROOT, digits_config, scalars, train
 from enc_plugin.engine import SCALARS
 from enc_plugin.engine.scalars import Scalar, declared
 
-OWN = ("gbr/", "fgsm/", "enc/", "enc_monitor/")
+OWN = tuple(prefix for _, prefix in OBSERVERS.values())
 
 
 def test_every_scalar_that_a_hook_of_ours_logs_is_declared(tmp_path):

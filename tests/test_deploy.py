@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
-import sys
 
 import pytest
 import torch
-from helpers import CONFIGS, ROOT, digits_config, train
+from helpers import CONFIGS, ROOT, digits_config, run_tool, train
 from mmengine.config import Config
 from mmpretrain import get_model
 from mmpretrain.models import ImageClassifier
@@ -387,20 +385,12 @@ def test_bad_arguments_are_named(config, out, safetensors, message, trained):
     assert sorted(os.listdir(folder)) == before
 
 
-def run_tool(monkeypatch, *arguments) -> None:
-    """``python tools/fold.py`` in this process: starting another costs ten times as much."""
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, os.environ.get(name, "1"))
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    monkeypatch.setattr(sys, "argv", ["fold.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "tools" / "fold.py"), run_name="__main__")
-
-
 def test_the_command_line_folds_and_says_how_well(trained, tmp_path, monkeypatch, capsys):
-    run_tool(monkeypatch, CONFIG, trained[0], tmp_path / "stock.pth", "--num-samples", 4)
+    run_tool("fold", [CONFIG, trained[0], tmp_path / "stock.pth", "--num-samples", 4], monkeypatch)
     assert "folded 10 ENC layers (ws, alpha 1.0); outputs differ by" in capsys.readouterr().out
+    other = [CONFIG, trained[0], tmp_path / "b.pth", "--cfg-options", "model.enc.variant=wn"]
     with pytest.raises(SystemExit, match="^fold: checkpoint: its layer 'backbone.conv1' was trained with variant='ws'"):
-        run_tool(monkeypatch, CONFIG, trained[0], tmp_path / "b.pth", "--cfg-options", "model.enc.variant=wn")
+        run_tool("fold", other, monkeypatch)
     assert os.listdir(tmp_path) == ["stock.pth"]
 
 

@@ -12,7 +12,7 @@ from ..table import format_table
 from . import curves, page
 from .norms import norms_section, read_norms
 from .runs import Run, default_names, load_run
-from .settings import differences
+from .settings import settings_section
 from .summary import cost, filled, measured, summary
 
 
@@ -62,7 +62,7 @@ def write_report(
         *curves.sections(drawn),
         *norms_section(drawn, [read_norms(run) for run in drawn] if norms else []),
         cost(runs),
-        *differences(runs),
+        *settings_section(runs),
         *curves.more(drawn),
     ]
     page.save_page(page.render(title, *sections), out)

@@ -31,7 +31,7 @@ def config_differences(runs: Sequence[Run]) -> list[list[str]]:
     return [[key, *cells] for key, cells in rows.items() if key not in twins]
 
 
-def differences(runs: Sequence[Run]) -> list[page.Html]:
+def settings_section(runs: Sequence[Run]) -> list[page.Html]:
     """The section of a page about it; nothing if there is one run alone."""
     if len(runs) < 2:
         return []

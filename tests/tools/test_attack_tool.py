@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CONFIGS, ROOT, digits_config, scalars, train
+from helpers import CONFIGS, digits_config, run_tool, scalars, train
 from matplotlib.image import imread
 
 from enc_plugin.measuring.robustness import Robustness
@@ -34,16 +33,10 @@ def runs(tmp_path_factory) -> dict[str, tuple[str, str]]:
     return pairs
 
 
-def run_tool(monkeypatch, *arguments: str) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    monkeypatch.setattr("sys.argv", ["attack.py", *arguments])
-    runpy.run_path(str(ROOT / "tools" / "attack.py"), run_name="__main__")
-
-
 def test_tool_reports_what_the_hook_logged_and_writes_table_json_and_pictures(runs, tmp_path, monkeypatch, capsys):
     pairs = [argument for pair in runs.values() for argument in pair]
     options = ["--names", *runs, "--eps", "4", "32", "--pgd-steps", "3", "--out", str(tmp_path / "out")]
-    run_tool(monkeypatch, *pairs, *options)
+    run_tool("attack", [*pairs, *options], monkeypatch)
 
     report = json.loads((tmp_path / "out" / "attack.json").read_text())
     assert report["eps"] == [4, 32]
@@ -71,9 +64,8 @@ def test_tool_reports_what_the_hook_logged_and_writes_table_json_and_pictures(ru
 
 def test_options_of_the_config_can_be_changed(runs, tmp_path, monkeypatch, capsys):
     options = ["test_dataloader.dataset.indices=30", "test_dataloader.batch_size=20"]
-    run_tool(
-        monkeypatch, *runs["plain"], "--eps", "8", "--out", str(tmp_path), "--pictures", "0", "--cfg-options", *options
-    )
+    arguments = [*runs["plain"], "--eps", "8", "--out", tmp_path, "--pictures", "0", "--cfg-options", *options]
+    run_tool("attack", arguments, monkeypatch)
     text = capsys.readouterr().out
     assert "Top-1 accuracy (%) of 30 test samples, clean and under attack in pixel space; eps in 1/255 of" in text
     assert "of at most ±16.8" in text  # Wilson's interval of a half of 30
@@ -82,12 +74,12 @@ def test_options_of_the_config_can_be_changed(runs, tmp_path, monkeypatch, capsy
 
 def test_config_without_its_checkpoint_is_refused(runs, monkeypatch):
     with pytest.raises(SystemExit, match="attack: checkpoints: expected CONFIG CHECKPOINT ..., got no checkpoint for"):
-        run_tool(monkeypatch, *runs["plain"], runs["ENC"][0])
+        run_tool("attack", [*runs["plain"], runs["ENC"][0]], monkeypatch)
 
 
 def test_failure_is_one_line_without_a_traceback(runs, monkeypatch):
     with pytest.raises(SystemExit, match="attack: checkpoint: there is no file"):
-        run_tool(monkeypatch, runs["plain"][0], "missing.pth")
+        run_tool("attack", [runs["plain"][0], "missing.pth"], monkeypatch)
 
 
 def test_names_come_from_configs_and_where_they_repeat_from_checkpoints(runs, tmp_path):

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from enc_plugin import fold
 from enc_plugin.build import pick_device
 from enc_plugin.functional import fgsm, gbr
+from enc_plugin.packed import pack_weights
 
 from .harness import event_clock, goal, interleave, ratios, wall_clock
 from .networks import resnet50
@@ -30,6 +31,8 @@ from .rivals import CONVERSIONS, sgd
 NEEDS_CUDA = True
 
 ENC = ("ENC, eq. 22", "ENC, eq. 21", "ENC, eq. 20", "ENC, eq. 23")
+# Otherwise a network on a GPU computes the weights of all layers together, and under torch.compile each layer its own.
+BY_LAYER = ", layer by layer"
 RIVALS = ("timm StdConv2d", "mmcv ConvWS2d", "torch weight_norm", "a copy of the weight")
 # Each compiles for up to a minute: the first ones count most, if the time is short.
 COMPILED = ("plain", "ENC, eq. 22", "timm StdConv2d", "torch weight_norm", "ENC, eq. 21", "ENC, eq. 20", "ENC, eq. 23")
@@ -100,7 +103,7 @@ def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
     images, labels = setting.pictures()
     images = images.contiguous(memory_format=layout)
     calls, memory, failed = {}, {}, {}
-    for name in COMPILED if compiled else ("plain", *ENC, *RIVALS):
+    for name in COMPILED if compiled else ("plain", ENC[0], ENC[0] + BY_LAYER, *ENC[1:], *RIVALS):
         if len(calls) > 1 and time.perf_counter() > setting.until:
             failed[name] = "not tried: the time was up"
             continue
@@ -156,7 +159,8 @@ def inference(setting: Setting) -> dict:
     """Forward passes in eval mode, of one picture and of a batch: live, where each computes its weights, and folded."""
     found = {}
     for precision, (dtype, layout) in PRECISIONS.items():
-        networks = {name: setting.network(name, layout).eval() for name in ("plain", "ENC, eq. 22")}
+        names = ("plain", "ENC, eq. 22", "ENC, eq. 22" + BY_LAYER)
+        networks = {name: setting.network(name, layout).eval() for name in names}
         networks["ENC, eq. 22, folded"] = fold(networks["ENC, eq. 22"]).eval()
         networks["plain again"] = copy.deepcopy(networks["plain"])
         for batch in (1, setting.batch):
@@ -206,7 +210,14 @@ def run(
     torch.backends.cudnn.benchmark = True
     result: dict = {"what": f"{build.__name__}, pictures of {size} x {size}, batch {batch}, fused SGD with momentum"}
     base = build()
-    converted = functools.cache(lambda name: CONVERSIONS[name](copy.deepcopy(base)))
+
+    @functools.cache
+    def converted(name: str) -> nn.Module:
+        network = CONVERSIONS[name.removesuffix(BY_LAYER)](copy.deepcopy(base))
+        if name.endswith(BY_LAYER):
+            pack_weights(network, False)
+        return network
+
     left, end = sum(PARTS[part][0] for part in parts), time.perf_counter() + 60 * minutes
     for part in parts:
         share, measure = PARTS[part]

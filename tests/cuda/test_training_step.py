@@ -7,11 +7,12 @@ import warnings
 
 import pytest
 import torch
-from networks import batch, errors, network, optimizer_of, stepper
+from networks import batch, error, errors, network, optimizer_of, stepper
 from torch.nn.functional import cross_entropy
 
 from enc_plugin import audit
 from enc_plugin.functional import VARIANTS, gbr_penalty
+from enc_plugin.packed import pack_weights
 
 STEPS = 3
 
@@ -44,6 +45,26 @@ def test_bfloat16_trains_near_float32_and_keeps_the_constraint(device, variant, 
     assert loss.item() == pytest.approx(expected.item(), rel=0.05)
     assert audit(net).max_deviation < 1e-5
     assert all(p.dtype is torch.float32 for p in net.parameters())
+
+
+@pytest.mark.usefixtures("exact_float32")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_that_are_computed_together_are_those_of_the_layers(device, variant, layout, dtype):
+    images, labels = batch(device)
+    images, outs, grads = images.contiguous(memory_format=layout), [], []
+    for packed in (True, False):
+        net = network(variant).to(device=device, memory_format=layout)
+        pack_weights(net, packed)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            out = net(images)
+        cross_entropy(out, labels).backward()
+        outs.append(out)
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    tolerance = 1e-5 if dtype is None else 2e-2
+    assert error(*outs) < tolerance
+    assert error(*grads) < 10 * tolerance
 
 
 @pytest.mark.parametrize("fused", [False, True])

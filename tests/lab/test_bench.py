@@ -176,7 +176,7 @@ def test_the_section_for_a_gpu_runs_on_a_cpu_and_is_left_out_there(bench, tmp_pa
     *_, found = gpu.run(rounds=1, minutes=30, batch=2, size=8, build=resnet20, parts=parts)
     tables = dict(harness.tables(found))
     steps = tables["step, bfloat16 channels last, to plain"]
-    assert {"plain", "torch weight_norm", *gpu.ENC} <= set(steps)
+    assert {"plain", "ENC, eq. 22, layer by layer", *gpu.ENC, *gpu.RIVALS} == set(steps)
     assert not any(found[part].get("failed") for part in parts)
     assert tables["inference, float32, batch 1"]["ENC, eq. 22, folded"]["rounds"] == 1
     assert found["counts"]["plain, float32"] == {"MiB at the peak": 0.0}

@@ -45,8 +45,9 @@ class FGSMHook(ValidatedNetworkHook):
     ``fgsm/seconds``      seconds that the measurement took
     ====================  ==============================================================================
 
-    Training with and without the hook gives the same weights bit for bit. Any number of processes logs the same
-    accuracy for the same weights. Each sample costs one gradient, and one forward pass for each eps.
+    Training with and without the hook gives the same weights bit for bit, on a GPU with
+    ``randomness=dict(deterministic=True)``. Any number of processes logs the same accuracy for the same weights. Each
+    sample costs one gradient, and one forward pass for each eps. Float32 computes without TensorFloat-32.
 
     Args:
         eps: One or several step sizes in 1/255 of the pixel range: 8, not 8 / 255 (a value that small is warned of).

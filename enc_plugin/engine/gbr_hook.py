@@ -56,8 +56,9 @@ class GBRHook(ValidatedNetworkHook):
 
     ``measurements.json`` in the work dir states the weights, samples and unit of each scalar.
 
-    Training with and without the hook gives the same weights bit for bit. Any number of processes logs the same values
-    for the same weights. A value that is NaN or infinite is logged as it is, with a warning.
+    Training with and without the hook gives the same weights bit for bit, on a GPU with
+    ``randomness=dict(deterministic=True)``. Any number of processes logs the same values for the same weights. Float32
+    computes without TensorFloat-32. A value that is NaN or infinite is logged as it is, with a warning.
 
     The defaults follow from ``lab/bench/gbr.py``: with 512 samples, one projection adds less than 2 % of standard error
     (about as much as the choice of the samples) and takes a fifth of the time of all ten classes. On a CPU, batches of

@@ -41,7 +41,8 @@ class ENCGuardHook(Hook):
     undone if its gradients were not finite: the host reads that at the end of the iteration, where mmengine waits for
     the loss.
 
-    Training with and without the hook gives the same weights bit for bit.
+    Training with and without the hook gives the same weights bit for bit, on a GPU with
+    ``randomness=dict(deterministic=True)``.
     ``default_hooks=dict(enc_guard=None)`` turns it off.
 
     Args:

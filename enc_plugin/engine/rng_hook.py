@@ -31,8 +31,9 @@ class RNGStateHook(Hook):
     - skips the batches that are done, if the checkpoint is from within an epoch (``by_epoch=False``): it loads and
       drops them, so that all later random numbers are the same.
 
-    With :class:`ENCRunner`, equal configs, software and hardware, and deterministic operators, weights, optimizer state
-    and logged scalars (but for times) equal those of the uninterrupted run, on one process and on several
+    With :class:`ENCRunner`, equal configs, software and hardware, and deterministic operators (on a GPU that takes
+    ``randomness=dict(deterministic=True)``), weights, optimizer state and logged scalars (but for times) equal those of
+    the uninterrupted run, on one process and on several
 
     - without workers, and with any number of workers, persistent or not, for epochs (the runner seeds workers by epoch:
       :func:`~enc_plugin.engine.worker_seeds.seed_workers_by_epoch`) and for iterations as mmengine counts them;

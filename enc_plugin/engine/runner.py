@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,8 @@ class ENCRunner(Runner):
         check_loop(kwargs.get("train_cfg"))
         if kwargs.get("load_from") is not None:
             require_file("load_from", kwargs["load_from"])
+        if (kwargs.get("randomness") or {}).get("deterministic"):
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products on a GPU raise without it
         super().__init__(model, work_dir, *args, **kwargs)
 
     def setup_env(self, env_cfg: dict) -> None:

@@ -12,8 +12,7 @@ from torch.distributed.run import main
 if __name__ == "__main__":
     verbose = os.environ.get("ENC_VERBOSE", "0") not in ("", "0")
     if not verbose:
-        for name in ("elastic", "run"):
-            logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
+        logging.disable(logging.ERROR)
     try:
         main()
     except (KeyboardInterrupt, SignalException):  # the first process says how to go on

@@ -81,7 +81,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tool, files, tmp_path, m
     with pytest.raises(SystemExit) as ended:
         run_tool(tool, TOOLS[tool]("stop.py", files["enc.pth"]), monkeypatch)
     assert ended.value.code == 130
-    go_on = "train.py stop.py --work-dir run --resume" if tool == "train" else "run it again"
+    go_on = "with --resume to go on from the last checkpoint" if tool == "train" else "run it again"
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"{tool}: stopped; ")
     assert go_on in line

@@ -60,9 +60,9 @@ class GBRHook(ValidatedNetworkHook):
     ``randomness=dict(deterministic=True)``. Any number of processes logs the same values for the same weights. Float32
     computes without TensorFloat-32. A value that is NaN or infinite is logged as it is, with a warning.
 
-    The defaults follow from ``lab/bench/gbr.py``: with 512 samples, one projection adds less than 2 % of standard error
-    (about as much as the choice of the samples) and takes a fifth of the time of all ten classes. On a CPU, batches of
-    32 are as fast as larger ones.
+    The defaults follow from ``lab/bench/gbr_cost.py``: with 512 samples, one projection adds less than 2 % of standard
+    error (about as much as the choice of the samples) and takes a fifth of the time of all ten classes. On a CPU,
+    batches of 32 are as fast as larger ones.
 
     Args:
         num_samples: Number of training samples, at least 2; None: all. Each costs one forward pass and ``projections``

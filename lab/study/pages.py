@@ -10,6 +10,7 @@ from pathlib import Path
 
 from enc_plugin.reports import page, plot
 
+from .answer import METHOD, WORDS, arena_lines, headlines, markdown_table, opening_figure, shown_verdict, summary_table
 from .drawing import to_picture
 from .execute import DIVERGED, FAILED, runs_folder
 from .figures import Figure
@@ -17,7 +18,6 @@ from .grid import CELLS, load_grid
 from .questions import question_sections
 from .results import Results, load_results
 from .sections import Section, claim_sections
-from .summary import METHOD, WORDS, arena_lines, headlines, markdown_table, opening_figure, shown_verdict, summary_table
 
 BEGIN, END = "<!-- study: written by python -m lab.study --pages -->", "<!-- end of study -->"
 _TITLE = "Does ENC do what the paper says?"
@@ -48,7 +48,7 @@ def write_study(study: str | Path, readme: str | Path | None = None, grid: str |
     """
     study = Path(study)
     found = load_results(load_grid(grid), runs_folder(study))
-    parts = sections(found)
+    parts = all_sections(found)
     figures = [figure for part in parts for figure in part.figures]
     texts = {}
     if readme is not None:  # before anything is written: one without the markers is refused
@@ -70,7 +70,7 @@ def write_study(study: str | Path, readme: str | Path | None = None, grid: str |
     return [*texts, *wanted]
 
 
-def sections(found: Results) -> list[Section]:
+def all_sections(found: Results) -> list[Section]:
     """All sections of the page, in order."""
     return [*claim_sections(found), *question_sections(found)]
 

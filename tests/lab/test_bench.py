@@ -50,14 +50,14 @@ def bench(monkeypatch, capsys):
 
 def test_every_benchmark_is_a_section_and_the_harness_is_not(bench):
     names = bench("--list", code=0).split()
-    assert {"gbr", "training_step", "footprint", "optimizer"} <= set(names)
+    assert {"gbr_cost", "training_step", "footprint", "optimizer"} <= set(names)
     assert not {"harness", "rivals", "networks"} & set(names)
     for name in names:
         assert callable(importlib.import_module(f"lab.bench.{name}").run), name
 
 
 def test_an_unknown_section_is_refused_with_the_known_ones(bench):
-    assert "gbr" in bench("--only", "speed", code=2)
+    assert "gbr_cost" in bench("--only", "speed", code=2)
 
 
 def test_charts_and_text_are_written_from_the_figures_alone(bench, tmp_path):
@@ -69,7 +69,7 @@ def test_charts_and_text_are_written_from_the_figures_alone(bench, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", ["fgsm", "footprint", "gbr", "optimizer", "scaling"])
+@pytest.mark.parametrize("section", ["fgsm", "footprint", "gbr_cost", "optimizer", "scaling"])
 def test_a_section_runs_and_writes_its_figures(bench, tmp_path, section):
     bench("--only", section, "--rounds", 1, "--results", tmp_path)
     again, committed = (json.loads((folder / f"{section}.json").read_text()) for folder in (tmp_path, BENCH))

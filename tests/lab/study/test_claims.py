@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from lab import ROOT
 from lab.study import CELLS, load_grid
+from lab.study.answer import headlines
 from lab.study.claims import CLAIMS, DECAYS, PARTS
 from lab.study.grid import cell_efolds
-from lab.study.pages import sections
+from lab.study.pages import all_sections
 from lab.study.results import FGSM, GBR_LOGITS, GBR_MARGIN, LOG_PRODUCT, TOP1, Results, load_results
 from lab.study.statistics import Interval
-from lab.study.summary import headlines
 from lab.study.verdicts import ABSENT, HOLDS, NOT_TESTABLE, OPPOSITE, UNDECIDED, compare, decide
 
 GRID = load_grid(CELLS)
@@ -53,7 +53,7 @@ def results(*runs):
 
 
 def section_of(found, name):
-    return next(section for section in sections(found) if section.name == name)
+    return next(section for section in all_sections(found) if section.name == name)
 
 
 def two_cells(plain, enc, **more):
@@ -199,7 +199,7 @@ def test_norms_that_are_not_available_count_nowhere():
 
 def test_the_headlines_hold_every_claim_and_what_was_not_tested():
     found = two_cells([60.0, 60.2, 59.8], [61.0, 61.2, 60.8])
-    lines = headlines(found, sections(found), "study").splitlines()
+    lines = headlines(found, all_sections(found), "study").splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(CLAIMS) + 1 + 1
     assert "**holds** +1.00" in table[2]
@@ -215,7 +215,7 @@ def test_fgsm_is_averaged_over_the_eps_that_were_run():
 
 
 def test_sections_stand_without_any_run():
-    for section in sections(results()):
+    for section in all_sections(results()):
         assert {verdict.word for verdict in section.verdicts.values()} <= {NOT_TESTABLE}, section.name
 
 

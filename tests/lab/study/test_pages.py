@@ -14,10 +14,10 @@ from helpers import ROOT
 
 from lab import RESULTS
 from lab.study import CELLS, load_grid, write_study
+from lab.study.answer import headlines
 from lab.study.pages import BEGIN, END
 from lab.study.results import load_results
 from lab.study.sections import claim_sections
-from lab.study.summary import headlines
 
 STUDY = RESULTS / "study"
 

@@ -98,7 +98,7 @@ def exact_section(rounds: int, batch: int = 16) -> dict:
 
 def peak_memory(method: str, samples: int) -> float:
     """Peak resident memory in MB above that of the model at rest, in a process of its own."""
-    command = [sys.executable, "-m", "lab.bench.gbr", method, str(samples)]
+    command = [sys.executable, "-m", "lab.bench.gbr_cost", method, str(samples)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 

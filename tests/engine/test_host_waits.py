@@ -93,4 +93,4 @@ def test_of_a_runs_hooks_the_guard_alone_reads_the_gradients_of_a_cpu_and_the_lo
     runner._train_loop = loop
     runner.train()
     assert len(iterations) == 6
-    assert reads.found == ["guard_hook.py"] * 4
+    assert reads.found == ["diagnosis.py", "guard_hook.py"] * 2

@@ -11,7 +11,7 @@ They are subclasses of the stock layers and not parametrizations (``torch.nn.uti
 from .attributes import lacks_attribute
 from .effective import POST_NORM_KEYS
 from .enc_layer import ENCLayer, enc_layers
-from .plain import RefusesRescaledRows, batch_norm_affine
+from .merged_norms import RefusesRescaledRows, batch_norm_affine
 from .stock import ENC_LAYERS, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear, StockLayer
 from .subclasses import enc_class, reserved_attributes
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..functional.normalizable import check_normalizable
 from .attributes import YieldingAttribute, lacks_attribute
 from .effective import EffectiveWeightLayer
+from .merged_norms import RefusesRescaledRows, batch_norm_affine
 from .origin import KEY, UNKNOWN, Settings, read_settings, warn_of_origin, write_settings
-from .plain import RefusesRescaledRows, batch_norm_affine
 from .reparametrized import WEIGHT_KEYS, remove_reparametrizations
 
 # Attributes of ENC layers that users read, and all that an ENC layer keeps in its own ``__dict__``.
@@ -37,11 +37,7 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
     State dicts hold the settings of each layer beside its tensors (:meth:`get_extra_state`). Loading those of another
     layer warns. Stock checkpoints load into ENC layers, strictly too; the other way round, the settings are a key that
     stock layers do not expect, because they would compute with W.
-
-    Args:
-        variant: ``'ws'`` (eq. 22), ``'wn'`` (21), ``'fro'`` (20) or ``'centered_fro'`` (23).
-        alpha: Squared Frobenius norm of the effective weight, a positive number or ``'learnable'``.
-        post_norm: Whether a batch norm follows.
+    The arguments are those of :class:`~enc_plugin.ENCConv2d`.
     """
 
     # Settings of the layer that the weights were last loaded from: {} for a plain one, None before anything is loaded.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from mmengine.registry import DATASETS
@@ -19,6 +18,7 @@ from enc_plugin.measuring.robustness import measure_robustness
 from enc_plugin.measuring.spread import spread
 from enc_plugin.measuring.untouched import untouched, unwrap
 from enc_plugin.surgery.folded import FoldedAudit
+from enc_plugin.surgery.recording import record_forward
 
 _GAP_SAMPLES = 5000
 
@@ -121,7 +121,8 @@ def residual_bound(model: nn.Module, folded: FoldedAudit, inputs: Tensor) -> flo
         inputs: A batch, normalised.
     """
     backbone = model.backbone
-    sizes = _input_shapes(model, [backbone.conv1, *_blocks(backbone)], inputs)
+    calls = record_forward(model, (inputs,)).calls
+    sizes = {module: (1, *calls[module][0].input.shape[1:]) for module in (backbone.conv1, *_blocks(backbone))}
     map_norm = {row.name: math.sqrt(row.map_sq_norm) for row in folded}
     names = {module: name for name, module in model.named_modules()}
     stem = map_spectral_norm(nn.Sequential(backbone.conv1, backbone.norm1), inputs.new_zeros(sizes[backbone.conv1]))
@@ -142,19 +143,3 @@ def residual_bound(model: nn.Module, folded: FoldedAudit, inputs: Tensor) -> flo
 
 def _blocks(backbone: nn.Module) -> list[nn.Module]:
     return [block for name in backbone.res_layers for block in getattr(backbone, name)]
-
-
-def _input_shapes(model: nn.Module, modules: Sequence[nn.Module], inputs: Tensor) -> dict[nn.Module, torch.Size]:
-    """Shape of what each module is given for one sample of ``inputs``, a batch of one."""
-    shapes = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda m, args: shapes.__setitem__(m, torch.Size([1, *args[0].shape[1:]])))
-        for module in modules
-    ]
-    try:
-        with torch.no_grad():
-            model(inputs, mode="tensor")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shapes

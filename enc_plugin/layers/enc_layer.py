@@ -37,6 +37,7 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
     State dicts hold the settings of each layer beside its tensors (:meth:`get_extra_state`). Loading those of another
     layer warns. Stock checkpoints load into ENC layers, strictly too; the other way round, the settings are a key that
     stock layers do not expect, because they would compute with W.
+
     The arguments are those of :class:`~enc_plugin.ENCConv2d`.
     """
 

@@ -263,11 +263,18 @@ def test_bad_options_are_named(kwargs, message):
         to_enc(small_net(), **kwargs)
 
 
+def test_a_printed_report_is_one_line_and_its_table_on_request():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    report = to_enc(model, alpha=2.0)
+    assert str(report) == repr(report) == "2 ENC layers (ws, alpha 2.0), 1 with a batch norm of their own"
+    assert len(report.table.splitlines()) > 2
+
+
 def test_weights_without_an_enc_layer_are_reported_as_plain():
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "fc": nn.Linear(4, 2), "up": nn.ConvTranspose2d(2, 2, 2)})
     report = to_enc(model)
     assert report.skipped == {"embed": "Embedding has no ENC layer", "up": "ConvTranspose2d has no ENC layer"}
-    assert "plain: embed (Embedding has no ENC layer)" in str(report)
+    assert "plain: embed (Embedding has no ENC layer)" in report.table
 
 
 def test_meta_models_are_converted():
@@ -406,7 +413,7 @@ def test_a_network_without_norms_is_warned_of_with_count_and_names():
         report = to_enc(model)
     assert len(said) == 1
     assert report.without_norm == [f"features.{i}" for i in (0, 3, 6, 8, 11, 13, 16)]
-    assert "without a norm behind them: features.0, features.3" in str(report)
+    assert "without a norm behind them: features.0, features.3" in report.table
 
 
 @pytest.mark.parametrize(("name", "kwargs"), [("vgg11_bn", {}), ("densenet121", {}), ("vgg11", dict(post_norm=True))])
@@ -434,7 +441,7 @@ def test_a_network_that_does_not_run_is_guessed_and_said_so_until_an_example_is_
     with pytest.warns(UserWarning, match=r"did not see the network at work \(TwoInputs does not run .*example=\.\.\."):
         report = to_enc(TwoInputs())
     assert list(report.guessed) == ["a", "b", "tower.0"]
-    assert "guessed: a (the network did not run" in str(report)
+    assert "guessed: a (the network did not run" in report.table
     report = to_enc(TwoInputs(), example=(torch.ones(2, 5), torch.ones(2, 3)))
     assert report.guessed == {}
     assert {layer.name: layer.post_norm for layer in report.layers} == {"a": True, "b": True, "tower.0": False}

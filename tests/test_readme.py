@@ -1,4 +1,4 @@
-"""What the README says runs: its configs train, its Python runs, its commands run, its links and options exist."""
+"""What the README and the pages of docs/ say runs: configs train, Python and commands run, links exist."""
 
 from __future__ import annotations
 
@@ -14,17 +14,28 @@ import tomllib
 import torch
 from helpers import ROOT, build_runner, dist_train, run_tool, scalars
 from mmengine.config import Config
-from mmengine.registry import VISBACKENDS
+from mmengine.registry import HOOKS, VISBACKENDS
 from mmengine.runner import Runner
 
 from enc_plugin.doctor import BROKEN
 from enc_plugin.doctor.config import check_config
+from enc_plugin.surgery.projected import constrained_layers
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-CONFIGS = [code for code in PYTHON if "_base_ =" in code]
-COMMANDS = [line.split(" #")[0].strip() for lang, code in BLOCKS if lang == "bash" for line in code.splitlines()]
+README = ROOT / "README.md"
+PAGES = {path: path.read_text() for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
+BLOCKS = {path: re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE) for path, text in PAGES.items()}
+PYTHON = {path: [code for language, code in blocks if language == "python"] for path, blocks in BLOCKS.items()}
+# Pages repeat some of the README.
+CONFIGS = list(dict.fromkeys(code for codes in PYTHON.values() for code in codes if "_base_ =" in code))
+COMMANDS = list(
+    dict.fromkeys(
+        line.split(" #")[0].strip()
+        for blocks in BLOCKS.values()
+        for language, code in blocks
+        if language == "bash"
+        for line in code.splitlines()
+    )
+)
 # Smaller networks and pictures: the configs stand as they are but for this.
 SMALL = {
     "model.backbone.depth": 18,
@@ -66,7 +77,7 @@ def train_small(folder: Path, name: str, **options) -> Runner:
 
 
 def test_each_way_to_enc_takes_at_most_five_lines():
-    ways = [*CONFIGS, next(code for code in PYTHON if "to_enc(model)" in code)]
+    ways = [*CONFIGS, next(code for code in PYTHON[README] if "to_enc(model)" in code)]
     assert len(ways) == 4
     for code in ways:
         assert len([line for line in code.splitlines() if line.strip()]) <= 5
@@ -109,15 +120,22 @@ def test_a_pretrained_checkpoint_keeps_its_function(folder, monkeypatch):
     torch.testing.assert_close(enc.eval()(images), plain(images), rtol=1e-3, atol=1e-4)
 
 
-def test_python_blocks_run_in_order():
-    namespace: dict = {"timm": timm, "torch": torch}
-    for code in PYTHON:
+@pytest.mark.parametrize("page", [page for page, codes in PYTHON.items() if codes], ids=lambda page: page.name)
+def test_python_blocks_of_a_page_run_in_order(page):
+    namespace: dict = {"timm": timm, "torch": torch, "model": timm.create_model("resnet18", num_classes=10)}
+    for code in PYTHON[page]:
         if "_base_ =" not in code:
-            exec(compile(code, "README.md", "exec"), namespace)
-    assert namespace["values"].shape == (8,)
-    backends = [backend["type"] for backend in namespace["visualizer"]["vis_backends"]]
-    assert len(backends) == 4
-    assert all(VISBACKENDS.get(backend) for backend in backends)
+            exec(compile(code, page.name, "exec"), namespace)
+    if "values" in namespace:
+        assert namespace["values"].shape == (8,)
+    if "held" in namespace:
+        assert len(list(constrained_layers(namespace["projected"]))) == 21
+    if "visualizer" in namespace:
+        backends = [backend["type"] for backend in namespace["visualizer"]["vis_backends"]]
+        assert len(backends) == 4
+        assert all(VISBACKENDS.get(backend) for backend in backends)
+    for hook in namespace.get("custom_hooks", []):
+        HOOKS.build(hook)
 
 
 def test_the_tools_run_in_the_readmes_order(tmp_path, monkeypatch):
@@ -148,7 +166,7 @@ def test_the_distributed_command_runs(tmp_path):
 def test_every_other_command_is_known():
     """The doctor's, mim's and pip's have tests of their own; make's are make's."""
     others = [c for c in COMMANDS if not c.startswith("python tools/") and "dist_train.sh" not in c]
-    assert others == ["make demo", "make test", "pip install '.[lite]'"]
+    assert others == ["pip install -e '.[lite]'", "make demo", "make test"]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"lite", "tensorboard", "wandb", "mlflow"} <= extras.keys()
     makefile = (ROOT / "Makefile").read_text()
@@ -156,8 +174,28 @@ def test_every_other_command_is_known():
 
 
 def test_linked_files_exist():
-    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
-    paths = re.findall(r"((?:tools|examples|configs|tests|lab)/[\w./-]+\.(?:py|sh))", README)
-    assert links
-    missing = [path for path in links + paths if not (ROOT / path).exists()]
-    assert not missing
+    for page, text in PAGES.items():
+        links = re.findall(r"\]\((?!https?://)([^)#]+)", text)
+        paths = re.findall(r"((?:tools|examples|configs|tests|lab)/[\w./-]+\.(?:py|sh))", text)
+        missing = [link for link in links if not (page.parent / link).exists()]
+        missing += [path for path in paths if not (ROOT / path).exists()]
+        assert not missing, page
+
+
+def test_anchors_of_links_are_headings():
+    for page, text in PAGES.items():
+        for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", text):
+            headings = re.findall(r"^#+ (.*)$", (page.parent / target if target else page).read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+            assert anchor in slugs, (page, target, anchor)
+
+
+def test_pages_have_a_place_in_the_contents_and_lines_that_can_be_read():
+    contents = (ROOT / "docs" / "README.md").read_text()
+    for page, text in PAGES.items():
+        if page.parent.name == "docs" and page.name != "README.md":
+            assert f"({page.name})" in contents
+            assert f"(docs/{page.name})" in PAGES[README]
+        longest = max(len(line) for line in text.splitlines())
+        assert longest <= (200 if page == README else 300), page
+    assert len(PAGES[README].splitlines()) <= 150

@@ -31,6 +31,8 @@ if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
     warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``", UserWarning)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    # One of each data loader says enough.
+    warnings.filterwarnings("once", "This DataLoader will create .* worker processes", UserWarning)
     logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.msg)
 
 _PATIENCE = 15  # seconds; more than a process takes to end

@@ -17,7 +17,7 @@ from ..version import __version__
 # What mmengine logs for the record (some 270 lines before the first iteration), and warnings about its own code.
 _FOR_THE_RECORD = re.compile(
     r"\n-+\nSystem environment:|Config:\n|Hooks will be executed in the following order:|Exp name: "
-    r"|paramwise_options -- |Code: "
+    r"|paramwise_options -- |Code: |Distributed training is not used, all SyncBatchNorm"
     r'|"FileClient" will be deprecated|"HardDiskBackend" is the alias'
 )
 

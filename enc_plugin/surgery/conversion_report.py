@@ -36,9 +36,9 @@ class ConvertedLayer:
         return cls(name, type(layer).__name__, **layer.enc_settings, adds_bias=adds_bias)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConversionReport:
-    """What :func:`to_enc` did.
+    """What :func:`to_enc` did. Printed, it is one line; ``print(report.table)`` shows every layer.
 
     Attributes:
         layers: The ENC layers, in module order.
@@ -64,6 +64,19 @@ class ConversionReport:
         return sum(layer.post_norm for layer in self.layers)
 
     def __str__(self) -> str:
+        kinds = sorted({f"{layer.variant}, alpha {layer.alpha}" for layer in self.layers})
+        text = f"{len(self)} ENC layers"
+        text += f" ({'; '.join(kinds)}), {self.num_post_norms} with a batch norm of their own" if self.layers else ""
+        text += f"; {len(self.skipped)} weights stay plain" if self.skipped else ""
+        text += f"; {len(self.guessed)} layers were not seen at work" if self.guessed else ""
+        text += f"; {len(self.without_norm)} have no norm behind them" if self.without_norm else ""
+        return text if self.preserved is None else f"{text}; {self.preserved}"
+
+    __repr__ = __str__
+
+    @property
+    def table(self) -> str:
+        """All layers, a row each, and what stays plain, is guessed or has no norm behind it, a line each."""
         rows = [(x.name, x.type, x.variant, f"{x.alpha}", "yes" if x.post_norm else "") for x in self.layers]
         text = format_table(("layer", "type", "variant", "alpha", "post-norm"), rows)
         text = "\n".join([text, *(f"plain: {name} ({why})" for name, why in self.skipped.items())])

@@ -74,12 +74,13 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     ]
 
 
-def headlines(found: Results, parts: Sequence[Section], folder: str) -> str:
-    """What stands in the project's README, in Markdown; ``folder`` is the study's, as links from there have it."""
-    to_go = f"{len(found.missing)} planned ones to go" if found.missing else "all that are planned"
-    lines = [*markdown_table(*summary_table(found, parts)), ""]
-    lines += [f"[The study]({folder}/README.md): {len(list(found))} finished runs, {to_go}. {WORDS}", ""]
-    lines += [f"- {line}" for line in arena_lines(found)]
-    for figure in opening_figure(parts):
-        lines += ["", f"![{figure.caption}]({folder}/figures/{figure.name}.png)"]
-    return "\n".join(lines)
+def headlines(found: Results, parts: Sequence[Section]) -> str:
+    """The table for the project's README, in Markdown: of the paper's results, only the first thing that is said."""
+    head, rows = summary_table(found, parts)
+    short = [[row[0], _first_clause(row[1]), *row[2:]] for row in rows]
+    return "\n".join(markdown_table(head, short))
+
+
+def _first_clause(text: str) -> str:
+    first = text.split(";")[0]
+    return first + ")" * (first.count("(") - first.count(")"))

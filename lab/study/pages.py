@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,7 +51,7 @@ def write_study(study: str | Path, readme: str | Path | None = None, grid: str |
     figures = [figure for part in parts for figure in part.figures]
     texts = {}
     if readme is not None:  # before anything is written: one without the markers is refused
-        lines = headlines(found, parts, os.path.relpath(study, Path(readme).parent))
+        lines = headlines(found, parts)
         texts[Path(readme)] = _insert(Path(readme).read_text(), lines, readme)
     pictures = {figure.name: to_picture(figure) for figure in figures}
     wanted = {study / "figures" / f"{name}.png": picture for name, picture in pictures.items()}

@@ -1,4 +1,4 @@
-"""What hooks declare of their scalars, against what a run logs and against the README's table."""
+"""What hooks declare of their scalars, against what a run logs and against the table in the documentation."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_every_scalar_that_a_hook_of_ours_logs_is_declared(tmp_path):
     assert kinds == {s.name for s in SCALARS}  # nothing is declared that no run logs
 
 
-def test_the_readme_lists_every_declared_scalar():
-    table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+def test_the_documentation_lists_every_declared_scalar():
+    table = [line for line in (ROOT / "docs" / "measure.md").read_text().splitlines() if line.startswith("| `")]
     names = [part for line in table for part in re.findall(r"`([^`]+)`", line.split("|")[1])]
     whole = [name for name in names if not name.startswith("/")]
     ends = [name for name in names if name.startswith("/")]

@@ -15,6 +15,7 @@ from helpers import ROOT
 from lab import RESULTS
 from lab.study import CELLS, load_grid, write_study
 from lab.study.answer import headlines
+from lab.study.grid import cell_efolds
 from lab.study.pages import BEGIN, END
 from lab.study.results import load_results
 from lab.study.sections import claim_sections
@@ -50,12 +51,18 @@ def test_the_readme_states_the_verdicts_of_the_committed_results(written):
     assert (written.parents[2] / "README.md").read_text() == (ROOT / "README.md").read_text()
 
 
+def test_the_documentation_states_the_arenas_and_how_much_decay_acts_in_each():
+    grid, page = load_grid(CELLS), (ROOT / "docs" / "results.md").read_text()
+    stated = dict(re.findall(r"^\| (\w+) \| .* \| ([\d.]+) \|$", page, re.M))
+    assert stated == {name: f"{cell_efolds(cells[0]):.2g}" for name, cells in grid.cells.items()}
+
+
 def test_a_result_is_one_so_far_while_runs_are_missing(tmp_path):
     shutil.copytree(STUDY / "runs" / "digits", tmp_path / "digits")
 
     def row():
         found = load_results(load_grid(CELLS), tmp_path)
-        lines = headlines(found, claim_sections(found), "study").splitlines()
+        lines = headlines(found, claim_sections(found)).splitlines()
         return next(line for line in lines if line.startswith("| ENC raises"))
 
     assert row().endswith("**absent** -0.06 [-0.57, +0.45] |")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional.decay import shift_direction, shift_directions
-from .functional.grouped import groups_of
+from .functional.grouped import groups_of, has_whole_rows, rows_of
 from .functional.weights import is_whole_layer
 
 # The decay term lambda W becomes lambda (W - eps U). Which of these does that depends on how the optimizer decays.
@@ -106,9 +106,12 @@ def _pieces(weights: list[Tensor], targets: list[Tensor], variant: str) -> Itera
             yield [weights[i] for i in members], [targets[i] for i in members]
     else:
         for weight, target in zip(weights, targets, strict=True):
-            whole = is_whole_layer(variant)
-            rows = len(weight) if whole else max(1, _PIECE * len(weight) // weight.numel())
-            yield from (([w], [t]) for w, t in zip(weight.split(rows), target.split(rows), strict=True))
+            if is_whole_layer(variant) or weight.stride() != target.stride() or not has_whole_rows(weight):
+                yield [weight], [target]
+            else:
+                count = max(1, _PIECE * len(weight) // weight.numel())
+                pieces = zip(rows_of(weight).split(count), rows_of(target).split(count), strict=True)
+                yield from (([rows], [target_rows]) for rows, target_rows in pieces)
 
 
 def _fixed(weight: Tensor) -> Tensor:
@@ -120,6 +123,8 @@ def _add(targets: list[Tensor], terms: list[Tensor], factor: float | Tensor) -> 
     """``targets += factor * terms`` in place."""
     if isinstance(factor, Tensor):  # as an alpha it would be read, which waits for the device
         torch._foreach_addcmul_(targets, terms, [factor.to(terms[0].dtype)] * len(terms))
+    elif len(targets) == 1:
+        targets[0].add_(terms[0], alpha=factor)
     else:
         torch._foreach_add_(targets, terms, alpha=factor)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_number
-from .grouped import computed, factors
+from .grouped import computed, factors, normalized
 from .weights import check_variant, check_weight, enc_weight, is_centered, is_whole_layer, num_rows
 
 # By whether the layer is taken as a whole and whether means are removed: the equation that divides by the same norms.
@@ -45,11 +45,13 @@ def _alpha_of_direction(weight: Tensor, variant: str) -> float:
 def shift_directions(weights: Sequence[Tensor], variant: str) -> list[Tensor]:
     """:func:`shift_direction` of weights of one group (:func:`~enc_plugin.functional.grouped.groups_of`) at once."""
     variant = _division(variant)
-    if torch.is_grad_enabled() or (len(weights) == 1 and is_whole_layer(variant)):
+    first, is_alone = weights[0], len(weights) == 1
+    if torch.is_grad_enabled() or (is_alone and is_whole_layer(variant)):
         return [shift_direction(weight, variant) for weight in weights]
+    if is_alone and first.ndim == 2 and first.is_contiguous() and first.dtype in (torch.float32, torch.float64):
+        return [normalized(first, variant, first.new_ones(len(first)))[0]]  # as below, for small pieces of a weight
     scale = factors(weights, variant, [_alpha_of_direction(weight, variant) for weight in weights])
-    whats, _ = computed(weights, variant, scale)
-    return whats
+    return computed(weights, variant, scale)[0]
 
 
 def shifted_l2_grad(weight: Tensor, variant: str, eps: float) -> Tensor:

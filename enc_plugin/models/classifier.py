@@ -66,6 +66,7 @@ class ENCImageClassifier(GBRImageClassifier):
             ``how='project'``, which leaves the constraint to the optimizer and the layers stock. Patterns match names
             as in ``named_modules()``: ``'backbone'``, ``'head.fc'``. ``preserve=True`` keeps the function of plain
             weights whenever such are loaded (``load_from``, ``init_cfg``), and logs how well: fine-tuning with ENC.
+            ``packed=False`` lets each layer compute its own weight on a GPU, too.
 
     Attributes:
         enc_report: The :class:`enc_plugin.ConversionReport`.

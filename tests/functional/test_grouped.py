@@ -53,7 +53,7 @@ def free_weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [weight.requires_grad_() for weight in weights]
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", GROUPED)
 def test_they_equal_the_literal_formula_in_the_layout_of_the_weight(variant):
     weights = free_weights()
     alphas = [0.5 + i for i in range(len(weights))]

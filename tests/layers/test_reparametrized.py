@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from functional.test_weights import ALL
+from functional.test_weights import ALL, literal
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
@@ -23,19 +23,16 @@ def network(variant="ws", **kwargs):
 
 
 def of_kept(weight, kept, variant, alpha=1.0):
-    """Eq. 20-23 of the elements that a mask keeps, element by element in float64."""
+    """Eq. 20-23 of the elements that a mask keeps, row by row in float64."""
     weight, kept = weight.detach().double().flatten(1), kept.bool().flatten(1)
-    out = torch.zeros_like(weight)
+    shape = weight.shape
     if variant in ("fro", "centered_fro"):
-        v = weight[kept] - (weight[kept].mean() if variant == "centered_fro" else 0)
-        out[kept] = alpha**0.5 * v / v.norm()
-        return out
+        weight, kept = weight.reshape(1, -1), kept.reshape(1, -1)
+    out = torch.zeros_like(weight)
     rows = [j for j in range(len(weight)) if kept[j].any()]
     for j in rows:
-        v = weight[j][kept[j]]
-        v = v - v.mean() if variant == "ws" else v
-        out[j, kept[j]] = (alpha / len(rows)) ** 0.5 * v / v.norm()
-    return out
+        out[j, kept[j]] = literal(weight[j][kept[j]][None], variant, alpha / len(rows))[0]
+    return out.view(shape)
 
 
 @pytest.mark.parametrize("variant", ALL)

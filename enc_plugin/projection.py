@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .decay_kinds import shrinking_power
 from .functional.checks import check_type
+from .functional.grouped import enc_weights
 from .functional.rotation import equilibrium_angle, rotate
 from .functional.weights import check_alpha, check_variant, enc_weight, is_centered, num_rows
 from .running_step import RunningStep, calling_frame, inner_optimizers
@@ -223,8 +224,18 @@ def _row_lengths(weight: Tensor, variant: str) -> Tensor:
 
 def retract_(weights: list[Tensor], variant: str, alpha: float) -> None:
     """Take weights to the constraint set, in place: :func:`~enc_plugin.functional.enc_weight` of each."""
+    # On a GPU the host pays for each operation: there, a few for each length of rows instead of some for each layer.
+    is_alike = len({(weight.device, weight.dtype) for weight in weights}) == 1
+    if is_alike and weights[0].is_cuda:
+        retract_together_(weights, variant, alpha)
+        return
     for weight in weights:
         weight.copy_(enc_weight(weight, variant, alpha))
+
+
+def retract_together_(weights: list[Tensor], variant: str, alpha: float) -> None:
+    """:func:`retract_` for weights of one device and dtype, in a number of operations that goes by lengths of rows."""
+    torch._foreach_copy_(weights, enc_weights(weights, variant, [alpha] * len(weights)))
 
 
 def _angle(group: Group) -> float | Tensor:

@@ -18,14 +18,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .decay_kinds import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, decay_kind, restore, shift_group, takes_decay
 from .functional.checks import check_type
-from .functional.decay import check_shift_eps
-from .functional.weights import check_variant
 from .running_step import RunningStep, calling_frame, inner_optimizers
-
-# What a group knows of its shift; 'enc_decoupled' is there only if the user said it.
-SHIFT_SETTINGS = ("enc_variant", "shift_eps", "enc_decoupled")
-
-_NEEDED = ("lr", "weight_decay", "enc_variant")
+from .shifted_groups import SHIFT_SETTINGS, check_group, shifted_groups
 
 
 def _warn(text: str) -> None:
@@ -66,11 +60,11 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
     check_type("optimizer", optimizer, Optimizer, "a torch optimizer")
     check_type("decoupled", decoupled, (bool, type(None)), "True, False or None")
     for group in optimizer.param_groups:
-        _check(group)
+        check_group(group)
     for inner in inner_optimizers(optimizer):
         if isinstance(inner, Optimizer):
             add_shift(inner, decoupled, warn=warn)
-    own = _own_groups(optimizer)
+    own = shifted_groups(optimizer)
     if not own and any("shift_eps" in group for group in optimizer.param_groups):
         return
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # torch's constructor did not run
@@ -86,29 +80,6 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
     shift.warn = warn
     for index, group in own:
         shift.kind(optimizer, index, group)  # tries it, and warns
-
-
-def _check(group: dict[str, Any]) -> None:
-    """Raise unless a group that carries the shift has all that it needs."""
-    if "shift_eps" not in group:
-        return
-    missing = [key for key in _NEEDED if key not in group]
-    if missing:
-        raise ValueError(
-            f"param_groups: a group with shift_eps lacks {', '.join(missing)}; take groups from param_groups_enc"
-        )
-    check_variant(group["enc_variant"])
-    check_shift_eps(group["shift_eps"], "shift_eps")
-
-
-def _own_groups(optimizer: Optimizer) -> list[tuple[int, dict[str, Any]]]:
-    """Groups that carry the shift and that ``optimizer`` steps itself, with their indices."""
-    left = {id(p) for inner in inner_optimizers(optimizer) for group in inner.param_groups for p in group["params"]}
-    return [
-        (index, group)
-        for index, group in enumerate(optimizer.param_groups)
-        if "shift_eps" in group and group["params"] and not (left and any(id(p) in left for p in group["params"]))
-    ]
 
 
 def _is_differentiable(optimizer: Optimizer) -> bool:
@@ -152,7 +123,7 @@ class _Shift:
     def kind(self, optimizer: Optimizer, index: int, group: dict[str, Any]) -> str:
         """How to shift a group: as the user said, unless that holds for neither way, else as a trial says."""
         if index not in self.kinds:
-            _check(group)
+            check_group(group)
             self.kinds[index] = self._find_kind(optimizer, group)
         kind, decoupled = self.kinds[index], group.get("enc_decoupled")
         return kind if decoupled is None or kind == AROUND else WEIGHT if decoupled else GRADIENT
@@ -186,7 +157,7 @@ class _Shift:
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Shift the groups, or have the closure of the step do so after its backward pass."""
-        groups = [(self.kind(optimizer, index, group), group) for index, group in _own_groups(optimizer)]
+        groups = [(self.kind(optimizer, index, group), group) for index, group in shifted_groups(optimizer)]
         if not groups:
             return None
         frame = calling_frame()
@@ -316,7 +287,7 @@ def _see_loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] 
 def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Step hook of all optimizers: those whose groups carry the shift get a hook of their own, behind all others."""
     shifts = any("shift_eps" in group for group in optimizer.param_groups)
-    if shifts and ("_enc_shift" in vars(optimizer) or _own_groups(optimizer)):
+    if shifts and ("_enc_shift" in vars(optimizer) or shifted_groups(optimizer)):
         _shift_of(optimizer).come_last(optimizer)
 
 

@@ -81,7 +81,7 @@ def test_fifty_thousand_steps_settle_where_predicted_with_the_shift_and_shrink_w
 
 
 def test_the_recorded_run_is_of_fifty_thousand_steps_of_every_cell():
-    record = json.loads((long_training.RESULTS / "long_training.json").read_text())
+    record = json.loads((long_training.RESULTS / "long_training" / "long_training.json").read_text())
     assert record["settings"]["steps"] == 50_000
     assert set(record["cells"]) == {toy.name for toy in long_training.TOYS}
     bad = {name for name, run in record["cells"].items() if run["first_bad"] is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from helpers import CONFIGS, free_port, run_command, run_tool
@@ -78,8 +80,12 @@ def test_preserve_makes_a_plain_checkpoint_fit_in_every_tool_that_measures(tool,
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tool, files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stop.py").write_text('__import__("signal").raise_signal(2)\n')
-    with pytest.raises(SystemExit) as ended:
-        run_tool(tool, TOOLS[tool]("stop.py", files["enc.pth"]), monkeypatch)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore the signal
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_tool(tool, TOOLS[tool]("stop.py", files["enc.pth"]), monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert ended.value.code == 130
     go_on = "with --resume to go on from the last checkpoint" if tool == "train" else "run it again"
     (line,) = capsys.readouterr().err.strip().splitlines()

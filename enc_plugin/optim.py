@@ -113,6 +113,12 @@ class DecayRules:
         groups: dict[str, dict] = {}
         layers = [layer for layer in module.modules() if isinstance(layer, ENCLayer)]
         variants = {p: layer.enc_variant for layer in layers for p in layer.free_weights()}
+        for name, found in projected_layers(module):
+            if "weight" not in found.layer._parameters:
+                raise ValueError(
+                    f"layer {name!r}: its weight is pruned or parametrized, computed from another tensor, so that an "
+                    "optimizer cannot hold it on the constraint set; use to_enc with how='reparametrize' for it"
+                )
         if "projection" in self.options and next(projected_layers(module), None) is None:
             raise ValueError(
                 "projection: no layer of the model is to be held on the constraint set; mark them by "

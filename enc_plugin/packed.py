@@ -91,7 +91,7 @@ class _Packing:
         """As the forward pre-hook."""
         if not self.packed or not can_precompute():
             return
-        layers = (module for module in model.modules() if isinstance(module, ENCLayer))
+        layers = (module for module in model.modules() if isinstance(module, ENCLayer) and not module.enc_is_projected)
         first = next(layers, None)
         if first is not None and (self.packed is True or any(weight.is_cuda for weight in first.free_weights())):
             open_pass(model, _Weights([first, *layers]))

@@ -8,6 +8,7 @@ registers a step hook for all optimizers of the process, which acts on such grou
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -19,12 +20,16 @@ from .functional.checks import check_type
 from .functional.grouped import enc_weights
 from .functional.rotation import equilibrium_angle, rotate
 from .functional.weights import check_alpha, check_variant, enc_weight, is_centered, num_rows
-from .running_step import RunningStep, calling_frame, inner_optimizers
+from .running_step import RunningStep, calling_frame, steps_itself
 
 MODES = {
     "retract": "the optimizer's own step, then the way back to the constraint set",
     "rotate": "a turn in the direction of the optimizer's step, by the angle of plain training in equilibrium",
 }
+
+# What a group says of its projection, and what it has found out.
+PROJECTION_SETTINGS = ("enc_projection", "enc_variant", "enc_alpha")
+_FOUND = ("enc_power", "enc_decay", "enc_shrink")
 
 Group = dict[str, Any]
 
@@ -75,9 +80,11 @@ def add_projection(optimizer: Optimizer) -> None:
 def check_projection(optimizer: Optimizer) -> None:
     """The checks of :func:`add_projection` alone: weights are left as they are, until they are initialised or loaded.
 
-    The first step takes them to the set, if :func:`add_projection` does not do it before.
+    The first step takes them to the set, if :func:`add_projection` does not do it before. From here on, groups keep
+    their settings when a state with others is loaded.
     """
     check_type("optimizer", optimizer, Optimizer, "a torch optimizer")
+    _watch_loading(optimizer)
     for group in _own_groups(optimizer):
         _prepare(optimizer, group)
 
@@ -86,15 +93,8 @@ def _groups(optimizer: Optimizer) -> list[Group]:
     return [group for group in optimizer.param_groups if group.get("enc_projection") and group["params"]]
 
 
-def _left_groups(optimizer: Optimizer) -> list[Group]:
-    """Groups that an optimizer steps which ``optimizer`` wraps."""
-    inner = {id(p) for one in inner_optimizers(optimizer) for group in one.param_groups for p in group["params"]}
-    return [group for group in _groups(optimizer) if any(id(p) in inner for p in group["params"])]
-
-
 def _own_groups(optimizer: Optimizer) -> list[Group]:
-    left = _left_groups(optimizer)
-    return [group for group in _groups(optimizer) if not any(group is other for other in left)]
+    return [group for group in _groups(optimizer) if steps_itself(optimizer, group)]
 
 
 def _prepare(optimizer: Optimizer, group: Group) -> None:
@@ -139,6 +139,7 @@ class _Projection:
         self.step: RunningStep | None = None
         self.depth = 0
         self.before: list[tuple[Group, list[int], list[Tensor]]] = []
+        _watch_loading(optimizer)
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
         # The first to act after the step, so that others (an average of the weights) see weights on the set.
         after = optimizer.register_step_post_hook(self.after_step).id
@@ -167,9 +168,42 @@ class _Projection:
         with torch.no_grad():
             for group, chosen, before in self.before:
                 _finish(group, chosen, before)
-            for group in _left_groups(optimizer):  # an average with earlier weights, as Lookahead's, leaves the set
-                retract_(group["params"], group["enc_variant"], group["enc_alpha"])
+            for group in _groups(optimizer):
+                if not steps_itself(
+                    optimizer, group
+                ):  # an average with earlier weights, as Lookahead's, leaves the set
+                    retract_(group["params"], group["enc_variant"], group["enc_alpha"])
         self.step, self.before = None, []
+
+
+def _watch_loading(optimizer: Optimizer) -> None:
+    hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
+    if hooks is not None and _keep_settings not in hooks.values():
+        optimizer.register_load_state_dict_pre_hook(_keep_settings)
+
+
+def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+    """Load hook: groups stay held, or not held, as they were made, and say so where the loaded state has another."""
+    own, loaded = optimizer.param_groups, state["param_groups"]
+    if len(own) != len(loaded):
+        return None  # torch refuses it
+    groups = []
+    for was, found in zip(own, loaded, strict=True):
+        settings, others = ({key: group.get(key) for key in PROJECTION_SETTINGS} for group in (was, found))
+        if settings == others or not (was.get("enc_projection") or found.get("enc_projection")):
+            groups.append(found)
+            continue
+        warnings.warn(
+            f"ENC: projection of {len(was['params'])} tensors: the loaded state has {others['enc_projection']!r} "
+            f"({others['enc_variant']}), this optimizer was made with {settings['enc_projection']!r} "
+            f"({settings['enc_variant']}) and goes on with that",
+            stacklevel=2,
+        )
+        group = {key: value for key, value in found.items() if key not in (*PROJECTION_SETTINGS, *_FOUND)}
+        if "enc_decay" in found:
+            group["weight_decay"] = found["enc_decay"]
+        groups.append(group | {key: was[key] for key in PROJECTION_SETTINGS if key in was})
+    return {**state, "param_groups": groups}
 
 
 def _look(group: Group, has_closure: bool) -> tuple[list[int], list[Tensor]]:

@@ -43,6 +43,12 @@ def calling_frame() -> FrameType | None:
     return None if torch.compiler.is_compiling() else sys._getframe(2)
 
 
+def steps_itself(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether ``optimizer`` steps a group that it has, and does not leave that to an optimizer which it holds."""
+    inner = {id(p) for one in inner_optimizers(optimizer) for held in one.param_groups for p in held["params"]}
+    return not any(id(p) in inner for p in group["params"])
+
+
 def inner_optimizers(optimizer: Optimizer) -> Iterator[Any]:
     """Optimizers that ``optimizer`` holds: alone, in a list or a dict, or one of their methods."""
     for name, value in vars(optimizer).items():

@@ -8,7 +8,7 @@ from torch.optim.optimizer import Optimizer
 
 from .functional.decay import check_shift_eps
 from .functional.weights import check_variant
-from .running_step import inner_optimizers
+from .running_step import steps_itself
 
 # What a group knows of its shift; 'enc_decoupled' is there only if the user said it.
 SHIFT_SETTINGS = ("enc_variant", "shift_eps", "enc_decoupled")
@@ -31,9 +31,8 @@ def check_group(group: dict[str, Any]) -> None:
 
 def shifted_groups(optimizer: Optimizer) -> list[tuple[int, dict[str, Any]]]:
     """Groups that carry the shift and that ``optimizer`` steps itself, with their indices."""
-    left = {id(p) for inner in inner_optimizers(optimizer) for group in inner.param_groups for p in group["params"]}
     return [
         (index, group)
         for index, group in enumerate(optimizer.param_groups)
-        if "shift_eps" in group and group["params"] and not (left and any(id(p) in left for p in group["params"]))
+        if "shift_eps" in group and group["params"] and steps_itself(optimizer, group)
     ]

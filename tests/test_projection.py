@@ -185,6 +185,35 @@ def test_a_resumed_run_is_the_unbroken_one(mode, optimizer):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("other", [None, "rotate"])
+def test_groups_stay_held_as_they_were_made_when_another_state_is_loaded(other):
+    model, saved = network(), network()
+    before = torch.optim.SGD(groups_of(saved, other, decay=0.02), **SGD)
+    train(saved, before, 2)
+    optimizer = torch.optim.SGD(groups_of(model, "retract"), **SGD)
+    add_projection(optimizer)
+    model.load_state_dict(saved.state_dict())
+    with pytest.warns(UserWarning, match=f"the loaded state has {other!r}.*made with 'retract'"):
+        optimizer.load_state_dict(before.state_dict())
+    train(model, optimizer, 1)
+    assert optimizer.param_groups[0]["enc_projection"] == "retract"
+    assert optimizer.param_groups[0]["enc_decay"] == 0.02
+    assert all(w.square().sum().item() == pytest.approx(1, rel=1e-12) for w in weights_of(model))
+
+
+def test_a_plain_optimizer_that_loads_a_held_state_stays_plain_and_decays():
+    saved, model = network(), network()
+    before = torch.optim.SGD(groups_of(saved, "retract", decay=0.02), **SGD)
+    train(saved, before, 2)
+    held, rest = groups_of(model, None)
+    optimizer = torch.optim.SGD([{"params": held["params"], "weight_decay": 0.5}, rest], **SGD)
+    add_projection(optimizer)
+    with pytest.warns(UserWarning, match="the loaded state has 'retract'.*made with None"):
+        optimizer.load_state_dict(before.state_dict())
+    assert optimizer.param_groups[0]["weight_decay"] == 0.02
+    assert not any(key.startswith("enc_") for key in optimizer.param_groups[0])
+
+
 def test_a_copy_of_the_optimizer_holds_its_weights_too():
     model = network()
     optimizer = torch.optim.SGD(groups_of(model, "retract"), **SGD)

@@ -31,7 +31,8 @@ class ENCProjectionHook(Hook):
         """Take the weights to the set, initialised or loaded as they are now."""
         for wrapper in optim_wrappers(runner):
             add_projection(wrapper.optimizer)
-        self._retract_averages(runner)
+        if runner.iter == 0:  # a resumed run has its average on the set, and goes on with it bit by bit
+            self._retract_averages(runner)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Take the updated average back to the set."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ def rotate(weight: Tensor, update: Tensor, angle: float | Tensor, variant: str) 
     has no influence. A row stays as it is if its update does not turn it: if all but a thousandth of it is along W.
 
     Args:
-        weight: Weight W on the constraint set, ``(out, in)`` or ``(out, in / groups, *kernel)``.
+        weight: Weight W on the constraint set, ``(out, in)`` or ``(out, in / groups, *kernel)``. Computed in float32 at
+            least.
         update: Update u of the same shape.
         angle: Angle theta in radians, a number or a tensor of one element.
         variant: As in :func:`enc_weight`; the whole-layer variants turn the layer as one row.
@@ -34,17 +37,20 @@ def rotate(weight: Tensor, update: Tensor, angle: float | Tensor, variant: str) 
     check_variant(variant)
     check_weight(weight)
     rows = num_rows(weight, variant)
-    w, u = weight.reshape(rows, -1), update.reshape(rows, -1)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    w, u = (x.reshape(rows, -1).to(dtype) for x in (weight, update))
     mean = u.mean(1, keepdim=True) if is_centered(variant) else u.new_zeros(rows, 1)
     along, whole, size = (torch.linalg.vecdot(x, y)[:, None] for x, y in ((u, w), (u, u), (w, w)))
     # |t|^2 without t: a pass over memory less. What rounding leaves of it has no direction.
     squared = whole - u.shape[1] * mean.square() - along.square() / size
     turns = squared > 64 * torch.finfo(w.dtype).eps * whole
-    angle = torch.as_tensor(angle, dtype=w.dtype, device=w.device)
-    gain = torch.where(turns, angle.sin() * (size / squared).sqrt(), 0)
-    kept = torch.where(turns, angle.cos() - gain * along / size, 1)
+    # A number stays on the host: a tensor made of it would have to be copied to the device, which waits.
+    sin, cos = (angle.sin(), angle.cos()) if isinstance(angle, Tensor) else (math.sin(angle), math.cos(angle))
+    gain = torch.where(turns, sin * (size / squared).sqrt(), 0)
+    kept = torch.where(turns, cos - gain * along / size, 1)
     turned = torch.addcmul(w * kept, u, gain)
-    return (turned.sub_(gain * mean) if is_centered(variant) else turned).reshape(weight.shape)
+    turned = turned.sub_(gain * mean) if is_centered(variant) else turned
+    return turned.reshape(weight.shape).to(weight.dtype)
 
 
 def equilibrium_angle(

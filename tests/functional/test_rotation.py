@@ -66,6 +66,12 @@ def test_an_update_that_does_not_turn_a_row_leaves_it(variant):
         assert torch.equal(rotate(weight, update, 0.1, variant), weight)
 
 
+def test_a_rotation_in_bfloat16_is_that_in_float32_rounded_once():
+    weight, update = on_the_set((4, 64), "ws").bfloat16(), torch.randn(4, 64).bfloat16()
+    expected = rotate(weight.float(), update.float(), 0.2, "ws").bfloat16()
+    assert torch.equal(rotate(weight, update, 0.2, "ws"), expected)
+
+
 class _Recipe:
     """A scale-invariant weight under white noise: rows that are orthogonal to W, of length 1 / norm(W)."""
 

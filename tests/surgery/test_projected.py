@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import digits_config, train
 from torch import nn
+from torch.nn.utils import prune
 
 from enc_plugin import audit, fold, param_groups_enc, to_enc
 from enc_plugin.functional import enc_weight
@@ -101,6 +102,14 @@ def test_copies_and_a_second_conversion_keep_the_marks():
 def test_what_a_projection_cannot_do_is_refused(options, text):
     with pytest.raises(ValueError, match=text):
         to_enc(network(), **options)
+
+
+def test_a_weight_that_is_pruned_after_conversion_is_refused_by_the_parameter_groups():
+    model = network()
+    to_enc(model, how="project")
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="layer '0': its weight is pruned or parametrized"):
+        param_groups_enc(model)
 
 
 def test_a_projection_without_a_marked_layer_is_refused():

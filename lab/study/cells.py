@@ -54,6 +54,9 @@ enc = {"model.type": "ENCImageClassifier"}
 enc_fro = {**enc, "model.enc": dict(variant="fro")}
 enc_wn = {**enc, "model.enc": dict(variant="wn")}
 enc_cfro = {**enc, "model.enc": dict(variant="centered_fro")}
+# Stock layers, held on the constraint set by the optimizer.
+enc_retract = {**enc, "model.enc": dict(how="project"), "optim_wrapper.paramwise_cfg": dict(projection="retract")}
+enc_rotate = {**enc, "model.enc": dict(how="project"), "optim_wrapper.paramwise_cfg": dict(projection="rotate")}
 no_classifier_bn = {"model.enc": dict(post_norm=False)}
 no_shift = {"optim_wrapper.paramwise_cfg": dict(shift_eps=0.0)}
 plain_shift = {"optim_wrapper.paramwise_cfg": dict(plain_shift="ws")}
@@ -143,7 +146,7 @@ cells = dict(
             seeds=three,
         ),
     },
-    # Block b is the first four cells, c the decays, d the last: each whole by itself, in this order.
+    # Block b is the first four cells, c the decays, d the next, e the last two: each whole by itself, in this order.
     overfit={
         "baseline": dict(title="plain", seeds=four, **kept),
         "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=four, **kept_bn),
@@ -160,6 +163,9 @@ cells = dict(
             seeds=three,
             **removed,
         ),
+        # Eq. 22 as a projection. No class: the length of steps is another one than that of decay (docs/gauge.md).
+        "enc-retract": dict(title="ENC, eq. 22, retracted", overrides=enc_retract, seeds=three),
+        "enc-rotate": dict(title="ENC, eq. 22, rotated", overrides=enc_rotate, seeds=three),
     },
     full={
         "baseline": dict(title="plain", seeds=three, **kept),

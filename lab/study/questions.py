@@ -9,6 +9,7 @@ from . import results as metrics
 from .claims import ENC, PARTS, PLAIN
 from .figures import cells_by_class, scatters
 from .grid import GAUGES
+from .projection_rule import projection_section
 from .results import Metric, Results
 from .sections import Section, contrast_table, found_contrasts
 from .statistics import (
@@ -24,7 +25,7 @@ from .verdicts import Comparison, compare, effect_text, is_planned
 
 def question_sections(results: Results) -> list[Section]:
     """A section a question, in order."""
-    questions = (_classes, _parts, _gbr_and_accuracy, _learning_rates, _rival, _cost)
+    questions = (_classes, _parts, _gbr_and_accuracy, _learning_rates, _rival, projection_section, _cost)
     return [question(results) for question in questions]
 
 

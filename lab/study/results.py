@@ -43,6 +43,18 @@ def _early_accuracy(result: dict) -> float | None:
     return None if not early or None in early else sum(early) / len(early)
 
 
+def _epochs_to_90(result: dict) -> float | None:
+    """When validation accuracy first reaches 90 % of the final one, linear between validations."""
+    points, enough = result["by_epoch"].get("accuracy/top1", []), 0.9 * result["final"]["top1"]
+    if any(value is None for _, value in points):
+        return None
+    for i, (epoch, value) in enumerate(points):
+        if value >= enough:
+            before, below = points[i - 1] if i else (epoch, 0.0)
+            return before + (epoch - before) * (enough - below) / (value - below)
+    return None
+
+
 def _gap(result: dict) -> float | None:
     final = result["final"]
     return None if None in (final["test_loss"], final["train_loss"]) else final["test_loss"] - final["train_loss"]
@@ -66,6 +78,7 @@ def _mean_under(prefix: str) -> Callable[[dict], float | None]:
 
 TOP1 = Metric("top-1 accuracy (%)", _final("top1"))
 EARLY_TOP1 = Metric("mean top-1 accuracy over the first half of the epochs (%)", _early_accuracy)
+EPOCHS_TO_90 = Metric("epochs to 90 % of the final accuracy", _epochs_to_90, ".1f")
 GBR_LOGITS = Metric("GBR of the logits", _final("gbr/logits"), ".3g", as_ratio=True)
 GBR_MARGIN = Metric("GBR of the logits / squared median margin", _gbr_over_margin, ".3g", as_ratio=True)
 GBR_PROBS = Metric("GBR of the probabilities", _final("gbr/probs"), ".3g", as_ratio=True)

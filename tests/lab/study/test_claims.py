@@ -15,7 +15,8 @@ from lab.study.answer import headlines
 from lab.study.claims import CLAIMS, DECAYS, PARTS
 from lab.study.grid import cell_efolds
 from lab.study.pages import all_sections
-from lab.study.results import FGSM, GBR_LOGITS, GBR_MARGIN, LOG_PRODUCT, TOP1, Results, load_results
+from lab.study.projection_rule import FORMS, decision
+from lab.study.results import EPOCHS_TO_90, FGSM, GBR_LOGITS, GBR_MARGIN, LOG_PRODUCT, TOP1, Results, load_results
 from lab.study.statistics import Interval
 from lab.study.verdicts import ABSENT, HOLDS, NOT_TESTABLE, OPPOSITE, UNDECIDED, compare, decide
 
@@ -204,6 +205,50 @@ def test_the_headlines_hold_every_claim_and_what_was_not_tested():
     assert "| +0.90 points of top-1 (table 1) | **holds** +1.00" in lines[2]
     assert lines[-1].startswith("| Not tested | SE, ")
     assert all(len(line) <= 200 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("points", "epochs"),
+    [
+        ([[3, 20.0], [6, 60.0], [9, 80.0]], 6 + 3 * 12 / 20),  # 72 lies between 60 and 80
+        ([[3, 75.0], [6, 40.0], [9, 80.0]], 3),  # the first time counts, and before it nothing is known
+        ([[3, None], [6, 60.0], [9, 80.0]], None),
+        ([], None),
+    ],
+)
+def test_epochs_to_90_percent_are_read_off_the_validation_curve(points, epochs):
+    run = made_up(top1=80.0)
+    run["by_epoch"]["accuracy/top1"] = points
+    assert EPOCHS_TO_90.read(run) == (None if epochs is None else pytest.approx(epochs))
+
+
+def projected(retract, enc=(61.0, 61.2, 60.8, 61.1), **more):
+    """Runs of ENC layers and of weights that are retracted, with these top-1 accuracies."""
+    cells = {"enc-ws": enc, "enc-retract": retract, "bn": enc}
+    return [
+        made_up("overfit", cell, seed, top1, **{"pgd10/top1_eps2": 5.0 + seed / 10}, **(more if "t" in cell else {}))
+        for cell, values in cells.items()
+        for seed, top1 in enumerate(values)
+    ]
+
+
+def test_a_projection_is_recommended_unless_an_interval_lies_on_its_worse_side():
+    assert decision(results(*projected([61.0, 61.1, 60.9])), "enc-retract").startswith("recommended")
+    assert decision(results(*projected([60.0, 60.1, 59.9])), "enc-retract") == (
+        "an option: worse in top-1 accuracy (%) (overfit)"
+    )
+    assert decision(results(*projected([61.0, 61.1, 60.9], gbr=20.0)), "enc-retract") == (
+        "an option: worse in GBR of the logits (overfit), GBR of the logits / squared median margin (overfit)"
+    )
+    assert decision(results(*projected([61.0, 61.1, 60.9], gbr=5.0)), "enc-retract").startswith("recommended")
+
+
+def test_a_projection_is_not_judged_before_all_its_runs_are_done():
+    runs = projected([60.0, 60.1, 59.9])
+    assert decision(results(*runs[:-5], *runs[-4:]), "enc-retract") == "not decided yet"
+    assert {decision(results(), form) for form in FORMS} == {"not decided yet"}
+    lost = made_up("overfit", "enc-rotate", status="diverged")
+    assert decision(results(*runs, lost), "enc-rotate") == "an option: a run has diverged"
 
 
 def test_fgsm_is_averaged_over_the_eps_that_were_run():

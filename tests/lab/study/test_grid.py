@@ -95,6 +95,7 @@ def describe(run):
     wrapper = ENCOptimWrapperConstructor(
         {"optimizer": dict(cfg.optim_wrapper.optimizer)}, cfg.optim_wrapper.get("paramwise_cfg")
     )(model)
+    held = [g for g in wrapper.param_groups if "enc_projection" in g]
     return {
         "variants": {(layer.variant, layer.settings["alpha"]) for _, layer in enc_layers(model)},
         "enc": len(list(enc_layers(model))),
@@ -102,12 +103,16 @@ def describe(run):
         "shifted": sum(len(g["params"]) for g in wrapper.param_groups if "shift_eps" in g),
         "convs": {type(m).__name__ for m in model.modules() if isinstance(m, nn.Conv2d)},
         "decay": max(g["weight_decay"] for g in wrapper.param_groups),
+        "held": {(g["enc_projection"], g["enc_variant"], len(g["params"])) for g in held},
     }
 
 
 @pytest.mark.parametrize(
     ("cell", "expected"),
     [
+        ("overfit/enc-retract", {"norms": 22, "shifted": 0, "convs": {"Conv2d"}, "held": {("retract", "ws", 22)}}),
+        ("overfit/enc-rotate", {"norms": 22, "shifted": 0, "convs": {"Conv2d"}, "held": {("rotate", "ws", 22)}}),
+        ("overfit/enc-ws", {"enc": 22, "norms": 22, "shifted": 22, "convs": {"ENCConv2d"}, "held": set()}),
         ("baseline", {"enc": 0, "norms": 21, "shifted": 0, "convs": {"Conv2d"}, "decay": 1e-4}),
         ("bn", {"enc": 0, "norms": 22, "shifted": 0}),
         ("bn-shift", {"enc": 0, "norms": 22, "shifted": 22}),
@@ -125,6 +130,7 @@ def describe(run):
     ],
 )
 def test_a_cell_is_what_its_title_says(cell, expected):
-    run = next(run for run in first_runs() if run.id == f"quarter/{cell}-seed0")
+    name = cell if "/" in cell else f"quarter/{cell}"
+    run = next(run for run in first_runs() if run.id == f"{name}-seed0")
     found = describe(run)
     assert {key: found[key] for key in expected} == expected

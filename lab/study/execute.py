@@ -22,7 +22,7 @@ from enc_plugin.reports.runs import load_run
 
 from ..provenance import gpu, provenance
 from .grid import PlannedRun
-from .measures import measure
+from .measures import measure, training_images
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 
@@ -57,6 +57,22 @@ def pending(runs: Sequence[PlannedRun], results: str | Path, retry_failed: bool 
     return left
 
 
+def describe(run: PlannedRun) -> dict:
+    """What a result says of its run, whatever became of it."""
+    arena = run.cell.arena
+    return {
+        "id": run.id,
+        "arena": arena.name,
+        "cell": run.cell.name,
+        "title": run.cell.title,
+        "seed": run.seed,
+        "config": arena.config,
+        "overrides": run.overrides,
+        "images": arena.images,
+        "epochs": arena.epochs,
+    }
+
+
 def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | Path = ".") -> dict:
     """Train and measure one run in this process, and write its result whole or not at all.
 
@@ -72,19 +88,7 @@ def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | 
         ``status='failed'`` and its traceback.
     """
     work_dir = Path(work, run.id)
-    arena = run.cell.arena
-    result = {
-        "id": run.id,
-        "arena": arena.name,
-        "cell": run.cell.name,
-        "title": run.cell.title,
-        "seed": run.seed,
-        "config": arena.config,
-        "overrides": run.overrides,
-        "images": arena.images,
-        "epochs": arena.epochs,
-        "provenance": provenance(root),
-    }
+    result = {**describe(run), "provenance": provenance(root)}
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         result["resumed"] = (work_dir / "last_checkpoint").is_file()
@@ -97,7 +101,7 @@ def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | 
     except Exception as error:  # a failed run is a result too: it is listed, and not tried again and again
         result |= {"status": FAILED, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     result["seconds"] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    _write(result_path(results, run), result)
+    write_result(result_path(results, run), result)
     if result["status"] != FAILED:
         shutil.rmtree(work_dir, ignore_errors=True)
     return result
@@ -111,7 +115,7 @@ def _train_and_measure(run: PlannedRun, work_dir: Path, root: str | Path) -> dic
     cfg.experiment_name = run.id.replace("/", "_")
     stack_pictures(cfg)
     runner = RUNNERS.build(cfg)
-    _channels_last(unwrap(runner.model))
+    channels_last(unwrap(runner.model))
     runner.train()
     log = load_run(work_dir)
     # Losses are logged several times an epoch, each the mean over the iterations before: the last one stands for it.
@@ -119,14 +123,14 @@ def _train_and_measure(run: PlannedRun, work_dir: Path, root: str | Path) -> dic
     final = {
         "top1": log.last("accuracy/top1"),
         **{key: log.last(key) for key in sorted(log.scalars) if key.startswith(_MEASURED) and "seconds" not in key},
-        **measure(runner, arena.pgd),
+        **measure(unwrap(runner.model), training_images(runner.cfg), runner.val_dataloader.dataset, arena.pgd),
     }
     seconds = {key: sum(v for _, v in log.scalars.get(key, [])) for key in ("gbr/seconds", "fgsm/seconds")}
     seconds["an_iteration"] = statistics.median(v for _, v in log.scalars["train/time"])
     return {"by_epoch": by_epoch, "final": final, "measured_seconds": seconds}
 
 
-def _channels_last(model: nn.Module) -> None:
+def channels_last(model: nn.Module) -> None:
     """Compute in channels-last layout, which convolutions hand on: a third faster on a CPU, equal but for rounding."""
     # The weights keep their layout: mmcv's ConvWS2d takes views of them.
     model.backbone.register_forward_pre_hook(
@@ -134,7 +138,7 @@ def _channels_last(model: nn.Module) -> None:
     )
 
 
-def _write(path: Path, result: dict) -> None:
+def write_result(path: Path, result: dict) -> None:
     """Write JSON in one step; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -16,10 +16,12 @@ from mmengine.config import Config
 from enc_plugin.engine.efolds import config_efolds
 from lab import ROOT
 
+from . import input_noise  # noqa: F401  (cells name it)
+
 CELLS = Path(__file__).with_name("cells.py")  # the committed grid
 
 _ARENA_NEEDS = {"title", "config", "images", "epochs"}
-_ARENA_KEYS = _ARENA_NEEDS | {"overrides", "pgd"}
+_ARENA_KEYS = _ARENA_NEEDS | {"overrides", "pgd", "for_gpu", "instead_of", "repeats"}
 _CELL_KEYS = {"title", "seeds", "overrides", "gauge"}
 
 # Networks with a batch norm behind every layer but perhaps the classifier train alike within a class (docs/gauge.md).
@@ -37,6 +39,9 @@ class Arena:
         epochs: Epochs a run.
         overrides: Changes to the config, dotted keys as for ``--cfg-options``.
         pgd: Attack on all test images of a trained network, ``dict(eps=[...], steps=...)``, eps in 1/255; None: none.
+        for_gpu: Whether its runs are too many for CPUs and meant for ``python -m lab.side_by_side`` on a GPU.
+        instead_of: Arenas that ask the same with less; once this one is complete, it stands in their place.
+        repeats: The arena whose cells these are, trained in another way to compare both; None: none.
     """
 
     name: str
@@ -46,6 +51,9 @@ class Arena:
     epochs: int
     overrides: dict = field(default_factory=dict)
     pgd: dict | None = None
+    for_gpu: bool = False
+    instead_of: tuple[str, ...] = ()
+    repeats: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +153,7 @@ def load_grid(path: str | Path) -> Grid:
     """Read a grid from a config file that sets ``arenas`` and ``cells``.
 
     Args:
-        path: Python file: ``arenas = dict(name=dict(title, config, images, epochs, overrides, pgd))``
-            and
+        path: Python file: ``arenas = dict(name=dict(title, config, images, epochs, ...))``, see :class:`Arena`, and
             ``cells = dict(arena={name: dict(title, seeds, overrides, gauge)})``.
 
     Raises:
@@ -163,6 +170,9 @@ def load_grid(path: str | Path) -> Grid:
     for name, settings in content["arenas"].items():
         _check_keys(f"arena {name!r}", settings, _ARENA_KEYS, _ARENA_NEEDS)
         arenas[name] = Arena(name, **settings)
+    for arena in arenas.values():
+        if unknown := {*arena.instead_of, arena.repeats or arena.name} - set(arenas):
+            raise ValueError(f"grid: arena {arena.name!r} refers to {', '.join(sorted(unknown))}, which is no arena")
     cells: dict[str, list[Cell]] = {}
     for arena, members in content["cells"].items():
         if arena not in arenas:

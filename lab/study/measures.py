@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
+from mmengine.config import Config
 from mmengine.registry import DATASETS
-from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -16,47 +16,49 @@ from enc_plugin.measuring.pipelines import find_pipeline
 from enc_plugin.measuring.pixels import PixelClassifier, collate_pixels
 from enc_plugin.measuring.robustness import measure_robustness
 from enc_plugin.measuring.spread import spread
-from enc_plugin.measuring.untouched import untouched, unwrap
+from enc_plugin.measuring.untouched import untouched
 from enc_plugin.surgery.folded import FoldedAudit
 from enc_plugin.surgery.recording import record_forward
 
 _GAP_SAMPLES = 5000
+_BATCH_SIZE, _ATTACKED_AT_A_TIME = 250, 64
 
 
-def measure(runner: Runner, pgd: dict | None = None) -> dict:
+def measure(
+    model: nn.Module, train: Dataset, test: Dataset, pgd: dict | None = None, batch_size: int | None = None
+) -> dict:
     """Everything that is measured once a run has been trained.
 
     Args:
-        runner: The runner, after training.
+        model: The trained network, not wrapped.
+        train: Training images as they are, without augmentation; losses are of up to 5,000 of them, evenly spread.
+        test: All test images.
         pgd: ``dict(eps=[...], steps=...)`` of the attack on all test images, eps in 1/255; None: no PGD.
+        batch_size: Images of each pass; None: what suits a CPU.
 
     Returns:
         ``{split}_loss`` (nats), ``{split}_top1`` (%), ``{split}_margin`` (median over the samples) and
-        ``{split}_samples`` of training and test images as they are, without augmentation; ``pgd<steps>/top1_eps<E>``
-        (%); and ``norms``.
+        ``{split}_samples`` of training and test images; ``pgd<steps>/top1_eps<E>`` (%); and ``norms``.
     """
-    model = unwrap(runner.model)
     found = {}
-    for split in ("train", "test"):
-        found |= {f"{split}_{key}": value for key, value in evaluate(model, _dataset(runner, split)).items()}
+    some = Subset(train, spread(len(train), _GAP_SAMPLES))
+    for split, dataset in (("train", some), ("test", test)):
+        measured = evaluate(model, dataset, batch_size or _BATCH_SIZE)
+        found |= {f"{split}_{key}": value for key, value in measured.items()}
     if pgd is not None:
-        attacked = measure_robustness(model, _dataset(runner, "test"), pgd["eps"], pgd_steps=pgd["steps"])
+        options = {"pgd_steps": pgd["steps"], "batch_size": batch_size or _ATTACKED_AT_A_TIME}
+        attacked = measure_robustness(model, test, pgd["eps"], **options)
         found |= {f"pgd{pgd['steps']}/top1_eps{eps:g}": top1 for eps, top1 in attacked.pgd.items()}
-    return {**found, "norms": norms(model, _dataset(runner, "test"))}
+    return {**found, "norms": norms(model, test)}
 
 
-def _dataset(runner: Runner, split: str) -> Dataset:
-    """The whole test set, or up to 5,000 training images spread evenly over the set under the test pipeline."""
-    if split == "test":
-        return runner.val_dataloader.dataset
-    config = dict(runner.cfg.train_dataloader.dataset)
-    config["pipeline"] = find_pipeline(runner.cfg.val_dataloader.dataset)
-    dataset = DATASETS.build(config)
-    return Subset(dataset, spread(len(dataset), _GAP_SAMPLES))
+def training_images(cfg: Config) -> Dataset:
+    """The training set of a config under its validation pipeline."""
+    return DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": find_pipeline(cfg.val_dataloader.dataset)})
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset) -> dict[str, float]:
+def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = _BATCH_SIZE) -> dict[str, float]:
     """Mean cross entropy (nats), top-1 (%), median margin and number of the samples.
 
     The margin of a sample is the logit of its class less the largest other one: it is negative for an error, and has
@@ -64,9 +66,11 @@ def evaluate(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     """
     loss = correct = 0.0
     margins = []
+    device = next(model.parameters()).device
     with untouched(model):
         classify = PixelClassifier(model)
-        for pixels, labels in DataLoader(dataset, batch_size=250, collate_fn=collate_pixels):
+        for pixels, labels in DataLoader(dataset, batch_size=batch_size, collate_fn=collate_pixels):
+            pixels, labels = pixels.to(device), labels.to(device)
             logits = classify(pixels.float()).double()
             loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()

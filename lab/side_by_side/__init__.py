@@ -1,0 +1,8 @@
+"""Trains many runs of the study at once on one device, because a small network alone leaves a GPU idle mostly."""
+
+from enc_plugin.installation import needs_mmpretrain  # noqa: F401
+
+# isort: split
+from .turns import train_in_turns
+
+__all__ = ["train_in_turns"]

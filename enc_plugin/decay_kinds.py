@@ -1,4 +1,4 @@
-"""How optimizers decay weights: the ways to shift a decay, and the one that fits an optimizer, found by a trial."""
+"""How optimizers apply weight decay, determined by trial steps, and how the decay is shifted for each kind."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .functional.decay import shift_direction, shift_directions
 from .functional.grouped import groups_of, has_whole_rows, rows_of
 from .functional.weights import is_whole_layer
 
-# The decay term lambda W becomes lambda (W - eps U). Which of these does that depends on how the optimizer decays.
-GRADIENT = "gradient"  # it adds lambda W to the gradient (SGD, Adam): so -lambda eps U joins the gradient
-WEIGHT = "weight"  # it multiplies W by 1 - lr lambda (AdamW): W grows beforehand by what the product then leaves
-AROUND = "around"  # it scales the decayed update (Lamb): the step sees W - eps U in the place of W
-WHOLE = "whole"  # it has no decay (LBFGS, Rprop): the regularizer's whole gradient joins the gradient
+# The shift replaces the decay term lambda W by lambda (W - eps U). How it does so depends on the optimizer:
+GRADIENT = "gradient"  # It adds lambda W to the gradient (SGD, Adam). The shift adds -lambda eps U to the gradient.
+WEIGHT = "weight"  # It multiplies W by 1 - lr lambda (AdamW). Before the step, the shift adds a multiple of U to W.
+AROUND = "around"  # It rescales the decayed update (Lamb). During the step, W is replaced by W - eps U.
+WHOLE = "whole"  # It has no decay (LBFGS, Rprop). The shift adds lambda (W - eps U) to the gradient.
 
-# Torch's optimizers of the first kind do so before anything else.
+# Optimizers of the kind GRADIENT that add the decay before they do anything else with the gradient.
 _ADD_DECAY_FIRST = tuple(
     getattr(torch.optim, name)
     for name in ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD")
@@ -30,9 +30,9 @@ _ADD_DECAY_FIRST = tuple(
 
 _PIECE = 2**18  # elements: 1 MB in float32
 
-# RAdam's first five steps are those of SGD, with which all ways agree.
+# RAdam's first five steps are steps of SGD, which do not tell the kinds apart.
 _TRIAL_STEPS = 8
-# No round numbers: a decay by 0.1 of 0.5 would equal a step by the gradient's sign with learning rate 0.05.
+# Not round: a decay of 0.5 by 0.1 would equal a step by the gradient's sign with learning rate 0.05.
 _TRIAL_LR, _TRIAL_DECAY = 0.0371, 0.113
 
 Offsets = list[tuple[list[Tensor], list[Tensor]]]
@@ -42,14 +42,15 @@ def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, fou
     """Shift the decay that the next step applies to a group of parameters, in place.
 
     Args:
-        kind: One of the four ways above.
+        kind: GRADIENT, WEIGHT, AROUND or WHOLE.
         group: Parameter group with ``enc_variant``, ``shift_eps``, ``weight_decay`` and ``lr``. Parameters without a
-            gradient are left alone.
-        grad_scale: Factor that is still in the gradients (fused optimizers unscale within their kernel), or None.
-        found_inf: 1.0 where a fused optimizer will skip the step within its kernel, or None.
+            gradient do not change.
+        grad_scale: Factor by which the gradients are still scaled (fused optimizers unscale within their kernel), or
+            None.
+        found_inf: 1.0 if a fused optimizer will skip the step within its kernel, or None.
 
     Returns:
-        What :func:`restore` adds to the weights after the step.
+        Offsets that :func:`restore` has to add to the weights after the step; empty unless ``kind`` is AROUND.
     """
     decay, variant, eps = group["weight_decay"], group["enc_variant"], group["shift_eps"]
     amount = decay * eps
@@ -57,13 +58,13 @@ def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, fou
     if not trained or kind != WHOLE and not isinstance(amount, Tensor) and amount == 0:
         return []
     if kind == WEIGHT and not isinstance(group["lr"] * decay, Tensor) and group["lr"] * decay == 1:
-        kind = AROUND  # the step forgets W altogether, whatever it grew to
+        kind = AROUND  # the step multiplies W by 0, so an addition to W before it would have no effect
     if kind == AROUND:
         offsets = torch._foreach_mul([shift_direction(_fixed(p), variant) for p in trained], eps)
         torch._foreach_sub_(trained, offsets)
         return [(trained, offsets)]
     if kind == WEIGHT:
-        # The step will multiply by (1 - lr lambda): divide by it beforehand, so that the shift is exact.
+        # The step multiplies the addition by 1 - lr lambda too, so divide by that.
         factor = group["lr"] * amount / (1 - group["lr"] * decay)
         if found_inf is not None:
             factor = factor * (1 - found_inf.clamp(max=1))
@@ -73,7 +74,7 @@ def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, fou
     sign = -1.0 if group.get("maximize") else 1.0
     if grad_scale is not None:
         sign = sign * grad_scale
-    if torch.is_grad_enabled():  # the gradient's own history must stay as it is
+    if torch.is_grad_enabled():  # differentiable=True: the graph may still need the original gradient
         for p in trained:
             p.grad = p.grad.clone()
     for weights, grads in _pieces(trained, [p.grad for p in trained], variant):
@@ -84,9 +85,10 @@ def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, fou
 
 
 def takes_decay(kind: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether the shift may add the whole decay, so that the optimizer saves a pass over gradients and weights.
+    """Whether the shift may add the whole decay, which saves the optimizer a pass over gradients and weights.
 
-    Fused optimizers save nothing: they decay within their only pass. What is compiled knows the decay as it was.
+    Fused optimizers would save nothing, because they decay within their only pass. A compiled step would still use
+    the original decay, which is a constant in it.
     """
     is_plain = not isinstance(group["weight_decay"], Tensor) and not group.get("fused")
     is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -94,10 +96,10 @@ def takes_decay(kind: str, optimizer: torch.optim.Optimizer, group: dict[str, An
 
 
 def _pieces(weights: list[Tensor], targets: list[Tensor], variant: str) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Weights, and what their terms are added to, in the pieces whose terms are computed at once.
+    """Split weights, and the tensors to which their terms are added, into pieces that are computed together.
 
-    On a GPU, where each operation costs the host time, groups of weights. On a CPU, rows that fit into its cache: the
-    terms of all weights would be memory of the model's size, taken at every step.
+    On a GPU, a piece is a group of weights, because each kernel launch costs host time. On a CPU, it is some rows of a
+    weight that fit into the cache, because the terms of all weights at once would need memory of the model's size.
     """
     if torch.is_grad_enabled():
         yield from (([_fixed(weight)], [target]) for weight, target in zip(weights, targets, strict=True))
@@ -115,13 +117,13 @@ def _pieces(weights: list[Tensor], targets: list[Tensor], variant: str) -> Itera
 
 
 def _fixed(weight: Tensor) -> Tensor:
-    # differentiable=True: what the graph remembers must not change with the weight.
+    # differentiable=True: the graph must not see later in-place changes of the weight.
     return weight.clone() if torch.is_grad_enabled() else weight
 
 
 def _add(targets: list[Tensor], terms: list[Tensor], factor: float | Tensor) -> None:
     """``targets += factor * terms`` in place."""
-    if isinstance(factor, Tensor):  # as an alpha it would be read, which waits for the device
+    if isinstance(factor, Tensor):  # passing it as alpha would read it, which waits for the device
         torch._foreach_addcmul_(targets, terms, [factor.to(terms[0].dtype)] * len(terms))
     elif len(targets) == 1:
         targets[0].add_(terms[0], alpha=factor)
@@ -130,87 +132,88 @@ def _add(targets: list[Tensor], terms: list[Tensor], factor: float | Tensor) -> 
 
 
 def restore(offsets: Offsets) -> None:
-    """Add back what :func:`shift_group` took from the weights, and empty ``offsets``."""
+    """Add to the weights what :func:`shift_group` subtracted from them, and empty ``offsets``."""
     for weights, taken in offsets:
         torch._foreach_add_(weights, taken)
     offsets.clear()
 
 
 def decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str | None:
-    """Find how ``optimizer`` decays the weights of ``group``: steps of a small twin, with its class and settings.
+    """Determine how ``optimizer`` decays the weights of ``group``, by steps of a small trial optimizer.
 
-    The shifted decay vanishes where W = eps U. The right way to shift is the one with which the twin, without a
-    gradient, rests there.
+    The trial optimizer has the class and settings of ``optimizer``. The shifted decay vanishes where W = eps U, so
+    under the right kind of shift and a zero gradient, the trial optimizer leaves W = eps U unchanged.
 
     Args:
         optimizer: Any torch optimizer; neither it, its parameters nor the random numbers are touched.
         group: One of its groups.
 
     Returns:
-        One of the four ways above, or None if no twin could be made and stepped.
+        GRADIENT, WEIGHT, AROUND or WHOLE, or None if no trial optimizer could be built and stepped.
     """
-    rest, pull = _trial_weight(group)
+    fixed_point, gradient = _trial_tensors(group)
 
     def end(kind: str | None, gradient: Tensor, decay: float) -> Tensor:
-        return _trial(optimizer, group, kind, rest, gradient, decay)
+        return _trial(optimizer, group, kind, fixed_point, gradient, decay)
 
     try:
-        with _quietly(rest.device):
-            effect = (end(None, pull, _TRIAL_DECAY) - end(None, pull, 0.0)).abs().max()
+        with _isolated(fixed_point.device):
+            effect = (end(None, gradient, _TRIAL_DECAY) - end(None, gradient, 0.0)).abs().max()
             if effect == 0:
                 return WHOLE
             for kind in (GRADIENT, WEIGHT, AROUND):
-                if (end(kind, torch.zeros_like(pull), _TRIAL_DECAY) - rest).abs().max() <= 1e-3 * effect:
+                if (end(kind, torch.zeros_like(gradient), _TRIAL_DECAY) - fixed_point).abs().max() <= 1e-3 * effect:
                     return kind
-    except Exception:  # any: the class is unknown, and so is what it needs
+    except Exception:  # optimizers of unknown classes can raise anything
         return None
     return None
 
 
-def _trial_weight(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Weight of a trial, on the device of the group's, and a gradient."""
+def _trial_tensors(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Weight and gradient for a trial, in float64, on the device of the group's parameters."""
     first = group["params"][0]
     device = first.device if first.device.type in ("cpu", "cuda") else torch.device("cpu")
-    # Rows of norm 1 whose direction is free of rounding: a quotient of two rounding errors would look like a step.
+    # Rows of norm 1 that normalize without rounding: a quotient of two rounding errors would look like a step.
     signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], device=device)
     weight = 0.5 * signs.to(torch.float64).reshape(4, 4, *[1] * max(first.ndim - 2, 0))
-    # So small that the decay changes the sign of some gradients: the only thing that optimizers by sign would show.
-    pull = 0.1 * torch.linspace(-1, 1, weight.numel(), device=device, dtype=weight.dtype).reshape(weight.shape)
-    return weight, pull
+    # Small enough for the decay to change the sign of some gradients: optimizers that use only the sign show no other
+    # effect of the decay.
+    gradient = 0.1 * torch.linspace(-1, 1, weight.numel(), device=device, dtype=weight.dtype).reshape(weight.shape)
+    return weight, gradient
 
 
 @contextmanager
-def _quietly(device: torch.device) -> Iterator[None]:
-    """Block for trials: some optimizers draw random numbers, or compile their step, which takes longer than a trial."""
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Keep the random state and run without compilation, which would take longer than the trial."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), torch.enable_grad():
         yield
 
 
 def shrinking_power(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int | None:
-    """Find how steps have to be rescaled for a scale-invariant weight that is c times as large.
+    """Determine by which power of c steps have to be rescaled for a scale-invariant weight that is c times as large.
 
-    Its gradient is 1 / c times as long, and to turn it as far, a step has to be c times as long. The optimizer's own
-    becomes longer by another factor: 1 / c for SGD, 1 for Adam, which ignores the length of gradients, and c for LARS
-    and Lamb, which go by the length of weights. Steps of a small twin tell.
+    Its gradient is 1 / c times as long, and to rotate it by the same angle, a step has to be c times as long. The step
+    of the optimizer changes by a different factor: 1 / c for SGD, 1 for Adam, which ignores the length of gradients,
+    and c for LARS and Lamb, whose steps are proportional to the length of weights. Trial steps measure it.
 
     Args:
         optimizer: Any torch optimizer; neither it, its parameters nor the random numbers are touched.
         group: One of its groups.
 
     Returns:
-        The power of c that a step has to be multiplied by: 2 for SGD, 1 for Adam, 0 for Lamb; None if the factor is no
-        power, or no twin could be made and stepped.
+        The power of c by which a step has to be multiplied: 2 for SGD, 1 for Adam, 0 for Lamb. None if the factor is
+        not an integer power, or no trial optimizer could be built and stepped.
     """
-    weight, pull = _trial_weight(group)
+    weight, gradient = _trial_tensors(group)
     try:
-        with _quietly(weight.device):
+        with _isolated(weight.device):
             whole, half = (
-                (_trial(optimizer, group, None, weight * scale, pull / scale, 0.0) - weight * scale).norm()
+                (_trial(optimizer, group, None, weight * scale, gradient / scale, 0.0) - weight * scale).norm()
                 for scale in (1.0, 0.5)
             )
             power = 1 + math.log2(half / whole)
-    except Exception:  # any: the class is unknown, and so is what it needs
+    except Exception:  # optimizers of unknown classes can raise anything
         return None
     return round(power) if abs(power - round(power)) < 0.02 else None
 
@@ -218,18 +221,18 @@ def shrinking_power(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> 
 def _trial(
     optimizer: torch.optim.Optimizer, group: dict, kind: str | None, weight: Tensor, gradient: Tensor, decay: float
 ) -> Tensor:
-    """Where a few steps of a twin of ``optimizer`` take ``weight``; ``kind`` None leaves its decay as it is."""
+    """Weight after a few steps of a trial optimizer; its decay is shifted as for ``kind``, or not if that is None."""
     weight = nn.Parameter(weight.clone())
-    # Without ours: the twin of a class that calls super().step() meets our hooks.
+    # Without the keys of this package: a class that calls super().step() would run our hooks.
     ours = ("params", "shift_eps")
     settings = {key: value for key, value in group.items() if key not in ours and not key.startswith("enc_")}
     settings |= {"weight_decay": decay, "differentiable": False}
     if settings.get("lr") is not None:
-        # Another one than the optimizer's default: some multiply the decay by lr / default lr.
+        # Different from the optimizer's default, because some optimizers multiply the decay by lr / default lr.
         settings["lr"] = torch.full_like(settings["lr"], _TRIAL_LR) if isinstance(settings["lr"], Tensor) else _TRIAL_LR
-    twin = _twin(optimizer, {"params": [weight], **settings})
+    trial = _trial_optimizer(optimizer, {"params": [weight], **settings})
     step = type(optimizer).step
-    step = step.__wrapped__ if getattr(step, "hooked", False) else step  # no one's hooks
+    step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without any step hooks
     closure = [lambda: weight.new_zeros(())] if "closure" in inspect.signature(step).parameters else []
     for _ in range(_TRIAL_STEPS):
         weight.grad = gradient.clone()
@@ -237,21 +240,21 @@ def _trial(
         if kind is not None:
             with torch.no_grad():
                 shift = {"enc_variant": "wn", "shift_eps": 1.0}
-                offsets = shift_group(kind, {**twin.param_groups[0], **shift}, None, None)
-        step(twin, *closure)
+                offsets = shift_group(kind, {**trial.param_groups[0], **shift}, None, None)
+        step(trial, *closure)
         with torch.no_grad():
             restore(offsets)
     return weight.detach()
 
 
-def _twin(optimizer: torch.optim.Optimizer, group: dict) -> torch.optim.Optimizer:
-    """Make another optimizer of the class, by its constructor or, if that takes other arguments, as unpickling does."""
+def _trial_optimizer(optimizer: torch.optim.Optimizer, group: dict) -> torch.optim.Optimizer:
+    """Build an optimizer of the same class for ``group``, by its constructor or, if that fails, by ``__setstate__``."""
     cls = type(optimizer)
     defaults = {**optimizer.defaults, "differentiable": False}
     try:
         known = inspect.signature(cls).parameters
         return cls([group], **{key: value for key, value in defaults.items() if key in known})
-    except Exception:  # any: the constructor is someone else's
-        twin = cls.__new__(cls)
-        twin.__setstate__({"defaults": defaults, "state": defaultdict(dict), "param_groups": [{**defaults, **group}]})
-        return twin
+    except Exception:  # constructors of unknown classes can raise anything
+        trial = cls.__new__(cls)
+        trial.__setstate__({"defaults": defaults, "state": defaultdict(dict), "param_groups": [{**defaults, **group}]})
+        return trial

@@ -1,4 +1,4 @@
-"""What decays and what does not: parameter groups for any training loop, on torch alone."""
+"""Parameter groups with the paper's weight decay, for any torch training loop."""
 
 from __future__ import annotations
 
@@ -27,29 +27,23 @@ DEFAULT_SHIFT_EPS = 1e-3
 _WEIGHTED = tuple(ENC_LAYERS)
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
-_FACTOR = "a finite number >= 0"
-
-
-def _is_factor(value: float) -> bool:
-    return 0 <= value < math.inf
-
 
 @dataclass(frozen=True)
 class DecayRules:
-    """The paper's decay as a rule for each parameter: weights decay, biases do not, ENC weights by the shifted L2.
+    """The paper's weight decay as a rule for each parameter.
 
-    Biases, learnable alphas and norm biases get no decay, norm weights keep theirs, and ENC weights carry their variant
-    and the shift epsilon, by which the optimizer's step is shifted (:mod:`enc_plugin.shift`).
+    Biases, learnable alphas and norm biases do not decay; norm weights do. ENC weights decay by the epsilon-shifted L2:
+    their groups hold the variant and the epsilon, which :mod:`enc_plugin.shift` applies in the optimizer's step.
 
     Args:
-        lr: Learning rate of a parameter without a factor; None leaves it to the optimizer.
-        weight_decay: Decay of a parameter without a factor; None leaves it to the optimizer.
+        lr: Base learning rate, multiplied by each parameter's factor; None leaves it to the optimizer.
+        weight_decay: Base decay, multiplied by each parameter's factor; None leaves it to the optimizer.
         options: Any of :attr:`OPTIONS`, as documented at :class:`enc_plugin.engine.ENCOptimWrapperConstructor`.
 
     Raises:
         ValueError: If ``lr``, ``weight_decay``, ``shift_eps`` or a factor is negative or not finite, or ``plain_shift``
-            names no variant.
-        TypeError: If one of them is no number, or ``custom_keys`` no dict of dicts.
+            is not a variant.
+        TypeError: If one of them is not a number, or ``custom_keys`` is not a dict of dicts.
     """
 
     OPTIONS = (
@@ -73,11 +67,11 @@ class DecayRules:
     def __post_init__(self):
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
-            if name == "lr" and isinstance(value, torch.Tensor):  # torch takes one; its value may change
+            if name == "lr" and isinstance(value, torch.Tensor):  # torch accepts one; its value may change later
                 if value.numel() != 1 or not value.is_floating_point():
                     raise ValueError(f"lr: expected a number or a floating point tensor of one element, got {value!r}")
             elif value is not None:
-                check_number(name, value, _FACTOR, _is_factor)
+                _check_not_negative(name, value)
         check_type("options", self.options, Mapping, "a dict of options")
         custom_keys = self.options.get("custom_keys", {})
         check_type("custom_keys", custom_keys, Mapping, "a dict of a dict for each key")
@@ -90,45 +84,36 @@ class DecayRules:
                 elif name == "projection":
                     check_mode(value)
                 elif name.endswith("_mult"):
-                    check_number(name, value, _FACTOR, _is_factor)
+                    _check_not_negative(name, value)
         if self.options.get("plain_shift") is not None:
             check_variant(self.options["plain_shift"])
 
     def groups(self, module: nn.Module, prefix: str = "") -> list[dict]:
-        """Sort all parameters of ``module`` into as few optimizer groups as their settings allow.
+        """Sort all parameters of ``module`` into groups; parameters with equal settings share one.
 
         Args:
             module: The model, or a part of it.
-            prefix: Qualified name of ``module``, put before its parameters' names.
+            prefix: Qualified name of ``module``, prepended to the names of its parameters.
 
         Returns:
             Groups in the form that torch optimizers take, in the order of their first parameter.
 
         Raises:
-            ValueError: If an entry of ``custom_keys`` matches no parameter.
+            ValueError: If an entry of ``custom_keys`` matches no parameter, a projected weight is pruned or
+                parametrized, or the option ``projection`` is set for a model without projected layers.
         """
+        self._check_projected(module)
         custom_keys = self.options.get("custom_keys", {})
         by_length = sorted(sorted(custom_keys), key=len, reverse=True)  # the longest key wins, as in mmengine
         unmatched = set(custom_keys)
         groups: dict[str, dict] = {}
         layers = [layer for layer in module.modules() if isinstance(layer, ENCLayer)]
         variants = {p: layer.enc_variant for layer in layers for p in layer.free_weights()}
-        for name, found in projected_layers(module):
-            if "weight" not in found.layer._parameters:
-                raise ValueError(
-                    f"layer {name!r}: its weight is pruned or parametrized, computed from another tensor, so that an "
-                    "optimizer cannot hold it on the constraint set; use to_enc with how='reparametrize' for it"
-                )
-        if "projection" in self.options and next(projected_layers(module), None) is None:
-            raise ValueError(
-                "projection: no layer of the model is to be held on the constraint set; mark them by "
-                "to_enc(model, how='project'), in a config enc=dict(how='project')"
-            )
         seen: set[nn.Parameter] = set()
         names = []
         for module_name, owner in module.named_modules(prefix=prefix):
             for leaf, param in owner.named_parameters(recurse=False):
-                if param in seen:  # a shared parameter belongs to its first owner
+                if param in seen:  # a shared parameter gets the settings of its first owner
                     continue
                 seen.add(param)
                 name = f"{module_name}.{leaf}" if module_name else leaf
@@ -145,6 +130,20 @@ class DecayRules:
             )
         return list(groups.values())
 
+    def _check_projected(self, module: nn.Module) -> None:
+        projected = list(projected_layers(module))
+        for name, found in projected:
+            if "weight" not in found.layer._parameters:
+                raise ValueError(
+                    f"layer {name!r}: its weight is pruned or parametrized, so it is computed from another tensor and "
+                    "the optimizer cannot project it; use to_enc with how='reparametrize' for this layer"
+                )
+        if "projection" in self.options and not projected:
+            raise ValueError(
+                "projection: the model has no projected layers; convert it by to_enc(model, how='project'), in a "
+                "config by enc=dict(how='project')"
+            )
+
     def settings(
         self,
         owner: nn.Module,
@@ -157,10 +156,10 @@ class DecayRules:
 
         Args:
             owner: The module that holds the parameter.
-            leaf: Its name there, such as ``'weight'``.
+            leaf: Name of the parameter within ``owner``, such as ``'weight'``.
             param: The parameter.
             custom: The entry of ``custom_keys`` that applies to it, or an empty mapping.
-            variant: Of the ENC layer whose weight it is (:meth:`ENCLayer.free_weights`), or None.
+            variant: Variant of the ENC layer if the parameter is one of its :meth:`ENCLayer.free_weights`, or None.
         """
         option = self.options.get
         is_enc = isinstance(owner, ENCLayer)
@@ -196,25 +195,29 @@ class DecayRules:
         if leaf == "weight" and not is_enc and isinstance(owner, _WEIGHTED):
             variant = option("plain_shift")
         if variant is not None and settings.get("weight_decay"):
-            settings["enc_variant"] = variant  # without a shift too, so that a run can go on with another epsilon
+            settings["enc_variant"] = variant  # also if eps is 0, so that a run can be resumed with another epsilon
             if eps > 0:
                 settings["shift_eps"] = eps
         return settings
 
 
+def _check_not_negative(name: str, value: float) -> None:
+    check_number(name, value, "a finite number >= 0", lambda number: 0 <= number < math.inf)
+
+
 def param_groups_enc(
     model: nn.Module, weight_decay: float = 1e-4, *, lr: float | None = None, **options: Any
 ) -> list[dict]:
-    """Parameter groups with the paper's decay for any torch optimizer: weights decay, biases do not.
+    """Parameter groups with the paper's weight decay, for any torch optimizer.
 
-    ENC weights are in groups of their own, which carry their variant and the shift epsilon. Every optimizer acts on it,
-    and :func:`add_shift` checks that it can. Unlike timm's ``param_groups_weight_decay``, norm weights decay, as in the
-    paper.
+    Weights decay, biases do not. ENC weights are in separate groups with their variant and the shift epsilon, which
+    every optimizer applies; :func:`add_shift` checks that it can. Norm weights decay, as in the paper, but unlike in
+    timm's ``param_groups_weight_decay``.
 
     Args:
-        model: Any ``nn.Module``; without ENC layers, no group carries a shift.
+        model: Any ``nn.Module``; without ENC layers, no group has a shift.
         weight_decay: The decay lambda of the parameters that decay.
-        lr: Learning rate, needed for ``lr_mult`` and ``bias_lr_mult`` alone; None leaves it to the optimizer.
+        lr: Learning rate, needed only with ``lr_mult`` or ``bias_lr_mult``; None leaves it to the optimizer.
         **options: ``shift_eps`` (default 1e-3; 0 is plain decay), ``custom_keys``, ``bias_decay_mult``, and the other
             options that :class:`enc_plugin.engine.ENCOptimWrapperConstructor` takes as ``paramwise_cfg``.
 
@@ -223,7 +226,7 @@ def param_groups_enc(
 
     Raises:
         ValueError: If an option is unknown, ``shift_eps`` is negative, an entry of ``custom_keys`` matches no
-            parameter, or a learning rate factor comes without ``lr``.
+            parameter, or a learning rate factor is given without ``lr``.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
@@ -237,12 +240,12 @@ def param_groups_enc(
     rules = DecayRules(lr, weight_decay, options)
     factors = [options, *options.get("custom_keys", {}).values()]
     if lr is None and any(key.endswith("lr_mult") for settings in factors for key in settings):
-        raise ValueError("lr: a factor of the learning rate is given (lr_mult, bias_lr_mult), so pass lr=... too")
+        raise ValueError("lr: lr_mult and bias_lr_mult are factors of the learning rate, so pass lr=... too")
     return rules.groups(model)
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> str:
-    """One line: how many parameters (tensors and elements) are projected, decay (with the shift), or do not decay."""
+    """One line with the numbers of tensors and elements that are projected, decay, decay with a shift, or do not."""
     counts = {"projected": [0, 0], "shifted decay": [0, 0], "decay": [0, 0], "no decay": [0, 0]}
     for group in optimizer.param_groups:
         kind = "shifted decay" if "shift_eps" in group else "decay" if group.get("weight_decay") else "no decay"

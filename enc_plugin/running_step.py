@@ -1,4 +1,4 @@
-"""Steps of optimizers that run: one step may hold another, of an optimizer that wraps it or by ``super().step()``."""
+"""Running calls of ``Optimizer.step``, which nest: in optimizers that wrap others, and by ``super().step()``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.optim.optimizer import Optimizer
 
 
 class RunningStep:
-    """A running call of ``step``, with the groups that something is done to in it.
+    """A running call of ``step``.
 
     Args:
-        frame: Of the hook's caller, which runs the step; None where frames are not known (``torch.compile``).
-        groups: Parameter groups.
+        frame: Python frame that called the step hook; None under ``torch.compile``.
+        groups: Parameter groups that the hook changes in this step.
     """
 
     def __init__(self, frame: FrameType | None, groups: list[dict[str, Any]]):
@@ -24,12 +24,12 @@ class RunningStep:
         self.groups = groups
 
     def shares(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether a parameter is in both."""
+        """Whether ``groups`` and the groups of this step have a parameter in common."""
         own = {id(p) for group in self.groups for p in group["params"]}
         return any(id(p) in own for group in groups for p in group["params"])
 
     def runs(self, frame: FrameType | None) -> bool:
-        """Whether the call encloses ``frame``; not so if an exception ended it."""
+        """Whether this call encloses ``frame``. False if an exception has ended the call."""
         if frame is None or self._frame is None:
             return True
         while (frame := frame.f_back) is not None:
@@ -39,18 +39,18 @@ class RunningStep:
 
 
 def calling_frame() -> FrameType | None:
-    """Frame that called the hook that calls this; None under ``torch.compile``, which knows no frames."""
+    """Frame that called the hook that calls this function; None under ``torch.compile``, which has no frames."""
     return None if torch.compiler.is_compiling() else sys._getframe(2)
 
 
 def steps_itself(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether ``optimizer`` steps a group that it has, and does not leave that to an optimizer which it holds."""
+    """Whether ``optimizer`` steps ``group`` itself, instead of leaving that to an optimizer that it wraps."""
     inner = {id(p) for one in inner_optimizers(optimizer) for held in one.param_groups for p in held["params"]}
     return not any(id(p) in inner for p in group["params"])
 
 
 def inner_optimizers(optimizer: Optimizer) -> Iterator[Any]:
-    """Optimizers that ``optimizer`` holds: alone, in a list or a dict, or one of their methods."""
+    """Optimizers among the attributes of ``optimizer``: directly, in a list or dict, or as the owner of a method."""
     for name, value in vars(optimizer).items():
         if name in ("state", "param_groups", "defaults") or name.startswith("_optimizer_"):
             continue

@@ -1,7 +1,7 @@
-"""The epsilon shift of any optimizer: a group that carries the shift is shifted once a step, wherever the step happens.
+"""Applies the epsilon-shifted decay in the steps of any torch optimizer.
 
-The groups say it: ``enc_variant`` and ``shift_eps``, which copies and state dicts keep. Importing this module registers
-a step hook for all optimizers of the process, which acts on such groups alone.
+Importing this module registers a step hook for all optimizers of the process. It acts only on parameter groups with the
+keys ``enc_variant`` and ``shift_eps``, which copies and state dicts of optimizers keep.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ def _warn(text: str) -> None:
 
 
 def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Callable[[str], None] = _warn) -> None:
-    """Check that ``optimizer`` can apply the epsilon shift of its groups, and remember how.
+    """Check that ``optimizer`` can apply the epsilon shift of its groups.
 
-    Every optimizer shifts each group with ``enc_variant`` and ``shift_eps``, once a step, with this call or without.
-    The call says earlier what cannot work, lets the groups keep their shift when a state dict with another one is
-    loaded, and takes ``decoupled``. Repeated calls change nothing.
+    This call is optional: every optimizer applies the shift once per step to each group with ``enc_variant`` and
+    ``shift_eps``. The call reports problems before the first step, makes the groups keep their shift when a state dict
+    with a different one is loaded, and sets ``decoupled``. Repeated calls change nothing.
 
-    Within ``step``, the shift comes after all other step hooks, so after unscaling and clipping, once however many
-    backward passes were accumulated, and not at all in a step that a gradient scaler skips. With a closure it comes
-    after the closure; if the optimizer calls the closure several times, each gradient gets it.
+    The shift is applied after all other step pre-hooks, hence after unscaling and clipping. It is applied once per
+    step, however many backward passes were accumulated, and not in steps that a gradient scaler skips. If ``step``
+    gets a closure, the shift is applied after each call of the closure.
 
     Args:
-        optimizer: Any torch optimizer whose groups hold ``lr`` and ``weight_decay``. Of a wrapper around another
-            optimizer (look-ahead, SAM, ZeRO), that one shifts.
-        decoupled: Whether its weight decay shrinks the weights themselves, as in AdamW, instead of joining the
-            gradient; groups that are added later get it too. None: found by a trial, or taken as False with a warning.
-        warn: Called with the text of a warning.
+        optimizer: Any torch optimizer whose groups hold ``lr`` and ``weight_decay``. If it wraps another optimizer
+            (look-ahead, SAM, ZeRO), the inner one applies the shift.
+        decoupled: Whether its weight decay shrinks the weights themselves, as in AdamW, instead of being added to the
+            gradient. Also holds for groups that are added later. None: determined by trial steps, or False with a
+            warning if these fail.
+        warn: Called with the text of each warning.
 
     Raises:
-        TypeError: If ``optimizer`` is no torch optimizer, or ``decoupled`` is neither a bool nor None.
+        TypeError: If ``optimizer`` is not a torch optimizer, or ``decoupled`` is neither a bool nor None.
         ValueError: If a group with ``shift_eps`` lacks a setting, or the optimizer runs no step hooks.
 
     Example:
@@ -79,7 +80,7 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
     shift = _shift_of(optimizer)
     shift.warn = warn
     for index, group in own:
-        shift.kind(optimizer, index, group)  # tries it, and warns
+        shift.kind(optimizer, index, group)  # warns if the optimizer is unknown
 
 
 def _is_differentiable(optimizer: Optimizer) -> bool:
@@ -87,13 +88,13 @@ def _is_differentiable(optimizer: Optimizer) -> bool:
 
 
 class _Step(RunningStep):
-    """A running call of ``step``, and whether its groups were shifted or left to an inner call."""
+    """A running call of ``step``: whether its groups were shifted, or are left to an inner call of ``step``."""
 
     shifted = left = False
 
 
 class _Shift:
-    """The shift of one optimizer: its hooks, how its groups decay, and the step that runs."""
+    """The shift of one optimizer: its hooks, the decay kinds of its groups, and the running step."""
 
     def __init__(self, optimizer: Optimizer):
         self.warn: Callable[[str], None] = _warn
@@ -103,14 +104,14 @@ class _Shift:
         self.decays: list[tuple[dict[str, Any], float]] = []
         self.step: _Step | None = None
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
-        # The first to act after the step, so that others (an average of the weights) see the true weights.
+        # First among the post-hooks, so that the others (an average of the weights) see the restored weights.
         after = optimizer.register_step_post_hook(self.after_step).id
         optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)
         hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
         if hooks is not None and _see_loading not in hooks.values():  # a copy has it already
             optimizer.register_load_state_dict_pre_hook(_see_loading)
         if hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):
-            # A step that an exception ended has not put anything back.
+            # After a step that raised, the decay and the weights are not yet restored.
             optimizer.register_state_dict_pre_hook(self.restore)
         optimizer.__getstate__ = partial(_state_of_copies, weakref.ref(optimizer))
 
@@ -121,15 +122,15 @@ class _Shift:
             self.warn(f"ENC: {text}")
 
     def kind(self, optimizer: Optimizer, index: int, group: dict[str, Any]) -> str:
-        """How to shift a group: as the user said, unless that holds for neither way, else as a trial says."""
+        """Decay kind of a group: from trial steps, unless ``decoupled`` was given and the kind is not AROUND."""
         if index not in self.kinds:
             check_group(group)
             self.kinds[index] = self._find_kind(optimizer, group)
         kind, decoupled = self.kinds[index], group.get("enc_decoupled")
         return kind if decoupled is None or kind == AROUND else WEIGHT if decoupled else GRADIENT
 
-    # A trial is no part of a compiled step. As in torch.optim, because torch.compiler.disable would import the compiler
-    # together with this module, which takes seconds.
+    # The trial steps must not be compiled. torch.optim uses this private decorator too: torch.compiler.disable would
+    # import the compiler together with this module, which takes seconds.
     @torch._disable_dynamo
     def _find_kind(self, optimizer: Optimizer, group: dict[str, Any]) -> str:
         kind, name = decay_kind(optimizer, group), type(optimizer).__name__
@@ -142,13 +143,13 @@ class _Shift:
                 )
             elif kind == WHOLE:
                 self.say(
-                    f"{name} has no weight decay of its own: weights with shift_eps get the gradient of the "
-                    "shifted decay, all others none; the loss that it sees has no decay in it."
+                    f"{name} has no weight decay: the gradient of the shifted decay is added to weights with shift_eps "
+                    "only, and the loss that the closure returns does not include it."
                 )
         return kind or GRADIENT
 
     def come_last(self, optimizer: Optimizer) -> None:
-        """Let the shift act after the other hooks before a step, which may clip or rescale the gradients."""
+        """Move the shift behind the other step pre-hooks, which may clip or rescale the gradients."""
         hooks = optimizer._optimizer_step_pre_hooks
         if self.hook in hooks:
             hooks.move_to_end(self.hook)
@@ -156,7 +157,7 @@ class _Shift:
             self.hook = optimizer.register_step_pre_hook(self.before_step).id
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Shift the groups, or have the closure of the step do so after its backward pass."""
+        """Shift the groups now, or after each call of the closure if the step has one."""
         groups = [(self.kind(optimizer, index, group), group) for index, group in shifted_groups(optimizer)]
         if not groups:
             return None
@@ -169,7 +170,7 @@ class _Shift:
         step = self.step = _Step(frame, [group for _, group in groups])
         if frame is not None:
             _stepping.add(self)
-        self.restore(optimizer)  # what a step took that an exception ended
+        self.restore(optimizer)  # in case the previous step raised
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self.shift(optimizer, groups, step)
@@ -187,23 +188,23 @@ class _Shift:
         return (args[0], shifted_closure, *args[2:]), kwargs
 
     def enclosing(self, frame: Any, groups: list[tuple[str, dict[str, Any]]]) -> _Step | None:
-        """The call of ``step`` within which this one runs: a wrapper's, or one that calls ``super().step()``."""
-        if frame is None:  # torch.compile knows no frames
+        """Outer call of ``step`` that encloses this one: a wrapper's, or one that calls ``super().step()``."""
+        if frame is None:  # torch.compile has no Python frames
             return self.step
         steps = [shift.step for shift in list(_stepping) if shift.step is not None]
         own = [group for _, group in groups]
         return next((step for step in steps if step.shares(own) and step.runs(frame)), None)
 
     def shift(self, optimizer: Optimizer, groups: list[tuple[str, dict[str, Any]]], step: _Step) -> None:
-        """Shift ``groups``; weights that the shift moves move once a step, however often the gradient is computed."""
-        # Fused optimizers unscale, and skip the step of an infinite gradient, within their kernel: after this.
+        """Shift ``groups``. The kind WEIGHT changes weights, so it acts only once if the closure runs several times."""
+        # Fused optimizers unscale gradients, and skip steps with infinite ones, within their kernel, which runs later.
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         with torch.set_grad_enabled(_is_differentiable(optimizer)):
             for kind, group in groups:
                 if not isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"] == 0:
                     self.say(
-                        "a group with shift_eps has weight_decay 0 within the step, so nothing decays and nothing is "
-                        "shifted; a wrapper that decays weights by itself (LARC) cannot have the shift"
+                        "a group with shift_eps has weight_decay 0 within the step, so the shift has no effect; a "
+                        "wrapper that applies weight decay itself (LARC) does not support the shift"
                     )
                 if kind != WEIGHT or not step.shifted:
                     is_taken = takes_decay(kind, optimizer, group)
@@ -214,7 +215,7 @@ class _Shift:
         step.shifted = True
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Put back what the step was not to see."""
+        """Restore decay and weights, and warn if the step did not call its closure."""
         self.restore(optimizer)
         if self.step is not None and not self.step.shifted and not self.step.left:
             self.say(f"{type(optimizer).__name__}.step did not call its closure, so the decay was not shifted")
@@ -223,7 +224,7 @@ class _Shift:
             _stepping.discard(self)
 
     def restore(self, optimizer: Optimizer) -> None:
-        """Give the groups their decay back, and the weights what the way 'around' took from them."""
+        """Restore ``weight_decay`` of the groups, and the weights that the kind AROUND has moved."""
         while self.decays:
             group, decay = self.decays.pop()
             group["weight_decay"] = decay
@@ -232,7 +233,7 @@ class _Shift:
                 restore(self.offsets)
 
     def before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-        """Keep the shift of the groups when a state with another one is loaded, and say so."""
+        """Keep the shift of the groups when a state dict with a different one is loaded, and warn."""
         self.kinds.clear()
         own, loaded = optimizer.param_groups, state["param_groups"]
         if len(own) != len(loaded) or not any("enc_variant" in group for group in own):
@@ -242,7 +243,7 @@ class _Shift:
                 if was.get(name) != found.get(name):
                     self.warn(
                         f"ENC: {name} of {len(was['params'])} tensors: the loaded state has {found.get(name, no)}, "
-                        f"this optimizer was made with {was.get(name, no)} and goes on with that"
+                        f"this optimizer was made with {was.get(name, no)} and keeps that"
                     )
         groups = [
             {key: value for key, value in found.items() if key not in SHIFT_SETTINGS}
@@ -256,7 +257,7 @@ _stepping: weakref.WeakSet[_Shift] = weakref.WeakSet()
 
 
 def _shift_of(optimizer: Optimizer) -> _Shift:
-    """The optimizer's own; copies and unpickled optimizers, which come without one, get theirs here."""
+    """The ``_Shift`` of an optimizer; created on first use, also for copies and unpickled optimizers."""
     shift = vars(optimizer).get("_enc_shift")
     if shift is None:
         shift = optimizer._enc_shift = _Shift(optimizer)
@@ -264,28 +265,28 @@ def _shift_of(optimizer: Optimizer) -> _Shift:
 
 
 def _state_of_copies(original: weakref.ref[Optimizer]) -> dict[str, Any]:
-    """State of an optimizer for ``copy`` and ``pickle``, with hooks: torch leaves them out.
+    """State of an optimizer for ``copy`` and ``pickle``, including hooks, which torch leaves out.
 
-    Without them, a copy would take the shift of a state dict that it loads before its first step, and an optimizer that
-    is unpickled in another process would not be shifted there unless something else imports this module.
+    Without the hooks, a copy that loads a state dict before its first step would take over the shift of that state
+    dict, and an optimizer that is unpickled in another process would apply no shift unless this module is imported.
     """
     optimizer = original()
     _shift_of(optimizer).restore(optimizer)
     return {
         **type(optimizer).__getstate__(optimizer),
-        # No handle has a negative number.
+        # The id -1 cannot collide: torch numbers its hooks from 0.
         "_optimizer_step_pre_hooks": OrderedDict({-1: _see_step}),
         "_optimizer_load_state_dict_pre_hooks": OrderedDict({-1: _see_loading}),
     }
 
 
 def _see_loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Load hook of optimizers with groups that carry the shift, and of their copies."""
+    """Load hook of optimizers that have a shift, and of their copies."""
     return _shift_of(optimizer).before_loading(optimizer, state)
 
 
 def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """Step hook of all optimizers: those whose groups carry the shift get a hook of their own, behind all others."""
+    """Step hook of all optimizers: if a group has a shift, install the hook that applies it, after all others."""
     shifts = any("shift_eps" in group for group in optimizer.param_groups)
     if shifts and ("_enc_shift" in vars(optimizer) or shifted_groups(optimizer)):
         _shift_of(optimizer).come_last(optimizer)

@@ -113,7 +113,7 @@ def test_a_weight_that_is_pruned_after_conversion_is_refused_by_the_parameter_gr
 
 
 def test_a_projection_without_a_marked_layer_is_refused():
-    with pytest.raises(ValueError, match="projection: no layer of the model is to be held"):
+    with pytest.raises(ValueError, match="projection: the model has no projected layers"):
         param_groups_enc(network(), projection="retract")
 
 

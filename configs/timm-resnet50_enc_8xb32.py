@@ -1,4 +1,4 @@
-# timm's ResNet-50 from its registry, trained by mmpretrain.
+# timm's ResNet-50, trained by mmpretrain.
 _base_ = ["./_base_/imagenet.py"]
 custom_imports = dict(imports=["enc_plugin", "enc_plugin.timm"])
 model = dict(type="TimmClassifier", model_name="enc_resnet50", num_classes=1000, zero_init_last=False)

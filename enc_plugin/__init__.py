@@ -1,7 +1,7 @@
 """Equivalent-norm-constrained (ENC) training for torch, mmengine, mmpretrain and timm.
 
-The layers, ``to_enc``, ``fold``, ``audit`` and the decay need torch alone. Where mmengine and mmpretrain are installed,
-importing the package registers every part on mmengine's root registries; in a config:
+The layers, ``to_enc``, ``fold``, ``audit`` and the parameter groups need only torch. If mmengine and mmpretrain are
+installed, importing the package registers all its parts with mmengine; in a config:
 ``custom_imports = dict(imports=['enc_plugin'])``.
 """
 
@@ -42,10 +42,10 @@ _PARTS = {"engine": ("mmengine",), "models": ("mmengine",), "datasets": ("mmengi
 
 
 def _register_parts() -> None:
-    """Import the parts whose libraries are installed. One that is installed and broken shows its own error."""
+    """Import the parts whose libraries are installed; errors of broken libraries pass through."""
     check_stack()
     with warnings.catch_warnings():
-        # mmcv-lite's warning about an operator that classification never calls.
+        # mmcv-lite warns about an operator that classification does not use.
         if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
             warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``", UserWarning)
         for part, packages in _PARTS.items():
@@ -60,7 +60,7 @@ def _register_parts() -> None:
 
 def __getattr__(name: str):
     if name in _PARTS:
-        return importlib.import_module(f"{__name__}.{name}")  # not registered: raises, and names the extra
+        return importlib.import_module(f"{__name__}.{name}")  # raises an error that says what to install
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""From a config to its parts, for every tool: the config, its model, its datasets; a failure is one clear line."""
+"""Builds the parts of a config for every tool: its model and datasets. Every failure is an error of one line."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from .installation import config_path, is_installed
 from .refused import Refused, describe
 from .surgery.loading import load_trained
 
-_KEPT_META = ("epoch", "iter", "seed", "experiment_name")
-# Transforms whose own lists name parts of other libraries.
+KEPT_META = ("epoch", "iter", "seed", "experiment_name")
+# Transforms with nested lists of parts that belong to other libraries.
 _FOREIGN = ("Albumentations", "Albu")
-NO_SAMPLES = "its dataset holds no sample; look at data_root, data_prefix, ann_file, split and indices"
+NO_SAMPLES = "its dataset holds no sample; check data_root, data_prefix, ann_file, split and indices"
 
 
 def config_file(name: str | Path) -> str:
-    """Path of a config: a file, or ``'package::name'`` as in ``_base_``, such as ``'mmpretrain::resnet/...'``.
+    """Path of a config.
+
+    Args:
+        name: A file, or ``'package::name'`` as in ``_base_``, such as ``'mmpretrain::resnet/...'``.
 
     Raises:
         FileNotFoundError: If there is no such file, package or config in the package.
-        ValueError: If it is a folder.
+        ValueError: If ``name`` is a folder.
     """
     package, found, inner = str(name).partition("::")
     if found:
@@ -48,15 +51,15 @@ def config_file(name: str | Path) -> str:
 
 
 def load_config(source: str | Path | Config, options: Mapping[str, Any] | None = None) -> Config:
-    """Read a config, as every tool does.
+    """Read a config and apply options to it.
 
     Args:
-        source: As for :func:`config_file`, or a config that is read already, which is changed in place.
-        options: Changes to it by dotted keys, as for ``--cfg-options``.
+        source: As for :func:`config_file`, or a ``Config``, which is changed in place.
+        options: Changes by dotted keys, as for ``--cfg-options``.
 
     Raises:
         FileNotFoundError: As :func:`config_file`.
-        ValueError: If it cannot be read, or the options do not fit it; the message says why and what to do.
+        ValueError: If the config cannot be read, or the options do not fit it; says why and what to do.
     """
     if not isinstance(source, Config):
         path = config_file(source)
@@ -69,16 +72,16 @@ def load_config(source: str | Path | Config, options: Mapping[str, Any] | None =
     except Exception as error:
         raise Refused(
             f"--cfg-options: {' '.join(options)} does not fit the config ({describe(error)})",
-            "name keys as in KEY.SUB=VALUE, those of lists by number",
+            "write KEY.SUB=VALUE, with numbers as the keys of list items",
         ) from error
     return source
 
 
 def stack_pictures(config: Config) -> None:
-    """Let the data loaders of ``config`` stack their pictures, in place, unless it says how they collate.
+    """Set mmpretrain's default ``collate_fn`` for the data loaders of ``config`` that have none, in place.
 
-    mmpretrain's training tool does the same. A runner that is built without it gets lists of pictures from mmengine and
-    copies them to a GPU one by one, each time waiting for the copy.
+    mmpretrain's training tool does the same. mmengine's own default gives lists of images, which are copied to a GPU
+    one by one, each time waiting for the copy.
     """
     for split in ("train", "val", "test"):
         loader = config.get(f"{split}_dataloader")
@@ -87,29 +90,30 @@ def stack_pictures(config: Config) -> None:
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
-    """Where to compute: ``name``, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
+    """Device to compute on.
+
+    Args:
+        name: Such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
 
     Raises:
-        ValueError: If there is no such device here.
+        ValueError: If the device is not available.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except Exception as error:
-        raise Refused(
-            f"device: {name!r} cannot be used here ({describe(error)})", "leave it out, or use cpu"
-        ) from error
+        raise Refused(f"device: {name!r} is not available ({describe(error)})", "leave it out, or use cpu") from error
 
 
 def build_model(config: Config) -> nn.Module:
-    """Model of a config in eval mode, neither initialised nor loaded.
+    """Build the model of a config, in eval mode, without initialising or loading its weights.
 
     Raises:
-        ValueError: If there is none, or it cannot be built.
+        ValueError: If the config has no model, or it cannot be built.
     """
     if not config.get("model"):
-        raise Refused(f"config: {config.filename or 'it'} has no model", "build on a config that has one (_base_)")
+        raise Refused(f"config: {config.filename or 'it'} has no model", "inherit from a config that has one (_base_)")
     from .installation import needs_mmpretrain  # noqa: F401
 
     # isort: split
@@ -118,7 +122,7 @@ def build_model(config: Config) -> nn.Module:
     settings = copy.deepcopy(config.model)
     settings.setdefault("data_preprocessor", copy.deepcopy(config.get("data_preprocessor")))
     try:
-        # Not by mmpretrain's get_model, which fails where a config's parts are classes.
+        # mmpretrain's get_model fails for configs whose types are classes, not names.
         with DefaultScope.overwrite_default_scope("mmpretrain"):
             return MODELS.build(settings).eval()
     except Exception as error:
@@ -128,15 +132,15 @@ def build_model(config: Config) -> nn.Module:
 
 
 def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
-    """The config's model with the checkpoint's weights, and what the checkpoint says of itself.
+    """Build the model of a config and load a checkpoint.
 
     Args:
         config: Config of mmpretrain.
         path: Checkpoint, as for :func:`enc_plugin.checkpoint.read_checkpoint`.
 
     Returns:
-        The model, and those of ``epoch``, ``iter``, ``seed`` and ``experiment_name`` that the checkpoint names, with
-        its ``weights`` (see :func:`enc_plugin.checkpoint.which_weights`).
+        The model, and a dict with ``epoch``, ``iter``, ``seed`` and ``experiment_name``, as far as the checkpoint has
+        them, and ``weights`` (see :func:`enc_plugin.checkpoint.which_weights`).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -149,30 +153,30 @@ def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
     except ValueError as error:
         text = str(error).removeprefix("checkpoint: ")
         raise ValueError(f"checkpoint: {path} with {config.filename}: {text}") from error
-    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
+    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in KEPT_META}
     return model, meta | {"weights": which_weights(state_dict, rest)}
 
 
 def build_dataset(config: Config, split: str) -> Dataset:
-    """Dataset of ``<split>_dataloader``.
+    """Build the dataset of ``<split>_dataloader``.
 
     Args:
         config: Config of mmpretrain.
         split: ``'train'``, ``'val'`` or ``'test'``.
 
     Raises:
-        ValueError: If there is no such dataloader, its data is not there, or the dataset is empty.
+        ValueError: If there is no such dataloader, its data is missing, or the dataset is empty.
     """
     key = f"{split}_dataloader"
     settings = (config.get(key) or {}).get("dataset")
     if settings is None:
-        raise Refused(f"config: it has no {key} with a dataset", "set one, or build on a config that has it (_base_)")
+        raise Refused(f"config: it has no {key} with a dataset", "set one, or inherit from a config with one (_base_)")
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         return make_dataset(key, settings)
 
 
 def evaluation_split(config: Config) -> str:
-    """``'test'`` if the config has a test dataloader, else ``'val'``; raises ``ValueError`` if it has neither."""
+    """``'test'`` if the config has a test dataloader, else ``'val'``; ``ValueError`` if it has neither."""
     split = next((split for split in ("test", "val") if config.get(f"{split}_dataloader")), None)
     if split is None:
         name = config.filename or "it"
@@ -181,14 +185,14 @@ def evaluation_split(config: Config) -> str:
 
 
 def make_dataset(key: str, settings: Mapping) -> Dataset:
-    """Dataset of a config in the default scope that is set.
+    """Build a dataset in the current default scope.
 
     Args:
-        key: What errors call its dataloader, such as ``'train_dataloader'``.
+        key: Name of its dataloader for errors, such as ``'train_dataloader'``.
         settings: Config of the dataset.
 
     Raises:
-        ValueError: If it cannot be built, say since its folder is not there, or is empty.
+        ValueError: If it cannot be built (its folder is missing, for example) or is empty.
     """
     try:
         dataset = DATASETS.build(settings)
@@ -201,18 +205,18 @@ def make_dataset(key: str, settings: Mapping) -> Dataset:
 
 
 def part_class(part: Mapping | str | Callable | None, registry: Registry) -> type | Callable | None:
-    """The class (or function) of a part of a config.
+    """Class (or function) that a part of a config names.
 
-    One part has many spellings: ``'CheckpointHook'``, ``'mmengine.CheckpointHook'`` (a scope),
-    ``'mmengine.hooks.CheckpointHook'`` (its place, as mmengine writes the copies of pure Python configs), or the class
-    itself. So parts are compared by what the registry finds.
+    One class has many spellings: ``'CheckpointHook'``, ``'mmengine.CheckpointHook'`` (with a scope),
+    ``'mmengine.hooks.CheckpointHook'`` (its module, as mmengine writes in copies of pure Python configs), or the class
+    itself. So configs are compared by what the registry finds, not by name.
 
     Args:
         part: Config with a ``type``, or the type alone.
-        registry: Where its kind of parts is registered, such as ``HOOKS``; searched in the current scope.
+        registry: Registry of such parts, such as ``HOOKS``; searched in the current scope.
 
     Returns:
-        What would be built; None if there is no type, or nothing of this name.
+        The class or function; None if there is no type, or the registry does not know it.
     """
     kind = part.get("type") if isinstance(part, Mapping) else part
     if not isinstance(kind, str):
@@ -220,12 +224,12 @@ def part_class(part: Mapping | str | Callable | None, registry: Registry) -> typ
     try:
         with registry.switch_scope_and_registry(None) as scoped:
             return scoped.get(kind)
-    except Exception:  # mmengine imports what a full name says, with any error that this has
+    except Exception:  # mmengine imports the module of a full name, which can raise anything
         return None
 
 
 def named_parts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, name) of every registered part that a config names."""
+    """(dotted key, name) of each registered part that occurs in a config."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             path = f"{key}.{name}" if key else str(name)
@@ -239,14 +243,14 @@ def named_parts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _dataset_error(key: str, settings: Mapping, error: Exception) -> Refused:
-    if "need at least one array to concatenate" in str(error):  # mmengine stumbles when it serialises no samples
+    if "need at least one array to concatenate" in str(error):  # mmengine cannot serialise an empty dataset
         return Refused(f"{key}: {NO_SAMPLES}")
     for place, root in _data_roots(settings, f"{key}.dataset"):
         if "://" not in root and not os.path.exists(root):
             own = f" ({error})" if root in str(error) and getattr(error, "errno", None) is None else ""
             return Refused(
-                f"{place}.data_root = {root!r} is not there (looked from {os.getcwd()}){own}",
-                f"put the data there, or --cfg-options {place}.data_root=PATH",
+                f"{place}.data_root = {root!r} does not exist (working directory: {os.getcwd()}){own}",
+                f"put the data there, or pass --cfg-options {place}.data_root=PATH",
             )
     return Refused(
         f"{key}: its dataset cannot be built ({describe(error)})", f"check {key}.dataset: its paths and its pipeline"
@@ -254,7 +258,7 @@ def _dataset_error(key: str, settings: Mapping, error: Exception) -> Refused:
 
 
 def _data_roots(settings: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, data_root) of a dataset and of those within it."""
+    """(dotted key, data_root) of a dataset and of its inner datasets."""
     if not isinstance(settings, Mapping):
         return
     if isinstance(settings.get("data_root"), str) and settings["data_root"]:
@@ -267,7 +271,7 @@ def _data_roots(settings: Any, key: str) -> Iterator[tuple[str, str]]:
 def _config_of_package(package: str, name: str) -> str:
     if package == "enc_plugin":
         return config_path(name)
-    if not is_installed(package):  # mmengine would install it
+    if not is_installed(package):  # mmengine would try to install it
         raise FileNotFoundError(f"config: there is no installed package {package!r}, as in {package}::{name}")
     try:
         path, _ = Config._get_cfg_path(f"{package}::{name}", "")
@@ -281,16 +285,16 @@ def _config_of_package(package: str, name: str) -> str:
 
 def _near(name: str, paths: Iterator[Path]) -> str:
     near = difflib.get_close_matches(name, sorted(path.name for path in paths), n=3)
-    return f"; near it: {', '.join(near)}" if near else ""
+    return f"; similar names: {', '.join(near)}" if near else ""
 
 
 def _advice(error: Exception) -> str:
-    """What to do about a config that cannot be read."""
+    """Advice for a config that cannot be read."""
     text = str(error)
     if "Duplicate key" in text:
-        return "two files in `_base_` may not set one key: keep it in one of them, or set it in the config itself"
+        return "two files in `_base_` may not set the same key: keep it in one of them, or set it in the config itself"
     if isinstance(error, ImportError) or "import" in text.lower():
-        return "install what custom_imports names, or run from the folder that holds it"
+        return "install the modules of custom_imports, or run from the folder that holds them"
     if isinstance(error, FileNotFoundError):
         return "check the paths in `_base_` (relative to the config's own folder)"
     return "check the config's syntax and its `_base_`"

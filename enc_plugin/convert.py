@@ -1,4 +1,4 @@
-"""From any network to an ENC one, in place: :func:`to_enc`. What it sees, decides and undoes lies in ``surgery``."""
+""":func:`to_enc`, which converts any network to an ENC network in place; its parts are in ``surgery``."""
 
 from __future__ import annotations
 
@@ -51,53 +51,53 @@ def to_enc(
 ) -> ConversionReport:
     """Turn the convolutions and linear layers of ``model`` into ENC layers, in place.
 
-    Modules keep their identity, names, hooks, parameters and weight values (only their class changes), so that
-    references and checkpoints of the plain model stay valid. No random numbers are drawn. Make the optimizer, and wrap
-    the model (``DistributedDataParallel``), afterwards: older ones do not know the batch norms and learnable alphas
-    that are added.
-    Layers that are ENC already are checked against the options and get a post-norm where one is due.
+    Modules keep their identity, names, hooks, parameters and weight values; only their class changes. So references to
+    them and checkpoints of the plain model stay valid. No random numbers are drawn. Convert before you build the
+    optimizer and before you wrap the model (``DistributedDataParallel``), because conversion can add batch norms and
+    learnable alphas. Layers that are ENC already are checked against the options and get a batch norm if they need
+    one.
 
-    Subclasses of the stock layers (mmcv's wrappers, timm's ``Conv2dSame``, ...) are converted if they compute with
-    their weight as it is. They stay plain, with the reason in the report, if they normalise it themselves.
+    Subclasses of the stock layers (mmcv's wrappers, timm's ``Conv2dSame``, ...) are converted if they use their weight
+    as it is. Subclasses that normalise it themselves stay plain, and the report gives the reason.
 
     Args:
-        model: Any ``nn.Module``: of mmpretrain, timm, or plain torch; a single layer too.
+        model: Any ``nn.Module`` of mmpretrain, timm or plain torch, or a single layer.
         variant: ``'ws'`` (eq. 22), ``'wn'`` (21), ``'fro'`` (20) or ``'centered_fro'`` (23).
         alpha: Squared Frobenius norm of every effective weight, a positive number or ``'learnable'``.
         include: Convert only layers that match one of these patterns; None: all. A pattern is a qualified name
-            (``'backbone.layer1'`` takes in everything below it) or a shell-style glob (``'*.downsample.*'``).
+            (``'backbone.layer1'`` includes everything below it) or a shell-style glob (``'*.downsample.*'``).
         exclude: Leave out layers that match one of these patterns.
-        post_norm: ``'auto'`` gives a batch norm of its own to every layer that the paper must give one: each linear
-            layer and each convolution that works as one (in squeeze-and-excitation blocks, as a classifier), unless a
-            batch norm reads it at once. True: every layer; False: none.
-        preserve: Keep the function of a trained network (in eval mode): what the layers lose in scale goes into the
-            batch norms behind them, so that ``'fro'`` and ``'wn'`` change outputs by rounding alone. ``'ws'`` and
-            ``'centered_fro'`` remove means too; by how much that changes the outputs is measured, reported and warned
-            of. The network runs once more for this: on the example (True), or on the batch given.
-        example: A batch that the network takes: a tensor, a tuple of positional or a dict of keyword arguments. The
-            network runs on it once, in eval mode and without a trace, to see which layers are called, who else reads
-            their weights and which norms read their outputs. None: a batch is made up (of shapes alone, so that it
-            costs little); the report names the layers that were not seen.
-        how: ``'reparametrize'``: each layer computes with its effective weight. ``'project'``: the optimizer holds the
-            weights themselves on the constraint set, after each step, and the layers stay stock layers but for the
-            batch norms that are due. Parameter groups have to come from :func:`enc_plugin.param_groups_enc`.
+        post_norm: Which layers get a batch norm on their output. ``'auto'``: each linear layer, and each convolution
+            that acts as one (in squeeze-and-excitation blocks, as a classifier), unless a batch norm follows it
+            directly; the paper needs these. True: every layer. False: none.
+        preserve: Keep the function of a trained network in eval mode: the batch norms behind the layers absorb the
+            change of scale, so that ``'fro'`` and ``'wn'`` change outputs only by rounding. ``'ws'`` and
+            ``'centered_fro'`` remove means too; the resulting change of the outputs is measured, reported and warned
+            about. This runs the network once more: on ``example`` (True), or on the batch given here.
+        example: A batch for the network: a tensor, a tuple of positional or a dict of keyword arguments. The network
+            runs on it once, in eval mode and without side effects, to see which layers are called, what else reads
+            their weights, and which norms read their outputs. None: a batch is generated (only shapes are computed, so
+            it costs little); the report names the layers that were not reached.
+        how: ``'reparametrize'``: each layer computes with its effective weight. ``'project'``: after each step, the
+            optimizer projects the weights themselves onto the constraint set; layers stay stock layers, apart from
+            added batch norms, and parameter groups have to come from :func:`enc_plugin.param_groups_enc`.
         packed: Whether a forward pass of the model computes the weights of all layers together, which on a GPU saves
             most of their cost. ``'auto'``: on CUDA devices. See :func:`enc_plugin.packed.pack_weights`.
 
     Returns:
-        The report: each ENC layer with its variant and whether it has a post-norm, and what stays plain.
+        The report: each ENC layer, its variant and whether it has a post-norm, and the layers that stay plain.
 
     Raises:
         ValueError: If an option is unknown, a pattern matches no layer, a layer cannot be normalised (a row of one
-            element, a constant row), a layer is ENC already with another variant or alpha, the network does not run on
-            ``example``, ``preserve`` finds a layer whose scale no batch norm can take, or the model is wrapped for
-            distributed training already and would get new parameters. The model is then unchanged.
-        TypeError: If an argument is of another type.
+            element, a constant row), a layer is already ENC with another variant or alpha, the network does not run on
+            ``example``, ``preserve`` finds a layer without a batch norm that can absorb its scale, or the model is
+            already wrapped for distributed training and would get new parameters. The model is then unchanged.
+        TypeError: If an argument has the wrong type.
 
     Warns:
         NoEffectWarning: If there is no layer to convert.
-        UserWarning: If ``preserve`` could not keep the outputs, the network was not seen at work, or layers have no
-            norm behind them (not with ``post_norm=False``).
+        UserWarning: If ``preserve`` could not keep the outputs, the network could not be run, or layers have no norm
+            behind them (not with ``post_norm=False``).
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
@@ -164,7 +164,7 @@ def _look_at(model: nn.Module, example: Tensor | tuple | dict | None, preserve: 
         raise ValueError(f"{argument}: {error}") from error
     if preserve is True and evidence.failure is not None:
         raise ValueError(
-            f"preserve: the network is run once to find the batch norm behind each layer, and {evidence.failure}: "
+            f"preserve: the network has to run once to find the batch norm behind each layer, and {evidence.failure}: "
             "preserve=<Tensor> or example=..."
         )
     return evidence
@@ -173,7 +173,7 @@ def _look_at(model: nn.Module, example: Tensor | tuple | dict | None, preserve: 
 def _convert(layer: nn.Module, variant: str, alpha: float | str, needs_norm: bool) -> ENCLayer:
     cls, converted = enc_class(type(layer)), cast(ENCLayer, layer)
     if cls is not None:
-        # Changing the class keeps every reference, hook and shared module in place.
+        # Changing the class keeps references, hooks and shared modules valid.
         layer.__class__ = cls
         converted._init_enc(variant, alpha, needs_norm)
     elif needs_norm and converted.enc_norm is None:
@@ -186,7 +186,7 @@ def _normed(model: nn.Module) -> set[nn.Module]:
 
 
 def _plan(model: nn.Module, chosen: Selection, evidence: Evidence) -> Plan | None:
-    # Weights that were loaded from ENC layers have their function already.
+    # Weights that were loaded from an ENC checkpoint already compute the function of its network.
     plain = {name: layer for name, layer in chosen.layers.items() if not getattr(layer, "loaded_settings", None)}
     if not plain or evidence.trace is None:
         return None
@@ -200,6 +200,6 @@ def _keep_function(plan: Plan | None, variant: str) -> Preservation | None:
     if not preserved.output_change < 1e-3:  # NaN too; rounding in float32 stays below 1e-4
         why = f"{variant!r} removes means, 'wn' and 'fro' do not"
         if not is_centered(variant):
-            why = "the forward pass reads a weight in a way that is not followed"
+            why = "the forward pass reads a weight in a way that to_enc cannot follow"
         warnings.warn(f"to_enc could not keep the function ({why}); {preserved}", UserWarning, stacklevel=3)
     return preserved

@@ -1,4 +1,4 @@
-"""The demonstration: a plain and an ENC network on the handwritten digits, and the report that compares them."""
+"""The demo trains a plain and an ENC network on handwritten digits and writes a report that compares them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ RUNS = {"plain": "configs/demo/resnet8_plain.py", "ENC (eq. 22)": "configs/demo/
 
 
 def run_demo(out: str | Path = "work_dirs/demo") -> Path:
-    """Train both networks with ``tools/train.py`` and write ``report.html``; prints the table.
+    """Train both networks with ``tools/train.py``, write ``report.html`` and print its table.
 
     Args:
-        out: Folder of the two work dirs and the report.
+        out: Folder for the two work dirs and the report.
 
     Returns:
         Path of the report.
 
     Raises:
-        RuntimeError: If a training run fails; carries the end of its log.
+        RuntimeError: If a training run fails; contains the end of its log.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,8 @@ def run_demo(out: str | Path = "work_dirs/demo") -> Path:
     report = out / "report.html"
     print(write_report(work_dirs, report, list(RUNS), "ENC on the handwritten digits"))
     print(
-        "One seed on one machine is one draw: another seed or number of threads moves accuracy and GBR, and can reverse"
+        "This is a single run: another seed or number of threads changes accuracy and GBR, and can reverse their\n"
+        "order. Means over seeds: lab/results/study/README.md of the repository."
     )
-    print("their order. Means over seeds: lab/results/study/README.md of the repository.")
     print(f"report: {report}")
     return report

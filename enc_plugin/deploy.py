@@ -1,4 +1,4 @@
-"""From a trained ENC checkpoint to a stock one: :func:`fold_checkpoint`, checked on real samples before writing."""
+"""Converts a trained ENC checkpoint to a checkpoint of the stock model, and checks the result on real samples."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .build import build_dataset, build_model, evaluation_split, load_config, part_class, pick_device
-from .checkpoint import file_sha256, read_checkpoint, replacing
+from .build import KEPT_META, build_dataset, build_model, evaluation_split, load_config, part_class, pick_device
+from .checkpoint import read_checkpoint
+from .checkpoint_files import file_sha256, replacing
 from .functional.checks import check_integer, check_number
 from .layers import ENC_LAYERS, enc_layers
 from .layers.origin import saved_settings
@@ -37,21 +38,20 @@ from .surgery.recording import RecordError, record_forward
 from .version import __version__
 
 _ENC_OPTIONS = ("variant", "alpha", "post_norm")
-_KEPT_META = ("epoch", "iter", "seed", "experiment_name", "dataset_meta", "mmengine_version")
 
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What :func:`fold_checkpoint` wrote, and how it was checked.
+    """Result of :func:`fold_checkpoint`.
 
     Attributes:
-        out: The file.
-        layers: Number of ENC layers that became plain.
-        settings: The kinds of ENC layers there were, such as ``'ws, alpha 1'``.
-        samples: Number of real samples that went through both networks.
+        out: The file that was written.
+        layers: Number of ENC layers that were folded.
+        settings: Their variants and alphas, such as ``'ws, alpha 1'``.
+        samples: Number of real samples on which the outputs were compared.
         error: Largest relative difference of a sample's outputs, ``||stock - ENC|| / ||ENC||``.
-        source: The checkpoint that was folded, and
-        source_sha256: the hash of its content.
+        source: File name of the checkpoint that was folded.
+        source_sha256: SHA-256 of that file.
     """
 
     out: str
@@ -80,35 +80,35 @@ def fold_checkpoint(
     trust: bool = False,
     device: str | None = None,
 ) -> FoldReport:
-    """Fold a checkpoint of an ENC config into one of the stock config, or raise and write nothing.
+    """Fold a checkpoint of an ENC config into one of the stock config.
 
-    The stock model loads the result strictly, and its outputs on real samples have to agree with the ENC model's. The
-    file appears at once and whole.
+    Before the file is written, the stock model loads the folded weights strictly, and its outputs on real samples are
+    compared with those of the ENC model. If a check fails, nothing is written.
 
     Args:
-        config: The config that the checkpoint was trained with.
-        checkpoint: Checkpoint of mmengine, a pickled state dict, or a ``.safetensors`` file.
+        config: Config with which the checkpoint was trained.
+        checkpoint: As for :func:`enc_plugin.checkpoint.read_checkpoint`.
         out: File to write; an existing one is replaced.
-        safetensors: Write safetensors (``out`` ends in ``.safetensors``) in place of an mmengine checkpoint.
+        safetensors: Write safetensors (``out`` ends in ``.safetensors``) instead of an mmengine checkpoint.
         images: Image files for the check; None: samples of the config's test (else validation) dataset.
-        num_samples: How many samples of the dataset the check takes, evenly spaced.
-        tolerance: Largest relative difference of the outputs that passes.
-        trust: Load objects other than tensors from the checkpoint, which can run any code that it holds.
-        device: Where the outputs are compared, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
+        num_samples: Number of samples of the dataset, evenly spaced.
+        tolerance: Largest relative difference of the outputs that is accepted.
+        trust: Load arbitrary objects from the checkpoint, which can run any code that it contains.
+        device: Device for the check, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
 
     Returns:
-        The report, which the file carries as well (``meta['enc_fold']``, or safetensors' metadata).
+        The report, which is also stored in the file (``meta['enc_fold']``, or the metadata of safetensors).
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the checkpoint is damaged, holds code, is of a plain network or of other ENC settings, does not
-            fit the config, or the outputs differ.
+        ValueError: If the checkpoint is damaged, contains code, is of a plain network or of other ENC settings, does
+            not fit the config, or the outputs differ.
     """
     check_integer("num_samples", num_samples, 1)
     check_number("tolerance", tolerance, "a number >= 0", lambda value: value >= 0)
     out, checkpoint = Path(out), Path(checkpoint)
     if safetensors != (out.suffix == ".safetensors"):
-        raise ValueError(f"out: {out.name!r}: files that end in .safetensors, and only they, go with --safetensors")
+        raise ValueError(f"out: expected a name in .safetensors with --safetensors, and only then, got {out.name!r}")
     if out.is_dir() or (out.exists() and checkpoint.exists() and out.samefile(checkpoint)):
         raise ValueError(f"out: {out} is {'a folder' if out.is_dir() else 'the checkpoint itself'}; name another file")
     device, config = pick_device(device), load_config(config)
@@ -129,19 +129,20 @@ def fold_checkpoint(
     if not error <= tolerance:
         raise ValueError(
             f"the folded network's outputs differ by {error:.1e} (relative) from the ENC network's, more than "
-            f"the tolerance of {tolerance:.0e}; {_blame(model, batch)}; nothing was written"
+            f"the tolerance of {tolerance:.0e}; {_explain_error(model, batch)}; nothing was written"
         )
 
     layers = [layer for _, layer in enc_layers(model)]
     kinds = {f"{layer.enc_variant}, alpha {layer.enc_settings['alpha']}" for layer in layers}
     digest = file_sha256(checkpoint)
     report = FoldReport(str(out), len(layers), sorted(kinds), len(batch["inputs"]), error, checkpoint.name, digest)
-    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in _KEPT_META}
+    kept = (*KEPT_META, "dataset_meta", "mmengine_version")
+    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in kept}
     meta["cfg"] = stock_cfg.pretty_text
     meta["enc_fold"] = asdict(report) | {
         "out": out.name,
         "enc_plugin": __version__,
-        "torch": str(torch.__version__),  # a class of torch's own that safe loading refuses
+        "torch": str(torch.__version__),  # without str(), safe loading refuses its class
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     _write(out, folded, meta, safetensors)
@@ -149,11 +150,7 @@ def fold_checkpoint(
 
 
 def stock_config(config: Config) -> Config:
-    """The un-converted config: what builds an ENC model in ``config.model`` builds the plain one.
-
-    Args:
-        config: Any config; one without ENC parts comes back as a copy.
-    """
+    """Copy of ``config`` whose ``model`` is the stock model without ENC."""
     config = copy.deepcopy(config)
     config.model = _to_stock(config.model.to_dict())
     return config
@@ -178,13 +175,13 @@ def _to_stock(node: Any) -> Any:
 
 
 def _load_enc(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Load strictly, and only what was trained under the model's own settings."""
+    """Load an ENC checkpoint, strictly and only if its ENC settings are those of the model."""
     if next(enc_layers(model), None) is None:
         raise ValueError("config: its model has no ENC layers, so there is nothing to fold")
     if not saved_settings(state_dict):
         raise ValueError(
-            "checkpoint: it is of a plain network, not of an ENC one, so there is nothing to fold (those of ENC layers "
-            "have an entry '_extra_state' for each of them; if they were taken out, use the checkpoint as it was saved)"
+            "checkpoint: it is of a plain network, not of an ENC one, so there is nothing to fold (an ENC checkpoint "
+            "has an entry '_extra_state' for each ENC layer; if these were removed, use the checkpoint as it was saved)"
         )
     load_trained(model, state_dict)
 
@@ -194,13 +191,13 @@ def _load_stock(stock: nn.Module, folded: dict[str, Tensor]) -> None:
         stock.load_state_dict(folded, strict=True)
     except RuntimeError as error:
         raise ValueError(
-            "the folded weights do not load into the stock model: a layer without a bias had a batch norm of its own "
-            f"(post_norm=True), or the config builds ENC layers in a way that cannot be undone: {describe(error)}"
+            "the folded weights do not load into the stock model: the batch norm of a layer without a bias was folded "
+            f"(post_norm=True), or stock_config cannot undo how the config builds ENC layers: {describe(error)}"
         ) from error
 
 
 def _samples(config: Config, images: Sequence[str] | None, num_samples: int) -> list[dict]:
-    """Real samples that went through the test pipeline, each ``dict(inputs=..., data_samples=...)``."""
+    """Real samples from the test pipeline, each ``dict(inputs=..., data_samples=...)``."""
     split = evaluation_split(config)
     settings = config[f"{split}_dataloader"].dataset
     if images is not None:
@@ -215,14 +212,14 @@ def _samples(config: Config, images: Sequence[str] | None, num_samples: int) -> 
         dataset = build_dataset(config, split)
     except ValueError as error:
         raise ValueError(
-            f"the check needs real samples, and the config's dataset ({settings.get('type')}) is not here "
-            f"({describe(error)}); give some image files: --images FILE ..."
+            f"the check needs real samples, and the config's dataset ({settings.get('type')}) cannot be read "
+            f"({describe(error)}); pass some image files: --images FILE ..."
         ) from error
     return [dataset[i] for i in spread(len(dataset), num_samples)]
 
 
 def _check_readers(model: nn.Module, batch: dict) -> None:
-    """Refuse a network that computes with the free weight of an ENC layer, seen on real samples."""
+    """Raise ``ValueError`` if the network computes with the free weight of an ENC layer outside of that layer."""
     inputs = model.data_preprocessor(copy.deepcopy(batch), training=False)["inputs"]
     with suppress(RecordError):
         refuse_weights_read_elsewhere(model, record_forward(model, (inputs,)), dict(enc_layers(model)))
@@ -230,7 +227,7 @@ def _check_readers(model: nn.Module, batch: dict) -> None:
 
 @torch.no_grad()
 def _output_error(model: nn.Module, stock: nn.Module, batch: dict) -> float:
-    """Largest over the samples of ``||stock - ENC|| / ||ENC||``; Inf if an output is not finite."""
+    """Maximum of ``||stock - ENC|| / ||ENC||`` over the samples; Inf if an output is not finite."""
     outputs = []
     for network in (model.eval(), stock.eval()):
         inputs = network.data_preprocessor(copy.deepcopy(batch), training=False)["inputs"]
@@ -241,20 +238,20 @@ def _output_error(model: nn.Module, stock: nn.Module, batch: dict) -> float:
     return error if torch.stack(outputs).isfinite().all() else float("inf")
 
 
-def _blame(model: nn.Module, batch: dict) -> str:
-    """Whether it is rounding that lets the outputs differ: in float64, equal networks agree."""
+def _explain_error(model: nn.Module, batch: dict) -> str:
+    """Whether rounding or a wrong fold makes the outputs differ, determined in float64."""
     exact = copy.deepcopy(model).double()
     error = _output_error(exact, fold(exact), batch)
     if error < 1e-9:
         return (
-            f"in float64 they differ by {error:.0e}, so that the fold is right and the network magnifies rounding; a "
-            "larger tolerance accepts that"
+            f"in float64 they differ by {error:.0e}, so the fold is right and the network amplifies rounding; use a "
+            "larger tolerance to accept that"
         )
-    return f"in float64 they differ by {error:.0e}, so that the fold is wrong"
+    return f"in float64 they differ by {error:.0e}, so the fold is wrong"
 
 
 def _write(out: Path, state_dict: dict[str, Tensor], meta: dict, safetensors: bool) -> None:
-    """Write to a file beside ``out``, read it back, and only then give it its name."""
+    """Write ``out``, and read it back before it replaces an older file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as partial:
         if safetensors:
@@ -266,7 +263,7 @@ def _write(out: Path, state_dict: dict[str, Tensor], meta: dict, safetensors: bo
             torch.save({"meta": meta, "state_dict": state_dict}, partial)
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # as a file written straight to its place; safetensors leaves it private
+        partial.chmod(0o666 & ~umask)  # the usual mode of a new file; safetensors makes it private
         written, _ = read_checkpoint(partial)
         if written.keys() != state_dict.keys() or not all(torch.equal(written[k], v) for k, v in state_dict.items()):
             raise ValueError(f"out: {out} did not read back as written; is the disk full?")

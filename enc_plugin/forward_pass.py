@@ -1,8 +1,7 @@
-"""Forward passes that run in this thread, and the weights that were computed for them before the layers ask.
+"""Running forward passes of this thread, with the effective weights that were computed for them in advance.
 
-A weight that was computed in advance is of use while the pass runs that it was computed for, and never after. So it is
-kept with the pass, in the thread that runs it, and not in the layer: layers that are called alone, copied, saved or
-replicated find none and compute their own.
+A precomputed weight is valid only during its forward pass. So it is stored with the pass, in the thread that runs it,
+and not in the layer: layers that are called alone, copied, saved or replicated find none and compute their own.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-# Before torch 2.8, activation checkpointing cannot be told from a plain forward pass.
+# Before torch 2.8, activation checkpointing cannot be distinguished from a plain forward pass.
 _CAN_SEE_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 
 
 class Weights(Protocol):
-    """Weights of one forward pass."""
+    """Effective weights of one forward pass."""
 
     def weight_of(self, layer: nn.Module) -> Tensor | None:
-        """The weight of ``layer``, or None if the layer is to compute it."""
+        """Effective weight of ``layer``, or None if the layer has to compute it."""
 
 
 class _Pass:
@@ -32,7 +31,7 @@ class _Pass:
         self.model, self.frame, self.weights, self.mode = model, frame, weights, _mode()
 
     def is_running(self) -> bool:
-        # Hooks after a forward pass are not called if KeyboardInterrupt ends it; its frame is gone all the same.
+        # A KeyboardInterrupt skips the forward hooks, but the frame of the pass is gone.
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame is self.frame:
@@ -50,31 +49,30 @@ _running = _Running()
 
 
 def can_precompute() -> bool:
-    """Whether weights may be computed in advance here: not where operations are recorded, batched or differentiated."""
+    """Whether weights may be precomputed here: not under torch.compile, tracing or transforms of ``torch.func``."""
     return _CAN_SEE_HOOKS and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed())
 
 
 def open_pass(model: nn.Module, weights: Weights) -> None:
-    """Let the layers of ``model`` ask ``weights`` for theirs, until what calls the calling hook returns.
+    """Begin a forward pass of ``model``, in which its layers take their weights from ``weights``.
+
+    Call this from a forward pre-hook: the pass ends when the module call that runs the hook returns.
 
     Args:
-        model: The network. To be called by a forward pre-hook of it.
-        weights: Asked in the modes of autograd and autocast alone that hold at this moment.
+        model: The network.
+        weights: Used only in the autograd and autocast modes of this moment.
     """
     _running.passes.append(_Pass(model, sys._getframe(2), weights))
 
 
 def close_pass(model: nn.Module) -> Weights | None:
-    """End the innermost pass of ``model``, and those that exceptions have left behind; returns its weights."""
+    """End the innermost pass if it is one of ``model``, and return its weights; also drops passes that raised."""
     passes = _running_passes()
     return passes.pop().weights if passes and passes[-1].model is model else None
 
 
 def weight_in_pass(layer: nn.Module) -> Tensor | None:
-    """The weight of ``layer`` in the forward pass that runs, or None if the layer is to compute it.
-
-    The innermost pass answers that has one.
-    """
+    """Effective weight of ``layer`` from the innermost running pass that has it, or None if there is none."""
     if torch.compiler.is_compiling() or not _running.passes:
         return None
     mode = _mode()
@@ -90,9 +88,9 @@ def _running_passes() -> list[_Pass]:
 
 
 def _mode() -> tuple:
-    """What a weight depends on beside the layer: how autograd records, what it saves, and what autocast casts to."""
-    # Activation checkpointing sets hooks for saved tensors. What it saves it computes again, by the same operations,
-    # when the pass is over: by each layer's own.
+    """Modes of autograd and autocast that an effective weight depends on."""
+    # Activation checkpointing sets hooks for saved tensors. It reruns the layers when the pass is over, so they have to
+    # compute their own weights in both runs.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     casts = [(x, torch.get_autocast_dtype(x)) for x in ("cpu", "cuda") if torch.is_autocast_enabled(x)]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _is_transformed(), hooks, casts

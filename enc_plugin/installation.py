@@ -1,7 +1,7 @@
-"""This installation: where its configs and tools are, which libraries are there, and what to install where one is not.
+"""This installation: the folder of its configs and tools, the installed libraries, and how to install missing ones.
 
-``from .installation import needs_mmengine`` raises ``ImportError`` that names the extra where mmengine is missing or
-cannot work; ``needs_mmpretrain`` does the same for mmpretrain and mmcv.
+``from .installation import needs_mmengine`` raises ``ImportError`` with the command to run if mmengine is missing or
+incompatible; ``needs_mmpretrain`` does the same for mmpretrain and mmcv.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import warnings
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-# Configs and tools are beside the package in a checkout, and within it once it is installed.
+# Configs and tools are beside the package in a checkout, and within it in an installed wheel.
 ROOT = _PACKAGE / ".mim" if (_PACKAGE / ".mim").is_dir() else _PACKAGE.parent
-STACK = ("mmengine", "mmcv", "mmpretrain")  # the forks have the same modules: onedl-mmengine, ...
+STACK = ("mmengine", "mmcv", "mmpretrain")  # the forks (onedl-mmengine, ...) have the same module names
 
 
 def __getattr__(name: str) -> None:
@@ -28,46 +28,44 @@ def __getattr__(name: str) -> None:
 
 
 def config_path(name: str) -> str:
-    """Path of one of the package's configs, from an installed package as from a checkout.
+    """Absolute path of one of the package's configs, in an installed package and in a checkout.
 
-    To inherit from one of them in a config of your own, write
+    To inherit from one in your own config, write
     ``_base_ = __import__("enc_plugin").config_path("resnet50_enc_8xb32.py")``.
 
     Args:
-        name: Path below ``configs/``, such as ``"digits/resnet8_enc-ws_1xb64.py"``; the ending may be left out.
-
-    Returns:
-        The absolute path.
+        name: Path below ``configs/``, such as ``"digits/resnet8_enc-ws_1xb64.py"``; ``.py`` may be left out.
 
     Raises:
-        FileNotFoundError: If there is no such config; names the nearest ones.
+        FileNotFoundError: If there is no such config; lists similar names.
     """
     name = name if name.endswith(".py") else f"{name}.py"
     path = ROOT / "configs" / name
     if not path.is_file():
         known = [str(p.relative_to(ROOT / "configs")) for p in sorted((ROOT / "configs").rglob("*.py"))]
         near = difflib.get_close_matches(name, known, n=3) or known[:3]
-        raise FileNotFoundError(f"config_path: there is no {name!r} in {ROOT / 'configs'}; near it: {', '.join(near)}")
+        names = ", ".join(near)
+        raise FileNotFoundError(f"config_path: there is no {name!r} in {ROOT / 'configs'}; similar names: {names}")
     return str(path)
 
 
 def is_installed(module: str) -> bool:
-    """Whether a top-level module can be found; it is not imported, and may be broken.
+    """Whether a top-level module can be found; it is not imported, so it may be broken.
 
-    A folder of that name without ``__init__.py`` is not one: Python finds it as a namespace package, for example where
-    a checkout lies beside the working directory.
+    A folder of that name without ``__init__.py`` (a namespace package) does not count: a checkout may lie in the
+    working directory.
     """
     try:
         spec = importlib.util.find_spec(module)
-    except ImportError:  # an import hook that hides it
+    except ImportError:  # an import hook hides the module
         return False
-    except ValueError:  # made by hand, without a spec, and imported already
+    except ValueError:  # the module is imported already, and was created without a spec
         return True
     return spec is not None and spec.origin is not None
 
 
 def version_of(distribution: str) -> str | None:
-    """Version of an installed distribution; None if it is not installed."""
+    """Installed version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -76,7 +74,7 @@ def version_of(distribution: str) -> str | None:
 
 @functools.cache
 def _requirements() -> dict[str, str]:
-    """Accepted versions by distribution: from the package's metadata, else from the checkout's pyproject.toml."""
+    """Accepted version ranges by distribution, from the package's metadata or the checkout's pyproject.toml."""
     try:
         lines = importlib.metadata.requires("enc-plugin") or []
     except importlib.metadata.PackageNotFoundError:
@@ -87,22 +85,22 @@ def _requirements() -> dict[str, str]:
 
 
 def accepted(distribution: str) -> str:
-    """Versions of ``distribution`` that this package works with, such as ``'>=2.0,<2.4'``; ``''`` if any does."""
+    """Version range of ``distribution`` that this package supports, such as ``'>=2.0,<2.4'``; ``''`` for any."""
     return _requirements().get({"mmcv": "mmcv-lite"}.get(distribution, distribution), "")
 
 
 def is_accepted(distribution: str, version: str) -> bool:
-    """Whether this package works with that version of ``distribution``."""
+    """Whether this package supports the given version of ``distribution``."""
     compare = {">=": tuple.__ge__, ">": tuple.__gt__, "<=": tuple.__le__, "<": tuple.__lt__}
     limits = re.findall(r"([<>]=?)([\d.]+)", accepted(distribution))
     return all(compare[sign](_numbers(version), _numbers(limit)) for sign, limit in limits)
 
 
 def require(*packages: str) -> None:
-    """Raise ``ImportError`` that names the extra if one of ``packages`` is missing, or if the stack cannot work here.
+    """Raise ``ImportError``, with the command to run, if one of ``packages`` is missing or the stack is incompatible.
 
     Args:
-        *packages: Of :data:`STACK`.
+        *packages: Names from :data:`STACK`.
     """
     for package in packages:
         if not is_installed(package):
@@ -111,27 +109,28 @@ def require(*packages: str) -> None:
 
 
 def check_stack() -> None:
-    """Raise ``ImportError`` that says what to do if the installed mmengine, mmcv and mmpretrain cannot work together.
+    """Raise ``ImportError``, with the command to run, if the installed mmengine, mmcv and mmpretrain are incompatible.
 
-    What is not installed is no error: the package works with torch alone. The maintained forks (``onedl-mmengine``,
-    ``onedl-mmcv``, ``onedl-mmpretrain``) work too. A package beside its fork is a warning: both write the same files.
+    Missing packages are no error, because this package works with torch alone. The maintained forks
+    (``onedl-mmengine``, ``onedl-mmcv``, ``onedl-mmpretrain``) are supported too. If a package and its fork are both
+    installed, this warns, because both install the same files.
     """
     if not is_installed("mmengine"):
         return
     forks = _forks()
     for package in forks:
-        twin = next((n for n in (package, f"{package}-lite") if version_of(n) is not None), None)
-        if twin is not None:
+        original = next((n for n in (package, f"{package}-lite") if version_of(n) is not None), None)
+        if original is not None:
             warnings.warn(
-                f"both {twin} and its fork onedl-{package} are installed, and each has overwritten files of the other; "
-                f"run: pip uninstall {twin} onedl-{package}, then install one of the two",
+                f"both {original} and its fork onedl-{package} are installed, and one has overwritten files of the "
+                f"other; run: pip uninstall {original} onedl-{package}, then install one of the two",
                 stacklevel=2,
             )
-    # mmengine itself needs it; its fork does not.
+    # mmengine imports pkg_resources; its fork does not.
     if "mmengine" not in forks and not is_installed("pkg_resources"):
         raise ImportError(
-            "mmengine needs pkg_resources (for 'mmpretrain::' base configs), which setuptools 82 and later no longer "
-            f"has; run: pip install 'setuptools{accepted('setuptools')}'"
+            "mmengine needs pkg_resources (for 'mmpretrain::' base configs), which setuptools 82 has removed; "
+            f"run: pip install 'setuptools{accepted('setuptools')}'"
         )
     if is_installed("mmpretrain"):
         _check_mmcv(forks)
@@ -158,9 +157,9 @@ def _missing(package: str) -> str:
     if package == "mmcv" and not forks:
         install += " (or full mmcv)"
     return (
-        f"this part of enc_plugin needs {package}, which is not installed; run: {install}. With torch alone there are "
-        "the equations (enc_plugin.functional), the ENC layers, to_enc, fold, audit, param_groups_enc and add_shift, "
-        "with timm enc_plugin.timm"
+        f"this part of enc_plugin needs {package}, which is not installed; run: {install}. The equations "
+        "(enc_plugin.functional), the ENC layers, to_enc, fold, audit, param_groups_enc and add_shift need only torch; "
+        "enc_plugin.timm needs torch and timm"
     )
 
 

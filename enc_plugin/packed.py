@@ -1,8 +1,8 @@
-"""All effective weights of a network at once, before its forward pass needs the first of them.
+"""Computes all effective weights of a network together, at the start of a forward pass.
 
-A layer's own computation is about ten operations, which on a GPU cost the host more time than the GPU. Together, the
-layers of a network take a few operations for each length of rows (:mod:`enc_plugin.functional.grouped`). With Triton,
-eq. 21 and 22 take one launch forward and two backward (:mod:`enc_plugin.triton_rows`).
+Computed one by one, each weight takes about ten operations, whose launches cost more than their work on a GPU.
+Computed together, all layers take a few operations per row length (:mod:`enc_plugin.functional.grouped`). With Triton,
+the variants ``'wn'`` and ``'ws'`` take one launch forward and two backward (:mod:`enc_plugin.triton_rows`).
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from .forward_pass import can_precompute, close_pass, open_pass
 from .functional.grouped import enc_weights
 from .layers import ENC_LAYERS, ENCLayer
 
-# With several processes, the weights are computed in parts of about one bucket of DistributedDataParallel. The
-# gradients of a part come together, and are exchanged while those of earlier layers are computed.
+# With several processes, the weights are computed in parts of about one bucket of DistributedDataParallel, so that the
+# gradients of one part are exchanged while those of earlier layers are computed.
 _PART_BYTES = 25 * 2**20
 
 
 def pack_weights(model: nn.Module, packed: bool | str = "auto") -> None:
-    """Say whether forward passes of ``model`` compute the weights of its ENC layers together; the weights are equal.
+    """Choose whether forward passes of ``model`` compute the weights of its ENC layers together.
 
-    They are equal to rounding, and so are the gradients. :func:`enc_plugin.to_enc` calls this; call it yourself for a
-    network that is built of ENC layers, or to change your mind. Each layer computes its own weight, as without this,
+    Weights and gradients are the same up to rounding. :func:`enc_plugin.to_enc` calls this function; call it yourself
+    for a network that you built from ENC layers, or to change the setting. A layer still computes its own weight
 
-    - under ``torch.compile``, export, tracing and ``torch.func`` transforms, in activation checkpointing, and where
-      autocast or grad mode is not that of the network's call;
-    - if it is called on its own, in a part of the network, or in another CUDA stream than the first layer;
+    - under ``torch.compile``, export, tracing and ``torch.func`` transforms, in activation checkpointing, and if
+      autocast or grad mode differ from those of the network's call;
+    - if it is called alone, in a part of the network, or in another CUDA stream than the first layer;
     - if its weight is frozen, pruned, parametrized, sharded or has hooks, or if the layer has forward pre-hooks.
 
-    A pass sees changes of weights before its first layer runs, and those that torch counts (in-place operations under
-    ``no_grad``) until the layer is called. Only writes to ``weight.data`` of a trained layer in the middle of a pass
-    act from the next pass on.
+    Changes of a weight during a forward pass have an effect in the same pass if torch counts them (in-place operations
+    under ``no_grad``). Only writes to ``weight.data`` of a trained layer, once the first layer has run, have an effect
+    from the next pass on.
 
     Args:
-        model: The network, as it is called. ``DistributedDataParallel`` may wrap it later.
-        packed: True, False, or ``'auto'``: for weights on CUDA devices. On a CPU, operations cost little and a common
-            copy of the weights costs more. Needs torch 2.8; with an older one, layers compute their own.
+        model: The network that is called. ``DistributedDataParallel`` may wrap it later.
+        packed: True, False, or ``'auto'``: only for weights on CUDA devices. On a CPU, operations cost little, and the
+            common copy of the weights costs more than it saves. Needs torch 2.8; with older versions each layer
+            computes its own weight.
 
     Raises:
-        ValueError: If ``packed`` is something else.
+        ValueError: If ``packed`` is neither True, False nor ``'auto'``.
     """
     check_packed(packed)
     unpack_weights(model)
     packing = _Packing(packed)
     model.register_forward_pre_hook(packing.before)
-    # After errors, too.
-    model.register_forward_hook(packing.after, always_call=True)
+    model.register_forward_hook(packing.after, always_call=True)  # also called after errors
 
 
 def unpack_weights(model: nn.Module) -> None:
-    """Take off all that :func:`pack_weights` has put on ``model`` and its parts."""
+    """Remove the hooks of :func:`pack_weights` from ``model`` and its submodules."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
@@ -67,7 +67,7 @@ def unpack_weights(model: nn.Module) -> None:
 
 
 def is_packing_chosen(model: nn.Module) -> bool:
-    """Whether :func:`pack_weights` was called for ``model`` or a part of it, whatever it was told."""
+    """Whether :func:`pack_weights` was called for ``model`` or a submodule, with any value of ``packed``."""
     return any(_is_ours(hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
 
 
@@ -82,13 +82,13 @@ def _is_ours(hook) -> bool:
 
 
 class _Packing:
-    """Hooks around the forward pass of a network. They know nothing of its layers, so that copies may share them."""
+    """Hooks around the forward pass of a network. They hold no layers, so that copies of the network can share them."""
 
     def __init__(self, packed: bool | str):
         self.packed = packed
 
     def before(self, model: nn.Module, args: tuple) -> None:
-        """As the forward pre-hook."""
+        """Forward pre-hook: begin a pass."""
         if not self.packed or not can_precompute():
             return
         layers = (module for module in model.modules() if isinstance(module, ENCLayer) and not module.enc_is_projected)
@@ -97,30 +97,30 @@ class _Packing:
             open_pass(model, _Weights([first, *layers]))
 
     def after(self, model: nn.Module, args: tuple, output: object) -> None:
-        """As the forward hook; after an error, ``output`` is None."""
+        """Forward hook: end the pass; after an error, ``output`` is None."""
         if not torch.compiler.is_compiling():
             weights = close_pass(model)
             if weights is not None and output is not None:
                 weights.leave_out_unused()
 
 
-# Layers that the last pass did not call. Their weights are not computed in advance until they are called again.
+# Layers that the last pass did not call. Their weights are not precomputed until they are called again.
 _unused: weakref.WeakSet[ENCLayer] = weakref.WeakSet()
 
 
 class _Weights:
-    """Effective weights of one forward pass, computed part by part when a layer asks for the first of a part."""
+    """Effective weights of one forward pass. Each part is computed when the first of its layers runs."""
 
     def __init__(self, layers: list[ENCLayer]):
         self.parts = {layer: part for part in map(_Part, _in_parts(layers)) for layer in part.layers}
 
     def weight_of(self, layer: ENCLayer) -> Tensor | None:
-        """The weight of ``layer``, or None if it is to compute its own."""
+        """Effective weight of ``layer``, or None if the layer has to compute it."""
         part = self.parts.get(layer)
         return None if part is None else part.weight_of(layer)
 
     def leave_out_unused(self) -> None:
-        """Do not compute for the next pass what no layer has taken in this one."""
+        """Do not precompute in the next pass the weights that this pass did not use."""
         for part in set(self.parts.values()):
             _unused.update(part.found.keys() - part.taken)
 
@@ -136,7 +136,7 @@ class _Part:
 
     def weight_of(self, layer: ENCLayer) -> Tensor | None:
         if not self.is_computed:
-            self.is_computed = True  # also if it fails
+            self.is_computed = True  # even if the computation raises
             self._compute([x for x in self.layers if x not in _unused and _can_be_packed(x)])
         _unused.discard(layer)
         if layer not in self.found:
@@ -156,7 +156,7 @@ class _Part:
             sources = [_sources(layer) for layer in members]
             states = [_state(tensors) for tensors in sources]
             whats = _together([x[0] for x in sources], variant, [layer.enc_alpha for layer in members], dtype)
-            # The sources are kept, so that no other tensor can have their ids.
+            # Keeping the sources alive ensures that no other tensor gets their ids, which _state compares.
             self.found |= zip(members, zip(sources, states, whats, strict=True), strict=True)
 
 
@@ -169,7 +169,7 @@ def _together(weights: list[Tensor], variant: str, alphas: list[float | Tensor],
 
 @cache
 def _triton_rows() -> ModuleType | None:
-    """The kernels, or None without Triton."""
+    """The module with the kernels, or None without Triton."""
     try:
         return importlib.import_module(".triton_rows", __package__)
     except ImportError:
@@ -195,17 +195,17 @@ def _sources(layer: ENCLayer) -> list[Tensor]:
 
 
 def _state(tensors: list[Tensor]) -> list[tuple]:
-    """What is another one if the tensors have changed, or if another stream asks, which would have to wait."""
+    """Value that differs if a tensor has changed, or on another CUDA stream, which would have to wait."""
     return [
         (id(x), x._version, x.data_ptr(), torch.cuda.current_stream(x.device) if x.is_cuda else None) for x in tensors
     ]
 
 
 def _can_be_packed(layer: ENCLayer) -> bool:
-    """Whether nothing but counted changes can change the weight before the layer is called, and nothing else wants it.
+    """Whether the weight of ``layer`` may be precomputed: nothing can change it unseen before the layer is called.
 
-    Frozen weights are often averages of others, written through ``.data`` within the pass. Hooks of weights expect to
-    be called with a gradient, which there is none of for a layer that this pass does not call.
+    Frozen weights are excluded because they are often averages of others, written through ``.data`` during the pass.
+    Weights with hooks are excluded because a hook expects a gradient, and a layer that the pass does not call has none.
     """
     return (
         type(layer).effective_weight is ENCLayer.effective_weight
@@ -217,18 +217,18 @@ def _can_be_packed(layer: ENCLayer) -> bool:
 
 def _is_plain_and_trained(tensor: Tensor) -> bool:
     return (
-        type(tensor) in (Tensor, nn.Parameter)  # not sharded, fake, traced, ...
+        type(tensor) in (Tensor, nn.Parameter)  # no subclass: sharded, fake, traced, ...
         and tensor.requires_grad
         and not tensor.is_inference()
         and not tensor._backward_hooks
         and not getattr(tensor, "_post_accumulate_grad_hooks", None)
-        and tensor.untyped_storage().nbytes() >= tensor.nbytes > 0  # not freed by a wrapper until the layer is called
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes > 0  # some wrappers free weights between uses
         and not tensor.is_meta
     )
 
 
 def _result_dtype(layer: ENCLayer) -> torch.dtype:
-    """What autocast would cast the weight to; a class of someone else's may do more with it before that."""
+    """Dtype to which autocast casts the weight; unchanged for subclasses, which may use the weight before the cast."""
     weight = layer._parameters["weight"]
     device = weight.device.type
     is_cast = type(layer) in ENC_LAYERS.values() and torch.is_autocast_enabled(device)

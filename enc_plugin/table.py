@@ -1,4 +1,4 @@
-"""Plain text: tables, and lists that may be long."""
+"""Plain-text tables and shortened lists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain-text table with left-aligned, padded columns."""
+    """Table with left-aligned columns, one line per row."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
@@ -14,5 +14,5 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
-    """The first of ``names``, with ``...`` in the place of those beyond ``most``."""
+    """The first ``most`` names, separated by commas, and ``...`` if there are more."""
     return ", ".join([*names[:most], *["..."] * (len(names) > most)])

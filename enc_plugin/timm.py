@@ -1,7 +1,7 @@
-"""timm parts: ``enc_*`` models in timm's registry, and parameter groups for a training loop of one's own.
+"""ENC models in timm's registry (``enc_resnet50``, ...), and parameter groups for your own training loop.
 
-Importing the module registers the models. It needs timm (``pip install 'enc-plugin[timm]'``), which
-``import enc_plugin`` alone does not import.
+Importing this module registers the models; ``import enc_plugin`` alone does not. It needs timm:
+``pip install 'enc-plugin[timm]'``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 try:
     from timm.models import model_entrypoint, register_model
 except ModuleNotFoundError as error:
-    if error.name != "timm":  # timm is there, and lacks something itself
+    if error.name != "timm":  # timm is installed, but a module that it needs is not
         raise
     raise ModuleNotFoundError(
         "enc_plugin.timm needs timm, which is not installed; run: pip install 'enc-plugin[timm]'", name=error.name
@@ -25,7 +25,7 @@ from .optim import add_shift, describe_groups, param_groups_enc
 
 __all__ = ["ARCHITECTURES", "add_shift", "describe_groups", "param_groups_enc"]
 
-# timm's names of what has an ENC entry: the paper's Table 4, and smaller networks of the same families.
+# timm models with an ENC version: those of the paper's Table 4, and smaller ones of the same families.
 ARCHITECTURES = (
     "resnet18",
     "resnet34",
@@ -41,13 +41,13 @@ ARCHITECTURES = (
 
 
 def _register(architecture: str) -> Callable[..., nn.Module]:
-    """Put ``enc_<architecture>`` into timm's registry."""
+    """Register ``enc_<architecture>`` with timm."""
 
     def create(pretrained: bool = False, enc: dict | None = None, **kwargs: Any) -> nn.Module:
         if pretrained:
             raise ValueError(
                 f"pretrained: there are no weights of enc_{architecture}, and those of {architecture} were trained "
-                "without the constraint; to start from them all the same, create the plain model and pass it to "
+                "without the constraint; to start from them anyway, create the plain model and pass it to "
                 "enc_plugin.to_enc"
             )
         check_type("enc", enc, (dict, type(None)), "a dict of options of to_enc, or None")
@@ -56,10 +56,10 @@ def _register(architecture: str) -> Callable[..., nn.Module]:
         return model
 
     create.__name__ = create.__qualname__ = f"enc_{architecture}"
-    create.__doc__ = f"""timm's {architecture} as an ENC network: all its layers have squared norm alpha.
+    create.__doc__ = f"""timm's {architecture} as an ENC network: the weight of every layer has squared norm alpha.
 
     Args:
-        pretrained: Has to be False: there are no pretrained weights.
+        pretrained: Must be False, because there are no pretrained weights.
         enc: Options of :func:`enc_plugin.to_enc`, such as ``dict(variant='wn')``.
         **kwargs: As for the plain model, ``num_classes``, ``in_chans``, ...
     """

@@ -1,6 +1,6 @@
-"""The row variants (eq. 21 and 22) of a whole network in one launch forward and one backward, whatever its row lengths.
+"""Triton kernels for the variants ``'wn'`` and ``'ws'`` (eq. 21 and 22), for all weights of a network in one launch.
 
-The kernels walk a table of the rows of all weights. To be imported only where Triton is.
+The kernels read a table with the addresses and lengths of all rows. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from .functional import grouped
 from .functional.weights import is_centered
 
-_BLOCK = 1024  # elements of a row that are read at once
+_BLOCK = 1024  # elements of a row per load
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _forward(rows, lengths, offsets, scales, out, means, inverses, CENTERED: tl.
             total += tl.load(x_ptr + i, mask=i < n, other=0.0)
         mean = tl.sum(total, 0) / n
     square = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, n, BLOCK):  # the row is in the cache by now
+    for k in range(0, n, BLOCK):  # this pass and the next read the row from the cache
         i = k + tl.arange(0, BLOCK)
         d = tl.where(i < n, tl.load(x_ptr + i, mask=i < n, other=0.0) - mean, 0.0)
         square += d * d
@@ -85,7 +85,7 @@ def _backward(
 
 
 class _Rows:
-    """Table of the rows of some weights: addresses, lengths, and where each begins in common memory."""
+    """Table of the rows of some weights: addresses, lengths, and offsets in the common output."""
 
     def __init__(self, weights: Sequence[Tensor]):
         shapes = [grouped.matrix_shape(weight) for weight in weights]
@@ -108,10 +108,10 @@ def _key(weights: Sequence[Tensor]) -> tuple:
 
 
 def _rows(weights: Sequence[Tensor]) -> _Rows:
-    """The table of ``weights``, which parameters keep: they stay where they are."""
+    """The table of ``weights``; cached, because parameters usually keep their addresses."""
     key = _key(weights)
     if key not in _tables:
-        if len(_tables) >= 64:  # of weights that are new in each pass, or of networks that are gone
+        if len(_tables) >= 64:  # tables of weights that are new in each pass, or of deleted networks
             _tables.clear()
         _tables[key] = _Rows(weights)
     return _tables[key]
@@ -134,7 +134,7 @@ class _AllRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Weights that have moved since are where torch's own operations find them.
+        # The table has the old addresses of weights that have moved, so compute those gradients with torch.
         is_moved = any(weight.data_ptr() != place for weight, place in zip(ctx.weights, ctx.places, strict=True))
         if grouped.needs_own_gradients(ctx, grads) or is_moved:
             return None, None, *grouped.own_gradients(ctx, grads)
@@ -158,15 +158,15 @@ class _AllRows(torch.autograd.Function):
 def triton_weights(
     weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    """As :func:`enc_plugin.functional.grouped.enc_weights`, for weights that :func:`can_take` accepts."""
+    """Same as :func:`enc_plugin.functional.grouped.enc_weights`, for weights that :func:`can_take` accepts."""
     return list(_AllRows.apply(variant, dtype, grouped.factors(weights, variant, alphas), *weights))
 
 
 def can_take(weights: Sequence[Tensor], variant: str, dtype: torch.dtype) -> bool:
-    """Whether the kernels fit the weights, and have proved right on this device.
+    """Whether the kernels support the weights and give right results on their device.
 
-    They are tried once, beside torch's own operations, for which this waits for the device. Where they fail or differ
-    by more than rounding, this warns, and torch's operations do the work from then on.
+    The first call on a device compares the kernels with torch's operations, which waits for the device. If they fail
+    or differ by more than rounding, it warns, and torch's operations are used from then on.
     """
     fits = variant in ("wn", "ws") and all(w.dtype == torch.float32 and grouped.has_whole_rows(w) for w in weights)
     if not fits or dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -174,7 +174,7 @@ def can_take(weights: Sequence[Tensor], variant: str, dtype: torch.dtype) -> boo
     device = weights[0].device
     is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if is_captured and (_key(weights) not in _tables or device not in _is_right):
-        return False  # a table is a copy from the host, and a trial a wait
+        return False  # neither copies from the host nor waits are allowed during capture
     if device not in _is_right:
         _is_right[device] = _trial(weights, variant, dtype)
     return _is_right[device]
@@ -195,13 +195,13 @@ def _trial(weights: Sequence[Tensor], variant: str, dtype: torch.dtype) -> bool:
             errors = [(x - y).norm() / y.norm() for x, y in zip(found, expected, strict=True)]
             error = torch.stack(errors).max().item()
         if not error <= 2 * torch.finfo(dtype).eps + 1e-5:  # NaN too
-            problem = f"they differ from torch's by a relative {error:.1e}"
-    except Exception as failure:  # any: a compiler is missing, the device is too old, ...
+            problem = f"their results differ from torch's by a relative {error:.1e}"
+    except Exception as failure:  # a missing compiler, a device that is too old, ...
         problem = f"{type(failure).__name__}: {failure}"
     if problem is not None:
         warnings.warn(
-            f"ENC: the Triton kernels of the weights are not used on {weights[0].device} ({problem}); torch's own "
-            "operations compute them, by more launches",
+            f"ENC: the Triton kernels for ENC weights are not used on {weights[0].device} ({problem}); torch's "
+            "operations are used instead, which need more launches",
             stacklevel=2,
         )
     return problem is None

@@ -46,11 +46,11 @@ class _Poison(Hook):
 
 
 CAUSES = {
-    "batch": "the batch holds NaN or Inf itself (number 2 of the batch)",
+    "batch": "the batch holds NaN or Inf (number 2 of the batch)",
     "weight": "1 weights hold NaN or Inf: 'head.fc.weight'",
     "constant": "layer 'head.fc': 1 of its 10 rows are constant (0 / 0)",
-    "forward": "the first output that is not is that of 'backbone.layer2.0",
-    "gradient": "weights and outputs are finite; of the gradients, that of 'head.fc.bias' is the nearest to the loss",
+    "forward": "the first output that is not finite is that of 'backbone.layer2.0",
+    "gradient": "only gradients are not finite, and the one nearest to the loss is that of 'head.fc.bias'",
 }
 
 
@@ -125,7 +125,7 @@ REFUSED = {
     ),
     "labels beyond the head": (
         dict(model__head__num_classes=5),
-        "train_dataloader: expected labels from 0 to 4, since the head has num_classes=5, got 5 (sample 5)",
+        "train_dataloader: expected labels from 0 to 4, because the head has num_classes=5, got 5 (sample 5)",
     ),
     "a head of one class": (
         dict(model__head__num_classes=1, model__head__topk=(1,)),
@@ -205,7 +205,7 @@ class TestWorkDir:
     def test_a_file_in_its_place_is_named(self, tmp_path):
         (tmp_path / "file").write_text("")
         for work_dir in (tmp_path / "file", tmp_path / "file" / "below"):
-            with pytest.raises(ValueError, match=f"work_dir: {tmp_path / 'file'} is a file, and no folder"):
+            with pytest.raises(ValueError, match=f"work_dir: {tmp_path / 'file'} is a file, not a folder"):
                 build_runner(digits_config(work_dir))
 
     def test_a_full_disk_is_refused_before_training(self, small_disk):

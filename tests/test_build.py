@@ -25,12 +25,12 @@ def test_configs_are_named_by_path_or_by_package(tmp_path):
 
 
 BAD_CONFIGS = {
-    "missing": (None, "there is no file .*; near it: digits.py"),
-    "empty": ("", "has no model; build on a config that has one"),
+    "missing": (None, "there is no file .*; similar names: digits.py"),
+    "empty": ("", "has no model; inherit from a config that has one"),
     "syntax": ("model = dict(\n", "cannot be read .SyntaxError.*; check the config's syntax"),
     "unfinished": ("model = dict(type=unknown)\n", "cannot be read .NameError.*unknown.*"),
     "base": ('_base_ = "gone.py"\n', "cannot be read .*gone.py.*; check the paths in `_base_`"),
-    "imports": ('custom_imports = dict(imports=["no_such"])\n', "no_such.*; install what custom_imports names"),
+    "imports": ('custom_imports = dict(imports=["no_such"])\n', "no_such.*; install the modules of custom_imports"),
     "type": (
         'model = dict(type="ImageClasifier")\n',
         "KeyError: ImageClasifier is not in the .* registry",
@@ -74,7 +74,10 @@ DATA = {
         dict(type="RepeatDataset", times=2, dataset=dict(type="CustomDataset", data_root="/not/there")),
         r"--cfg-options train_dataloader\.dataset\.dataset\.data_root=PATH",
     ),
-    "prepared": (dict(type="CIFAR10Folder", data_root="/not/there"), r"is not there .*python tools/prepare_cifar10.py"),
+    "prepared": (
+        dict(type="CIFAR10Folder", data_root="/not/there"),
+        r"does not exist .*tools/prepare_cifar10.py",
+    ),
     "empty": (dict(type="Digits", indices=[]), "train_dataloader: its dataset holds no sample"),
     "empty, not serialised": (dict(type="Digits", indices=[], serialize_data=False), "its dataset holds no sample"),
     "type": (dict(type="Digit"), "its dataset cannot be built .KeyError: Digit is not in"),
@@ -104,7 +107,7 @@ def test_a_split_without_a_dataloader_is_named(tmp_path):
 def test_a_device_that_is_not_here_is_named():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device(None).type in ("cpu", "cuda")
-    with pytest.raises(Refused, match="device: 'cuda:99' cannot be used here .*leave it out, or use cpu"):
+    with pytest.raises(Refused, match="device: 'cuda:99' is not available .*leave it out, or use cpu"):
         pick_device("cuda:99")
 
 

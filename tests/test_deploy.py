@@ -176,7 +176,7 @@ def test_given_images_replace_the_dataset(trained, tmp_path):
     cfg.test_dataloader = dict(
         dataset=dict(type="CIFAR10Folder", data_root="nowhere", pipeline=[dict(type="PackInputs")])
     )
-    with pytest.raises(ValueError, match=r"dataset \(CIFAR10Folder\) is not here .*--images FILE"):
+    with pytest.raises(ValueError, match=r"dataset \(CIFAR10Folder\) cannot be read .*--images FILE"):
         fold_checkpoint(cfg, trained[0], tmp_path / "out.pth")
     images = []
     for i in range(3):
@@ -350,7 +350,7 @@ def test_outputs_that_differ_are_an_error_and_leave_an_older_file_alone(trained,
 
 
 def test_a_difference_that_is_rounding_is_told_from_a_wrong_fold(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"in float64 they differ by \de-1\d, .* rounding; a larger tolerance"):
+    with pytest.raises(ValueError, match=r"in float64 they differ by \de-1\d, .* rounding; use a larger tolerance"):
         fold_checkpoint(CONFIG, trained[0], tmp_path / "stock.pth", tolerance=0)
     assert not (tmp_path / "stock.pth").exists()
 
@@ -369,8 +369,8 @@ def test_a_write_that_breaks_off_leaves_no_file(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "out", "safetensors", "message"),
     [
-        (CONFIG, "out.pth", True, "only they, go with --safetensors"),
-        (CONFIG, "out.safetensors", False, "only they, go with --safetensors"),
+        (CONFIG, "out.pth", True, "safetensors with --safetensors, and only then"),
+        (CONFIG, "out.safetensors", False, "safetensors with --safetensors, and only then"),
         (CONFIG, "epoch_1.pth", False, "the checkpoint itself"),
         (CONFIG, "", False, "a folder"),
         (STOCK, "out.pth", False, "no ENC layers, so there is nothing to fold"),

@@ -169,14 +169,14 @@ BAD_CONFIGS = {
     "a data_root that is not there": (
         'train_dataloader = dict(dataset=dict(_delete_=True, type="CustomDataset", data_root="/not/there"))',
         "data",
-        "train: train_dataloader.dataset.data_root = '/not/there' is not there",
+        "train: train_dataloader.dataset.data_root = '/not/there' does not exist",
         "--cfg-options train_dataloader.dataset.data_root=PATH",
     ),
     "a head with the wrong in_channels": (
         "model = dict(head=dict(in_channels=32))",
         "forward",
         "RuntimeError",
-        "the head expects 32 channels, it gets 64: set model.head.in_channels=64",
+        "the head expects 32 channels, but gets 64: set model.head.in_channels=64",
     ),
     "fewer classes than the data": (
         "model = dict(head=dict(num_classes=7))",

@@ -133,6 +133,6 @@ def test_none_removes_the_runners_own_hooks(tmp_path):
 
 def test_config_path_finds_configs_and_names_near_ones():
     assert enc_plugin.config_path("digits/resnet8_enc-ws_1xb64") == str(ROOT / ENC)
-    with pytest.raises(FileNotFoundError, match="there is no 'resnet50_8xb23.py'.* near it: resnet50_8xb32.py"):
+    with pytest.raises(FileNotFoundError, match="there is no 'resnet50_8xb23.py'.* similar names: resnet50_8xb32.py"):
         enc_plugin.config_path("resnet50_8xb23.py")
     assert (CONFIGS / "resnet50_8xb32.py").is_file()

@@ -56,7 +56,7 @@ def check_trial() -> None:
         return [1.001 * what for what in right(*args)]
 
     right = triton_rows.triton_weights
-    for kernels, reason in ((wrong, "they differ from torch's by a relative 1.0e-03"), (fail, "no compiler")):
+    for kernels, reason in ((wrong, "their results differ from torch's by a relative 1.0e-03"), (fail, "no compiler")):
         triton_rows._is_right.clear()
         triton_rows.triton_weights = kernels
         with pytest.warns(UserWarning, match=reason):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What dist_train.sh and dist_test.sh share: TOOL CONFIG PROCESSES [arguments of the tool].
+# Used by dist_train.sh and dist_test.sh. Arguments: TOOL CONFIG PROCESSES [arguments of the tool]
 set -euo pipefail
 if [ $# -lt 3 ] || ! [[ $3 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: bash tools/dist_train.sh CONFIG PROCESSES [arguments]" >&2
@@ -9,12 +9,12 @@ fi
 tool=$1 config=$2 processes=$3
 here=$(cd "$(dirname "$0")" && pwd)
 
-# torchrun would set one thread a process where nothing is said; share the cores instead.
+# torchrun's default is one thread per process; share the cores instead.
 threads=$(($(nproc) / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export PYTHONPATH="$here/..:${PYTHONPATH:-}"
 
-# The checkout's own environment, unless another one is active.
+# Use the checkout's environment unless another one is active.
 if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$here/../.venv/bin/python" ]; then
     PYTHON=$here/../.venv/bin/python
 fi

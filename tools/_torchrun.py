@@ -1,4 +1,4 @@
-"""torchrun of dist_train.sh and dist_test.sh: a process that fails says why itself, so torch's report is left out."""
+"""torchrun for dist_train.sh and dist_test.sh, without its error report: the failing process prints its own error."""
 
 import logging
 import os
@@ -15,12 +15,12 @@ if __name__ == "__main__":
         logging.disable(logging.ERROR)
     try:
         main()
-    except (KeyboardInterrupt, SignalException):  # the first process says how to go on
+    except (KeyboardInterrupt, SignalException):  # rank 0 prints the advice
         sys.exit(130)
     except ChildFailedError as error:
         if verbose:
             raise
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # it could not say so itself
+        if failure.exitcode < 0:  # killed by a signal, so it could print nothing
             print(f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         sys.exit(1)

@@ -9,7 +9,7 @@ with _bootstrap.one_line("demo"):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="work_dirs/demo", help="folder of the runs and the report")
+    parser.add_argument("--out", default="work_dirs/demo", help="folder for the runs and the report")
     args = parser.parse_args()
-    with _bootstrap.one_line("demo", "it begins anew when you run it again"):
+    with _bootstrap.one_line("demo", "run it again to start from the beginning"):
         run_demo(args.out)

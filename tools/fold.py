@@ -1,4 +1,4 @@
-"""Fold a trained ENC checkpoint into a stock one: same outputs (checked), plain layers, stock config."""
+"""Convert a trained ENC checkpoint to a checkpoint of the stock config with the same outputs, which are checked."""
 
 import argparse
 
@@ -17,12 +17,15 @@ if __name__ == "__main__":
     parser.add_argument(
         "--images", nargs="+", metavar="FILE", help="images for the check (default: the test dataset's)"
     )
-    parser.add_argument("--num-samples", type=int, default=8, help="samples of the check (default: %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=8, help="samples for the check (default: %(default)s)")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-5, help="largest relative difference of outputs (default: %(default)s)"
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="accepted relative difference of outputs (default: %(default)s)",
     )
     parser.add_argument(
-        "--unsafe-load", action="store_true", help="load pickled objects too: runs any code that the checkpoint holds"
+        "--unsafe-load", action="store_true", help="load pickled objects too, which runs any code in the checkpoint"
     )
     _bootstrap.add_common_options(parser)
     with _bootstrap.one_line("fold", "nothing was written; run it again"):

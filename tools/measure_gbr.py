@@ -14,12 +14,12 @@ if __name__ == "__main__":
         "--outputs", nargs="+", default=["logits"], choices=["logits", "probs", "label_prob"], help="default: logits"
     )
     parser.add_argument("--num-samples", type=int, default=512, help="training samples (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="samples at a time (default: as GBRHook)")
-    parser.add_argument("--projections", type=int, help="random output directions a sample (default: exact)")
-    parser.add_argument("--space", default="normalized", choices=["normalized", "pixel"], help="what x is")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and directions (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="samples per batch (default: as for GBRHook)")
+    parser.add_argument("--projections", type=int, help="random output directions per sample (default: exact)")
+    parser.add_argument("--space", default="normalized", choices=["normalized", "pixel"], help="space of the input x")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples and directions (default: %(default)s)")
     parser.add_argument("--out", help="JSON file to write; with several checkpoints also a PNG beside it")
-    parser.add_argument("--plot", help="PNG to write the curve to")
+    parser.add_argument("--plot", help="PNG of the curve to write")
     _bootstrap.add_common_options(parser)
     with _bootstrap.one_line("measure_gbr"):
         args = vars(parser.parse_args())

@@ -1,4 +1,4 @@
-"""Compare training runs on one HTML page that needs no other file."""
+"""Compare training runs on one self-contained HTML page."""
 
 import argparse
 
@@ -9,12 +9,14 @@ with _bootstrap.one_line("report"):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work_dirs", nargs="+", help="folders that tools/train.py wrote to, also of runs in progress")
-    parser.add_argument("--names", nargs="+", help="what the page calls the runs (default: the folders' names)")
+    parser.add_argument("work_dirs", nargs="+", help="work dirs of finished or running trainings")
+    parser.add_argument("--names", nargs="+", help="one name for each run (default: the folder names)")
     parser.add_argument("--out", default="report.html", help="page to write (default: %(default)s)")
     parser.add_argument("--title", default="ENC report", help="heading of the page (default: %(default)s)")
     parser.add_argument(
-        "--no-norms", action="store_true", help="do not build the models and load checkpoints for norms of layers"
+        "--no-norms",
+        action="store_true",
+        help="leave out the norms of layers, which need models and checkpoints",
     )
     args = parser.parse_args()
     with _bootstrap.one_line("report"):

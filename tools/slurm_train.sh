@@ -6,7 +6,7 @@ partition=$1 job_name=$2 config=$3 work_dir=$4
 here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here/..:${PYTHONPATH:-}"
 
-# SRUN_ARGS is a list of words.
+# SRUN_ARGS is split into words on purpose.
 # shellcheck disable=SC2086
 exec srun -p "$partition" --job-name="$job_name" \
     --gres="gpu:${GPUS_PER_NODE:-8}" --ntasks="${GPUS:-8}" --ntasks-per-node="${GPUS_PER_NODE:-8}" \

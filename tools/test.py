@@ -1,4 +1,4 @@
-"""Test a model: mmpretrain's tools/test.py with all its flags, and the plugin's parts registered."""
+"""Test a model with mmpretrain's tools/test.py, all its options, and enc_plugin imported."""
 
 import _bootstrap
 

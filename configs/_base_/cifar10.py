@@ -1,4 +1,4 @@
-# CIFAR-10 as a folder of pictures, data/cifar10/{train,test}/<class>/ (tools/prepare_cifar10.py makes it).
+# CIFAR-10 as image files in data/cifar10/{train,test}/<class>/, which tools/prepare_cifar10.py creates.
 _base_ = "./schedule_20e.py"
 dataset_type = "CIFAR10Folder"
 data_preprocessor = dict(num_classes=10, mean=[125.27, 122.93, 113.86], std=[62.53, 61.91, 66.46], to_rgb=True)

@@ -1,4 +1,4 @@
-# scikit-learn's handwritten digits (8x8 pixels, shipped with the package) and a schedule of seconds.
+# scikit-learn's handwritten digits (8x8 pixels, no download) and a schedule that takes seconds.
 _base_ = "./schedule_20e.py"
 dataset_type = "Digits"
 data_preprocessor = dict(num_classes=10, mean=[77.9] * 3, std=[95.9] * 3, to_rgb=False)

@@ -1,3 +1,3 @@
-# What every ENC run shares. The model and optim_wrapper lines stand in the leaf config: two bases may not set one key.
+# Settings of all ENC runs. Set model and optim_wrapper in your own config, because two bases may not set the same key.
 custom_imports = dict(imports=["enc_plugin"], allow_failed_imports=False)
 runner_type = "ENCRunner"

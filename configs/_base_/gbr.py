@@ -1,2 +1,2 @@
-# Eq. 18 after every epoch, on the same training images through the whole run: logits with respect to the normalised image.
+# GBR (eq. 18) after each epoch, on the same training images in the whole run: logits by normalised images.
 custom_hooks = [dict(type="GBRHook", num_samples=1024, projections=8, output="logits", space="normalized")]

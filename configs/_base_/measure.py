@@ -1,5 +1,5 @@
-# What the paper measures, each epoch: GBR of 512 fixed training samples (exact: ten classes are ten backward passes), and
-# the accuracy of up to 2,000 validation images under FGSM. Neither leaves a trace in the run.
+# After each epoch: exact GBR of 512 fixed training samples (one backward pass per class), and accuracy of up to 2,000
+# validation images under FGSM. Neither changes the training.
 custom_hooks = [
     dict(type="GBRHook", num_samples=512, projections=None),
     dict(type="FGSMHook", eps=(1, 2, 4, 8), num_samples=2000),

@@ -1,3 +1,2 @@
-# Eq. 23.
 _base_ = "../resnet50_enc_8xb32.py"
 model = dict(enc=dict(variant="centered_fro"))

@@ -1,4 +1,4 @@
-"""CIFAR-10 from a folder of pictures, decoded once and served from memory."""
+"""CIFAR-10 from a folder of image files, decoded once and kept in memory."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 class CIFAR10Folder(BaseDataset):
     """CIFAR-10 in an ImageFolder layout, ``<data_root>/{train,test}/<class>/*.{jpg,png}``.
 
-    The pictures are decoded once (about 150 MB for the training set), since decoding 50,000 small files each epoch
-    costs more than a small network's step. Each sample is ``dict(img=..., gt_label=...)`` with ``img`` a
-    ``(32, 32, 3)`` BGR uint8 array in 0..255, so that pipelines start without a loading step, as for CIFAR10.
+    The images are decoded once (about 150 MB for the training set), because decoding 50,000 small files in each epoch
+    costs more than training a small network. Each sample is ``dict(img=..., gt_label=...)`` with ``img`` a
+    ``(32, 32, 3)`` BGR uint8 array in 0..255, so pipelines have no loading step, as for mmpretrain's CIFAR10.
 
     Args:
-        data_root: Folder that holds ``train`` and ``test``.
+        data_root: Folder that contains ``train`` and ``test``.
         split: ``'train'`` or ``'test'``.
-        per_class: Take this many pictures of each class, evenly spaced in file-name order; None: all.
+        per_class: Number of images of each class, evenly spaced in file-name order; None: all.
         **kwargs: As for mmpretrain's ``BaseDataset``: ``pipeline``, ``indices``, ``test_mode``, ...
 
     Raises:
-        ValueError: If ``split`` is unknown, or a class has fewer than ``per_class`` pictures.
-        FileNotFoundError: If a class folder is missing or empty; says which command makes it.
+        ValueError: If ``split`` is unknown, or a class has fewer than ``per_class`` images.
+        FileNotFoundError: If a class folder is missing or empty; says which command creates it.
     """
 
     METAINFO = {"classes": list(CLASSES)}
@@ -51,12 +51,14 @@ class CIFAR10Folder(BaseDataset):
             files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".jpg", ".png"))
             if not files:
                 raise FileNotFoundError(
-                    f"data_root: no pictures in {folder}; make them from cifar-10-python.tar.gz or cifar10.zip with: "
+                    f"data_root: no images in {folder}; unpack cifar-10-python.tar.gz or cifar10.zip with: "
                     f"python tools/prepare_cifar10.py ARCHIVE --out {self.data_root}"
                 )
             if self.per_class is not None:
                 if self.per_class > len(files):
-                    raise ValueError(f"per_class: {folder} holds {len(files)} pictures, {self.per_class} are asked for")
+                    raise ValueError(
+                        f"per_class: expected at most {len(files)} (images in {folder}), got {self.per_class}"
+                    )
                 files = [files[i] for i in spread(len(files), self.per_class)]
             samples += [{"img": mmcv.imread(str(path)), "gt_label": label} for path in files]
         return samples

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as an mmpretrain dataset: real images that need no download."""
+"""scikit-learn's handwritten digits as an mmpretrain dataset, which needs no download."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SPLITS = ("train", "test")
 
 @DATASETS.register_module()
 class Digits(BaseDataset):
-    """The 1,797 handwritten digits (8x8) that scikit-learn ships, with a fixed split stratified by class.
+    """The 1,797 handwritten digits (8x8) of scikit-learn, with a fixed split stratified by class.
 
-    Of each class, every fifth image in file order is for testing: 1,442 images train, 355 test. Each sample is
-    ``dict(img=..., gt_label=...)`` with ``img`` an ``(8, 8, 3)`` uint8 array in 0..255 (three equal channels), so that
-    pipelines start without a loading step, as for mmpretrain's CIFAR10.
+    Every fifth image of each class, in file order, is a test image: there are 1,442 training and 355 test images. Each
+    sample is ``dict(img=..., gt_label=...)`` with ``img`` an ``(8, 8, 3)`` uint8 array in 0..255 (three equal
+    channels), so pipelines have no loading step, as for mmpretrain's CIFAR10.
 
     Args:
         split: ``'train'`` or ``'test'``.
@@ -40,7 +40,7 @@ class Digits(BaseDataset):
 
         digits = load_digits()
         labels = digits.target
-        # Position of each image among those of its class: a split that no library's random generator decides.
+        # Position of each image within its class. This split depends on no random generator of a library.
         position = np.empty_like(labels)
         for label in np.unique(labels):
             position[labels == label] = np.arange((labels == label).sum())

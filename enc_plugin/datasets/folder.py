@@ -1,4 +1,4 @@
-"""Pictures in folders, one a class."""
+"""Dataset of image files in folders, one folder per class."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mmpretrain.datasets import CustomDataset
 
 @DATASETS.register_module()
 class ImageFolder(CustomDataset):
-    """Pictures in ``<data_root>/<split>/<class>/``; takes the place of ``ImageNet`` in a stock config as it stands.
+    """Image files in ``<data_root>/<split>/<class>/``; replaces the type ``ImageNet`` in a stock config.
 
     Args:
-        data_root: Folder of the splits.
+        data_root: Folder that contains the splits.
         split: Folder below it, such as ``'train'`` or ``'val'``.
         **kwargs: As for mmpretrain's ``CustomDataset``: ``pipeline``, ``indices``, ...
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If its classes are not those of ``<data_root>/train``: labels would mean something else.
+        ValueError: If its class folders differ from those of ``<data_root>/train``, so that labels would differ.
     """
 
     def __init__(self, data_root: str, split: str = "train", **kwargs):
@@ -28,8 +28,8 @@ class ImageFolder(CustomDataset):
             raise FileNotFoundError(f"data_root: there is no folder {folder} with a sub-folder for each class")
         if train.is_dir() and (other := _classes(train) ^ _classes(folder)):
             raise ValueError(
-                f"data_root: {folder} and {train} have different classes: {', '.join(sorted(other)[:5])} in one of "
-                "them only; make the missing folders, if need be empty ones"
+                f"data_root: {folder} and {train} have different classes: only one has {', '.join(sorted(other)[:5])}; "
+                "create the missing folders, empty ones if necessary"
             )
         super().__init__(data_root=data_root, data_prefix=split, with_label=True, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Unpacks CIFAR-10 archives into the folder that :class:`CIFAR10Folder` reads."""
+"""Unpacks CIFAR-10 archives for :class:`CIFAR10Folder`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _BATCH = re.compile(r"(?:.*/)?(data_batch_[1-5]|test_batch)$")
 
 
 def prepare_cifar10(archive: str | Path, out: str | Path) -> Path:
-    """Unpack CIFAR-10 into ``out/{train,test}/<class>/``, with a progress bar, and check the counts.
+    """Unpack CIFAR-10 into ``out/{train,test}/<class>/``, with a progress bar, and check the number of images.
 
     Args:
-        archive: ``cifar10.zip``, pictures in an ImageFolder layout, or the official ``cifar-10-python.tar.gz``, whose
-            images are written as PNG without loss.
-        out: Folder to make. It appears only when it is complete.
+        archive: ``cifar10.zip``, with image files in an ImageFolder layout, or the official
+            ``cifar-10-python.tar.gz``, whose images are written as PNG.
+        out: Folder to create. It appears only when it is complete.
 
     Returns:
         ``out`` as a path.
@@ -39,7 +39,8 @@ def prepare_cifar10(archive: str | Path, out: str | Path) -> Path:
     Raises:
         FileNotFoundError: If there is no archive.
         FileExistsError: If ``out`` exists.
-        ValueError: If the archive is neither of the two, or does not hold 5,000 training and 1,000 test images a class.
+        ValueError: If the archive is neither of the two, or does not contain 5,000 training and 1,000 test images of
+            each class.
     """
     archive, out = Path(archive), Path(out)
     require_file("archive", archive, "expected cifar10.zip or cifar-10-python.tar.gz")
@@ -66,8 +67,8 @@ def prepare_cifar10(archive: str | Path, out: str | Path) -> Path:
             for name in CLASSES:
                 if counts[split, name] != expected:
                     raise ValueError(
-                        f"archive: {archive} holds {counts[split, name]} pictures of {split}/{name}, CIFAR-10 has "
-                        f"{expected}; is the download complete?"
+                        f"archive: expected {expected} images of {split}/{name}, {archive} has {counts[split, name]}; "
+                        "is the download complete?"
                     )
         partial.rename(out)
     finally:
@@ -76,16 +77,16 @@ def prepare_cifar10(archive: str | Path, out: str | Path) -> Path:
 
 
 def _from_zip(archive: Path) -> Iterator[tuple[str, str, str, bytes]]:
-    """Split, class, file name and content of each picture of an ImageFolder in a zip file."""
+    """Split, class, file name and content of each image of a zip file in an ImageFolder layout."""
     with zipfile.ZipFile(archive) as file:
         for member in file.namelist():
-            # Matching the whole name leaves no way out of the folder.
+            # The pattern matches whole names, so a member cannot be written outside of the folder.
             if match := _PICTURE.match(member):
                 yield *match.groups(), file.read(member)
 
 
 def _from_official(archive: Path) -> Iterator[tuple[str, str, str, bytes]]:
-    """The same from the pickled batches of the official archive, encoded as PNG."""
+    """Split, class, file name and content (PNG) of each image of the official archive."""
     with tarfile.open(archive) as file:
         for member in file:
             match = _BATCH.match(member.name)
@@ -101,9 +102,9 @@ def _from_official(archive: Path) -> Iterator[tuple[str, str, str, bytes]]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of plain containers and NumPy arrays; anything else could run code."""
+    """Reads pickles of plain containers and NumPy arrays, and refuses anything else, which could run code."""
 
     def find_class(self, module: str, name: str):
         if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar"):
             return super().find_class(module, name)
-        raise ValueError(f"archive: it refers to {module}.{name}, which no batch of CIFAR-10 does; not loaded")
+        raise ValueError(f"archive: it was not loaded, because it refers to {module}.{name}, unlike CIFAR-10")

@@ -1,4 +1,4 @@
-"""mmengine parts, registered on mmengine's root registries."""
+"""Runner, hooks and other mmengine parts, registered on mmengine's root registries."""
 
 from ..installation import needs_mmengine  # noqa: F401
 
@@ -35,5 +35,5 @@ __all__ = [
     "RNGStateHook",
 ]
 
-# All that the hooks above declare, for those who read what they have logged.
+# All scalars that these hooks log; reports use this to read logs.
 SCALARS = tuple(scalar for name in __all__ for scalar in getattr(globals()[name], "scalars", ()))

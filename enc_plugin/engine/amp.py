@@ -22,8 +22,8 @@ from ..build import part_class
 class BFloat16OptimWrapper(OptimWrapper):
     """Optimizer wrapper whose forward passes run under bfloat16 autocast, on any device and without loss scaling.
 
-    mmengine's ``AmpOptimWrapper`` insists on an accelerator. On a CPU without bfloat16 instructions it warns: there it
-    is 7 to 30 times slower than float32.
+    mmengine's ``AmpOptimWrapper`` needs an accelerator. On a CPU without bfloat16 instructions this wrapper warns,
+    because training is then 7 to 30 times slower than in float32.
 
     Args:
         *args, **kwargs: As for mmengine's ``OptimWrapper``.
@@ -33,21 +33,21 @@ class BFloat16OptimWrapper(OptimWrapper):
         super().__init__(*args, **kwargs)
         if not torch.cuda.is_available() and not has_bfloat16_instructions():
             print_log(
-                "ENC: this CPU has no bfloat16 instructions, so that bfloat16 is emulated, 7 to 30 times slower than "
-                "float32; leave AmpOptimWrapper (or --amp) out",
+                "ENC: this CPU has no bfloat16 instructions, so bfloat16 is emulated, 7 to 30 times slower than "
+                "float32; leave out AmpOptimWrapper (or --amp)",
                 logger="current",
                 level=logging.WARNING,
             )
 
     @contextmanager
     def optim_context(self, model: nn.Module):
-        """Forward context: gradient accumulation as in ``OptimWrapper``, plus autocast."""
+        """Context of forward passes: that of ``OptimWrapper`` (gradient accumulation) and autocast."""
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether the CPU computes in bfloat16 itself, as far as Linux tells; True where it does not."""
+    """Whether the CPU has bfloat16 instructions, according to /proc/cpuinfo; True if that gives no answer."""
     try:
         features = re.findall(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -56,11 +56,11 @@ def has_bfloat16_instructions() -> bool:
 
 
 def without_cuda(optim_wrapper, logger: Logger):
-    """``AmpOptimWrapper`` in a config becomes :class:`BFloat16OptimWrapper` where there is no CUDA; else unchanged."""
+    """Replace ``AmpOptimWrapper`` in a config by :class:`BFloat16OptimWrapper` if there is no CUDA."""
     if torch.cuda.is_available() or not isinstance(optim_wrapper, dict):
         return optim_wrapper
     if part_class(optim_wrapper, OPTIM_WRAPPERS) is not AmpOptimWrapper:
         return optim_wrapper
-    logger.info("ENC: no CUDA, mixed precision is bfloat16 autocast without loss scaling")
+    logger.info("ENC: without CUDA, mixed precision uses bfloat16 autocast without loss scaling")
     own = {k: v for k, v in optim_wrapper.items() if k not in ("loss_scale", "dtype", "use_fsdp")}
     return own | {"type": "BFloat16OptimWrapper"}

@@ -1,4 +1,4 @@
-"""Hook that states the constraint at the start and the end of training."""
+"""Hook that checks and logs the norm constraint at the start and the end of training."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
 class ENCAuditHook(Hook):
     r"""Logs how many layers are ENC and the largest deviation of :math:`\lVert\hat W\rVert_F^2` from alpha.
 
-    Before training (after initialisation and loading) it refuses weights that cannot be normalised, and warns if
-    activation checkpointing will update batch norm statistics twice. On the first batch it refuses networks that
-    compute with the free weight of an ENC layer, and names ENC layers that do not run. It only reads. It says so if a
-    model has no ENC layers. Scalars, by epoch: ``enc/layers`` and ``enc/max_deviation`` (relative to alpha).
+    Scalars, by epoch: ``enc/layers`` and ``enc/max_deviation`` (relative to alpha). The hook changes nothing.
+
+    Before training, after initialisation and loading, it raises an error for weights that cannot be normalised, and
+    warns if activation checkpointing will update batch norm statistics twice. On the first batch it raises an error if
+    the network reads the free weight of an ENC layer outside of that layer, and warns of ENC layers that do not run.
     """
 
     priority = "VERY_LOW"
@@ -46,18 +47,18 @@ class ENCAuditHook(Hook):
             column="deviation from alpha",
             form=".1e",
             limit=DEVIATION_LIMIT,
-            beyond="The constraint is violated: a squared norm deviates from its alpha by more than rounding.",
+            beyond="The constraint is violated: the squared norm of a layer deviates from alpha by more than rounding.",
         ),
     )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse a checkpoint of ENC layers for plain ones: they would compute with the free weights."""
+        """Raise if plain layers load a checkpoint of ENC layers, because they would compute with the free weights."""
         plain = enc_layers_of_plain_ones(runner.model, checkpoint.get("state_dict", checkpoint))
         if plain:
             raise ValueError(f"checkpoint: {why_not_plain(plain)}")
 
     def before_train(self, runner: Runner) -> None:
-        """Check and report the weights that training starts from."""
+        """Check and log the initial weights."""
         model = unwrap(runner.model)
         for name, layer in constrained_layers(model):
             check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
@@ -66,7 +67,7 @@ class ENCAuditHook(Hook):
         self._is_checked = False
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """See on the first batch which layers run and who reads their weights; all processes see the same."""
+        """Check on the first batch which layers run and what reads their weights, in all processes alike."""
         model = unwrap(runner.model)
         if self._is_checked or not (layers := dict(enc_layers(model))):
             return
@@ -76,16 +77,16 @@ class ENCAuditHook(Hook):
             refuse_weights_read_elsewhere(model, trace, layers)
         idle = [name for name, layer in layers.items() if not any(layer in trace.calls for trace in traces)]
         if not traces:
-            runner.logger.info("ENC: the model does not run on a batch by itself, so who reads its weights is unknown")
+            runner.logger.info("ENC: the model cannot be run on its own, so it is unknown what reads its weights")
         elif idle:
             shown = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
             runner.logger.warning(
-                f"ENC: {len(idle)} ENC layers did not run on the first batch, and nothing read their weights: {shown}; "
-                "if the network never uses them, leave them plain with exclude=[...]"
+                f"ENC: {len(idle)} ENC layers did not run on the first batch: {shown}; if the network never uses them, "
+                "leave them plain with exclude=[...]"
             )
 
     def after_train(self, runner: Runner) -> None:
-        """Report the weights that training ended with."""
+        """Log the final weights."""
         self._report(runner, unwrap(runner.model))
 
     @master_only
@@ -97,8 +98,8 @@ class ENCAuditHook(Hook):
         kinds = sorted({f"{row.variant}, alpha {row.alpha:.4g}" for row in table})
         norms = sum(layer.enc_norm is not None for _, layer in constrained_layers(model))
         runner.logger.info(
-            f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with a "
-            f"batch norm of their own, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"
+            f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with an "
+            f"added batch norm, largest deviation of ||What||^2 from alpha {table.max_deviation:.1e}"
         )
         log_scalars(runner, {"enc/layers": len(table), "enc/max_deviation": table.max_deviation}, runner.epoch)
         if not table.max_deviation < DEVIATION_LIMIT:  # NaN too
@@ -109,10 +110,10 @@ class ENCAuditHook(Hook):
 
 
 def _traces(model: nn.Module, batch: Any) -> list[Trace]:
-    """Recorded passes of ``model`` on a batch of its data loader: as it predicts, and as it trains."""
+    """Recorded forward passes of ``model`` on a batch, in eval mode and with the training loss."""
     try:
         inputs = model.data_preprocessor(copy.deepcopy(batch), training=False)
-    except Exception:  # not mmpretrain's way to hold a batch
+    except Exception:  # a model or batch that differs from mmpretrain's
         return []
     traces = []
     for mode, training in (("tensor", False), ("loss", True)):

@@ -1,4 +1,4 @@
-"""Hook that sets the epsilon of every batch norm: a control for what ENC does to networks through it."""
+"""Hook that sets the epsilon of every batch norm, to measure how much of ENC's effect is due to it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..measuring.untouched import unwrap
 
 @HOOKS.register_module()
 class BatchNormEpsHook(Hook):
-    """Sets ``eps`` of all batch norms before training, those that ENC layers own included.
+    """Sets ``eps`` of all batch norms before training, including those of ENC layers.
 
-    Under eq. 20 and 21 a batch norm undoes alpha, except for its eps, which matters because outputs of weights of norm
-    1 have small variances. A tiny eps shows the network without this effect. Checkpoints do not hold the value, so set
-    it again to test.
+    A batch norm cancels the scale of the layer before it, up to its eps, which matters for ENC layers because weights
+    of norm 1 give outputs with small variances. A tiny eps removes this effect. Checkpoints do not contain eps, so use
+    the hook for testing too.
 
     Args:
-        eps: Added to the variance, in its unit; positive.
+        eps: Positive number that is added to the variance.
 
     Raises:
         ValueError: If ``eps`` is not positive.
@@ -31,7 +31,7 @@ class BatchNormEpsHook(Hook):
         self.eps = eps
 
     def before_run(self, runner: Runner) -> None:
-        """Set it before training, validation or testing."""
+        """Set eps before training, validation or testing."""
         for module in unwrap(runner.model).modules():
             if isinstance(module, _BatchNorm):
                 module.eps = self.eps

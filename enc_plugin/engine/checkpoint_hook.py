@@ -1,4 +1,4 @@
-"""CheckpointHook that never leaves a run without a good checkpoint."""
+"""CheckpointHook with which a run can be killed at any time without losing its last checkpoint."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..checkpoint import replacing
+from ..checkpoint_files import replacing
 
 
 @HOOKS.register_module()
 class ENCCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook in a safe order: write the new file, then point to it, and only then remove old ones.
+    """mmengine's CheckpointHook in a safe order: write the new file, update ``last_checkpoint``, remove old files.
 
-    mmengine's hook first removes old files (``max_keep_ckpts``, ``save_best``), so a crash can leave nothing to resume
-    from, and it overwrites ``last_checkpoint`` in place. ``ENCRunner`` uses this hook where a config says
-    ``CheckpointHook``, and writes each checkpoint whole or not at all: a run can be killed at any moment. For a moment
-    there is one file more than ``max_keep_ckpts``.
+    mmengine's hook removes old files first (``max_keep_ckpts``, ``save_best``) and overwrites ``last_checkpoint`` in
+    place, so a crash can leave nothing to resume from. ``ENCRunner`` replaces ``CheckpointHook`` by this hook. While a
+    checkpoint is written, there is one file more than ``max_keep_ckpts``.
 
     Args:
         *args, **kwargs: As for mmengine's ``CheckpointHook``.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Set up as mmengine does; the best checkpoints of a work dir that was moved or copied are its own."""
+        """Set up as mmengine does, and correct the paths of best checkpoints if the work dir was moved or copied."""
         super().before_train(runner)
         hub = runner.message_hub
         for key, path in list(hub.runtime_info.items()):
             if key.startswith("best_ckpt") and path:
-                # The old place may be that of another run, whose file is not to be removed.
+                # The old path may be in the work dir of another run, whose file must not be removed.
                 path = self.file_backend.join_path(self.out_dir, Path(path).name)
                 hub.update_info(key, path)
                 if key == "best_ckpt":
@@ -41,10 +40,10 @@ class ENCCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated = []
-        # A second save of one step (after a new best) makes nothing superfluous.
+        # If the same step is saved twice (after a new best), no old file becomes outdated.
         if self.max_keep_ckpts > 0 and list(self.keep_ckpt_ids)[-1:] != [step]:
             outdated = list(self.keep_ckpt_ids)[: max(0, len(self.keep_ckpt_ids) + 1 - self.max_keep_ckpts)]
-            self.keep_ckpt_ids.append(step)  # the deque drops the outdated
+            self.keep_ckpt_ids.append(step)  # the deque drops outdated ids
             runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
@@ -69,8 +68,8 @@ class ENCCheckpointHook(CheckpointHook):
                 )
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
-        """Save a new best as mmengine does, but in training alone: ``runner.val()`` by itself compares nothing."""
-        if hasattr(self, "file_backend"):  # set before training
+        """Save a new best checkpoint as mmengine does, but only in training, not in ``runner.val()``."""
+        if hasattr(self, "file_backend"):  # set by before_train
             super().after_val_epoch(runner, metrics)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
@@ -87,7 +86,7 @@ class ENCCheckpointHook(CheckpointHook):
 
 
 class _RemovesLater:
-    """File backend that notes what it is asked to remove."""
+    """File backend that collects the paths to remove instead of removing them."""
 
     def __init__(self, backend):
         self._backend = backend
@@ -103,7 +102,7 @@ class _RemovesLater:
 
 
 def _remove_checkpoint(backend, path: str) -> None:
-    """Remove a checkpoint, a file or (sharded) a folder; it may be gone already."""
+    """Remove a checkpoint (a file, or a folder if sharded) if it exists."""
     if backend.isfile(path):
         backend.remove(path)
     elif backend.isdir(path):

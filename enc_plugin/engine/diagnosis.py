@@ -1,4 +1,4 @@
-"""What is not finite in a run that has diverged, and where it began."""
+"""Finds where values first became NaN or infinite in a run that has diverged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .unread_step import largest_magnitude
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors that training changes: parameters with gradients, and running statistics."""
+    """(name, tensor) of the tensors that training changes: parameters with gradients and running statistics."""
     yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     for prefix, module in model.named_modules():
         for key in ("running_mean", "running_var"):
@@ -27,7 +27,7 @@ def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The other tensors of checkpoints; infinite ones are meant so (masks, bounds of observers at the start)."""
+    """(name, tensor) of the other floating point tensors of checkpoints; they may be infinite (masks, observers)."""
     others = {name for name, _ in trained(model)}
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and value.is_floating_point() and name not in others:
@@ -35,17 +35,17 @@ def constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def are_finite(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether all elements are; waits for the device."""
+    """Whether all elements are finite; waits for the device."""
     largest = largest_magnitude(tensors)
     return largest is None or math.isfinite(largest.item())
 
 
 def find_cause(runner: Runner, batch: Any) -> str:
-    """Where values stopped being finite: in ``batch``, the weights, the forward pass, or the backward pass."""
+    """Sentence that says where values first became NaN or infinite: batch, weights, forward or backward pass."""
     model = unwrap(runner.model)
     inputs = batch.get("inputs") if isinstance(batch, Mapping) else None
     if not all(x.isfinite().all() for x in tree_leaves(inputs) if isinstance(x, Tensor)):
-        return f"the batch holds NaN or Inf itself{_pictures(batch)}"
+        return f"the batch holds NaN or Inf{_bad_samples(batch)}"
     broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
     if broken:
         return f"{len(broken)} weights hold NaN or Inf: {', '.join(map(repr, broken[:3]))}"
@@ -56,10 +56,10 @@ def find_cause(runner: Runner, batch: Any) -> str:
             return str(error)
     layer = _first_overflow(runner, model, batch)
     if layer is not None:
-        return f"the weights are finite, and the first output that is not is that of {layer}"
+        return f"the weights are finite, and the first output that is not finite is that of {layer}"
     broken = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     if broken:
-        return f"weights and outputs are finite; of the gradients, that of {broken[-1]!r} is the nearest to the loss"
+        return f"only gradients are not finite, and the one nearest to the loss is that of {broken[-1]!r}"
     return (
         "rerunning the last batch gave finite values, so the cause is random (augmentation, dropout) or lies in an "
         "earlier batch"
@@ -68,11 +68,11 @@ def find_cause(runner: Runner, batch: Any) -> str:
 
 @torch.no_grad()
 def _first_overflow(runner: Runner, model: nn.Module, batch: Any) -> str | None:
-    """The module whose output is the first that is not finite, when the batch goes through once more."""
+    """Run the batch again; name and class of the first module whose output is not finite, or None."""
     found: list[str] = []
 
     def look(name: str, module: nn.Module, out: Any) -> None:
-        # Minus infinity is what masks put out.
+        # Masks legitimately contain minus infinity.
         if not found and not all((t < math.inf).all() for t in tree_leaves(out) if isinstance(t, Tensor)):
             found.append(f"{name!r} ({type(module).__name__})")
 
@@ -85,7 +85,7 @@ def _first_overflow(runner: Runner, model: nn.Module, batch: Any) -> str | None:
         data = model.data_preprocessor(batch, True)
         with runner.optim_wrapper.optim_context(model):
             model(**data, mode="loss")
-    except Exception:  # some wrappers' parts do not run alone; what was found counts
+    except Exception:  # the unwrapped model may fail when run alone; use what was found until then
         pass
     finally:
         for handle in handles:
@@ -93,7 +93,7 @@ def _first_overflow(runner: Runner, model: nn.Module, batch: Any) -> str | None:
     return found[0] if found else None
 
 
-def _pictures(batch: Mapping) -> str:
+def _bad_samples(batch: Mapping) -> str:
     names = [
         str(sample.get("img_path") or f"number {i} of the batch")
         for i, (x, sample) in enumerate(zip(batch["inputs"], batch["data_samples"], strict=False))

@@ -1,4 +1,4 @@
-"""How much weight decay acts in a run: of a config before it, and of optimizers as they step."""
+"""How much weight decay acts in a run, computed from a config or summed over the optimizer's steps."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from ..functional import decay_efolds
 def config_efolds(cfg: Config, iterations: int) -> float | None:
     r"""E-folds of :math:`\lVert W \rVert^2` by weight decay (:func:`enc_plugin.functional.decay_efolds`) over a run.
 
-    They are those of a weight that decays by the optimizer's own ``weight_decay`` and ``lr``, without the factors of
-    ``paramwise_cfg``.
+    They hold for weights with the optimizer's ``weight_decay`` and ``lr``, without factors of ``paramwise_cfg``.
 
     Args:
         cfg: Training config with ``optim_wrapper``, ``param_scheduler`` and ``train_cfg``.
-        iterations: Optimizer steps an epoch.
+        iterations: Optimizer steps per epoch.
 
     Returns:
-        The e-folds; None where the optimizer is not SGD or AdamW, since decay that goes through Adam's moments has no
-        rate of its own.
+        The e-folds; None unless the optimizer is SGD or AdamW, because decay that passes through Adam's moments has no
+        fixed rate.
     """
     optimizer = dict(cfg.optim_wrapper.optimizer)
     kind = part_class(optimizer, OPTIMIZERS)
@@ -37,14 +36,13 @@ def config_efolds(cfg: Config, iterations: int) -> float | None:
 
 
 class DecayTally:
-    """E-folds of weight decay as they accumulate, step by step, with the learning rate and decay that each step has.
+    """Sums the e-folds of weight decay over optimizer steps, with the learning rate and decay of each step.
 
-    They are those of :func:`enc_plugin.functional.decay_efolds` for each group of parameters. A group without a
-    gradient does not decay and does not count. A learning rate that is a tensor is added up on its device: a step never
-    waits for it.
+    The e-folds are those of :func:`enc_plugin.functional.decay_efolds`, for each parameter group. Steps of a group
+    without gradients do not count. A learning rate that is a tensor is summed on its device, so no step waits for it.
 
     Args:
-        optimizers: Whose steps are counted from now on; only SGD and AdamW have e-folds.
+        optimizers: Optimizers whose steps are counted from now on; those other than SGD and AdamW are ignored.
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]):
@@ -62,7 +60,7 @@ class DecayTally:
                 sums[i] = sums[i] + decay_efolds([lr], **_decay_settings(self._optimizers[optimizer], group))
 
     def of(self, weight: Tensor) -> float | None:
-        """E-folds of the group that holds a weight, 0 for one that is frozen; None if no optimizer of ours has it."""
+        """E-folds of a weight, 0 if it is frozen; None if it is in none of the counted optimizers."""
         for optimizer, sums in zip(self._optimizers, self._sums, strict=True):
             for group, total in zip(optimizer.param_groups, sums, strict=True):
                 if any(p is weight for p in group["params"]):
@@ -70,11 +68,11 @@ class DecayTally:
         return None
 
     def state(self) -> list[list[float]]:
-        """The sums of each optimizer's groups, for a checkpoint."""
+        """Sums of each optimizer's groups, for a checkpoint."""
         return [[float(total) for total in sums] for sums in self._sums]
 
     def load(self, state: list[list[float]]) -> bool:
-        """Go on from what :meth:`state` returned; False, and from zero, if these are other optimizers or groups."""
+        """Continue from what :meth:`state` returned; return False and start at 0 if the groups differ."""
         same = [len(sums) for sums in state] == [len(sums) for sums in self._sums]
         if same:
             self._sums = [list(sums) for sums in state]
@@ -82,17 +80,17 @@ class DecayTally:
 
 
 def _decay_settings(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> dict[str, float]:
-    """Decay of a group, and what SGD's momentum makes of it; decoupled decay bypasses the moments."""
+    """Arguments of ``decay_efolds`` from a group; no momentum for AdamW, because its decay bypasses the moments."""
     names = ("weight_decay", "momentum", "dampening") if kind is torch.optim.SGD else ("weight_decay",)
     return {name: group[name] for name in names if name in group}
 
 
 def learning_rates(cfg: Config, iterations: int) -> Iterator[float]:
-    """The learning rate of every step that mmengine's schedulers give, for a parameter without a factor.
+    """Learning rate of each step under mmengine's schedulers, without factors of ``paramwise_cfg``.
 
     Args:
         cfg: As for :func:`config_efolds`.
-        iterations: Steps an epoch.
+        iterations: Steps per epoch.
     """
     loop = cfg.train_cfg
     steps = loop.max_epochs * iterations if loop.get("max_epochs") else loop.max_iters
@@ -106,7 +104,7 @@ def learning_rates(cfg: Config, iterations: int) -> Iterator[float]:
             scheduler.setdefault("end", steps // iterations if scheduler.get("by_epoch", True) else steps)
             options = dict(optimizer=optimizer, epoch_length=iterations)
             schedulers.append(PARAM_SCHEDULERS.build(scheduler, default_args=options))
-    optimizer.step()  # torch's schedulers, wrapped by mmengine's, want a step before their own
+    optimizer.step()  # torch's schedulers warn if the optimizer has not stepped before them
     for step in range(1, steps + 1):
         yield optimizer.param_groups[0]["lr"]
         for scheduler in schedulers:

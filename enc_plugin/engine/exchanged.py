@@ -1,4 +1,4 @@
-"""Weights that averaging hooks exchange for a validation: which are in the model, and how to put others in."""
+"""Detects whether hooks such as ``EMAHook`` have exchanged the weights, and exchanges weights temporarily."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..measuring.untouched import unwrap
 
 @contextmanager
 def as_validated(runner: Runner) -> Iterator[bool]:
-    """Block with the weights that ``EMAHook`` would let a validation see; yields whether they are others."""
-    # mmpretrain's may be told to validate the weights that are being trained.
+    """Context with the weights that ``EMAHook`` validates; yields whether they differ from the current ones."""
+    # mmpretrain's EMAHook has an option not to validate the average.
     hooks = [h for h in runner.hooks if isinstance(h, EMAHook) and getattr(h, "evaluate_on_ema", True)]
     model = unwrap(runner.model)
     before = fingerprint(model)
@@ -31,7 +31,7 @@ def as_validated(runner: Runner) -> Iterator[bool]:
 
 @contextmanager
 def holding(model: nn.Module, values: list[Tensor]) -> Iterator[None]:
-    """Block in which the model's parameters and buffers have these values."""
+    """Context in which the model's parameters and buffers have the given values."""
     own = [tensor.detach().clone() for tensor in tensors(model)]
     try:
         _copy(model, values)
@@ -46,12 +46,12 @@ def _copy(model: nn.Module, values: list[Tensor]) -> None:
 
 
 def tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
+    """Parameters and buffers of ``model``."""
     return [*model.parameters(), *model.buffers()]
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> Tensor:
-    """Sum and norm of each parameter, in one vector."""
+    """Vector with the sum and norm of each parameter, to detect that weights have changed."""
     weights = [parameter.detach().float() for parameter in model.parameters()]
     return torch.stack([*(weight.sum() for weight in weights), *torch._foreach_norm(weights)]).nan_to_num()

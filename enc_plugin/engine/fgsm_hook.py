@@ -1,4 +1,4 @@
-"""Hook that measures accuracy under the fast gradient sign method while the network trains."""
+"""Hook that measures the accuracy under FGSM attacks during training."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..functional.attack import LEAST_EPS, other_unit
 from ..functional.checks import check_integer
 from ..measuring.robustness import ZERO_GRAD_LIMIT, check_dataset, check_pixel_eps, measure_robustness
 from ..measuring.untouched import untouched, unwrap
-from .scalars import Group, Scalar, log_scalars, weights_in_words, write_measurements
+from .scalars import FigureGroup, Scalar, log_scalars, weights_in_words, write_measurements
 from .validated_hook import ValidatedNetworkHook
 from .watched import check_watched
 
-_GROUP = Group(
+_GROUP = FigureGroup(
     "Robustness (FGSM)",
-    "One gradient step of size eps in pixel space against each validation image; eps 0 is no attack.",
+    "FGSM attacks each validation image by one gradient step of size eps in pixel space; eps 0 means no attack.",
 )
 _EPS = "FGSM step eps (1/255 of the pixel range)"
 _TITLE = "Accuracy under white-box FGSM, last measurement"
@@ -27,39 +27,39 @@ _TITLE = "Accuracy under white-box FGSM, last measurement"
 class FGSMHook(ValidatedNetworkHook):
     """Logs the accuracy on the validation set under a white-box attack (FGSM) after validation.
 
-    The attack is untargeted, uses the true labels (:func:`enc_plugin.functional.fgsm`) and runs in float32. It moves
-    pixels of 0..255 before the ``data_preprocessor`` normalises them, so eps means the same for any mean, std and
-    channel order. The network has the weights that were validated (with ``EMAHook`` or an averaging hook of your own,
-    the averaged ones, whatever the priorities) and the batch norm statistics of rank 0, which the checkpoint holds.
-    Samples that cannot be read are left out, with a warning.
+    The attack is untargeted, uses the true labels (:func:`enc_plugin.functional.fgsm`) and runs in float32. It changes
+    pixels in 0..255 before the ``data_preprocessor`` normalises them, so eps does not depend on mean, std and channel
+    order. The network has the weights of the validation (averaged ones if an averaging hook such as ``EMAHook`` is
+    used, whatever its priority) and the batch norm statistics of rank 0, like the checkpoint. Samples that cannot be
+    read are left out, with a warning.
 
-    Each measurement logs, to the visualizers and into the validation metrics (so ``save_best`` can name these scalars,
-    as long as every validation is followed by an attack):
+    Each measurement logs these scalars to the visualizers and adds them to the validation metrics. So ``save_best`` can
+    use them if every validation is followed by an attack:
 
     ====================  ==============================================================================
     ``fgsm/top1_clean``   accuracy without attack, percent
     ``fgsm/top1_eps<E>``  accuracy at eps E / 255 of the pixel range, percent
     ``fgsm/zero_grad``    share of samples, 0..1, whose gradient is zero at every pixel; above 0.01 the
                           attack overestimates the robustness (masked gradients)
-    ``fgsm/averaged``     1 if averaged weights were attacked, 0 if the weights in training were
-    ``fgsm/seconds``      seconds that the measurement took
+    ``fgsm/averaged``     1 if averaged weights were attacked, 0 if the weights in training
+    ``fgsm/seconds``      duration of the measurement in seconds
     ====================  ==============================================================================
 
     Training with and without the hook gives the same weights bit for bit, on a GPU with
-    ``randomness=dict(deterministic=True)``. Any number of processes logs the same accuracy for the same weights. Each
-    sample costs one gradient, and one forward pass for each eps. Float32 computes without TensorFloat-32.
+    ``randomness=dict(deterministic=True)``. The logged accuracy does not depend on the number of processes. Each sample
+    costs one gradient, and one forward pass for each eps. TensorFloat-32 is off.
 
     Args:
-        eps: One or several step sizes in 1/255 of the pixel range: 8, not 8 / 255 (a value that small is warned of).
-        interval: Epochs between two measurements, or validations where training goes by iterations. The end of training
-            is always measured, also if it comes early.
-        num_samples: Number of samples, spread evenly over the validation set; None: all.
+        eps: One or several step sizes in 1/255 of the pixel range: 8, not 8 / 255 (such small values cause a warning).
+        interval: Number of epochs between two measurements; number of validations if training counts iterations. The
+            end of training is always measured, even if it comes early.
+        num_samples: Number of samples, evenly spaced in the validation set; None: all.
         batch_size: Samples per batch; None: that of the validation dataloader.
 
     Raises:
-        ValueError: Unless ``eps`` holds different numbers above 0 and up to 255. Before training: if the validation
-            pipeline does not deliver pixels in 0..255, or ``save_best`` names a scalar of this hook and ``interval``
-            leaves out validations.
+        ValueError: If ``eps`` contains equal numbers, or numbers that are not in (0, 255]. Before training: if the
+            validation pipeline does not give pixels in 0..255, or ``save_best`` uses a scalar of this hook and
+            ``interval`` skips validations.
     """
 
     priority = "ABOVE_NORMAL"  # before CheckpointHook reads metrics
@@ -81,13 +81,13 @@ class FGSMHook(ValidatedNetworkHook):
             "share, 0 to 1",
             is_metric=True,
             limit=ZERO_GRAD_LIMIT,
-            beyond="More than 1 % of the images have an all-zero gradient: FGSM overestimates the robustness there; "
+            beyond="More than 1 % of the images have an all-zero gradient, so FGSM overestimates the robustness; "
             "report PGD instead (tools/attack.py --pgd-steps).",
         ),
         Scalar("fgsm/averaged", "Whether averaged weights were attacked", is_metric=True, tells_weights=True),
         Scalar("fgsm/seconds", "Time of an attack", "seconds", is_metric=True, is_cost=True),
     )
-    _way_out = "give all eps to one of them"
+    _advice = "use one hook with all eps"
 
     def __init__(
         self,
@@ -108,14 +108,14 @@ class FGSMHook(ValidatedNetworkHook):
 
     @property
     def scalar_names(self) -> list[str]:
-        """Names of the scalars."""
+        """Names of the logged scalars."""
         accuracies = ["top1_clean", *(f"top1_eps{eps:g}" for eps in self.eps)]
         return [f"fgsm/{name}" for name in [*accuracies, "zero_grad", "averaged", "seconds"]]
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse what would fail at a validation before an epoch is spent."""
+        """Check before the first epoch what would otherwise fail at the first validation."""
         if runner.val_loop is None:
-            raise ValueError("FGSMHook attacks the validation set: set val_dataloader, val_cfg and val_evaluator")
+            raise ValueError("FGSMHook needs a validation set: set val_dataloader, val_cfg and val_evaluator")
         super().before_train(runner)
         check_watched(runner)
         for eps in self.eps:
@@ -129,9 +129,9 @@ class FGSMHook(ValidatedNetworkHook):
         write_measurements(runner, {name: entry | {"unit": "%"} for name in self.scalar_names if "top1" in name})
 
     def due(self, runner: Runner) -> int | None:
-        """Every ``interval``-th epoch, or validation, and the last one."""
+        """Step to log at after every ``interval``-th epoch or validation and after the last one, else None."""
         loop = runner._train_loop
-        if not isinstance(loop, BaseLoop):  # runner.val(): the property train_loop would build one
+        if not isinstance(loop, BaseLoop):  # in runner.val(); the property train_loop would build a loop
             return 0
         if isinstance(loop, IterBasedTrainLoop):
             counted, last = loop.iter // loop.val_interval, loop.iter >= loop.max_iters
@@ -140,7 +140,7 @@ class FGSMHook(ValidatedNetworkHook):
         return self._now(runner) if counted % self.interval == 0 or last else None
 
     def measure(self, runner: Runner, step: int, averaged: bool) -> None:
-        """Attack and log."""
+        """Attack the model and log the result."""
         loader = runner.val_dataloader
         found = measure_robustness(
             unwrap(runner.model),
@@ -163,7 +163,7 @@ class FGSMHook(ValidatedNetworkHook):
             runner.logger.warning(f"FGSM: {warning}")
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Add what was measured at this validation to ``metrics``."""
+        """Add the scalars of this validation to ``metrics``."""
         if metrics is not None:
             metrics.update(self._scalars)
         self._scalars = {}

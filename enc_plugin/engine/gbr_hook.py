@@ -1,4 +1,4 @@
-"""Hook that measures the GBR on the same training samples through the whole run."""
+"""Hook that measures the GBR on fixed training samples during training."""
 
 from __future__ import annotations
 
@@ -13,33 +13,31 @@ from ..measuring.gbr import check_options, input_unit, measure_gbr, pick_batch_s
 from ..measuring.samples import FixedSamples
 from ..measuring.untouched import statistics_note, untouched, unwrap
 from .run_samples import stored_choice, validation_pipeline
-from .scalars import Group, Scalar, log_scalars, weights_in_words, write_measurements
+from .scalars import FigureGroup, Scalar, log_scalars, weights_in_words, write_measurements
 from .validated_hook import ValidatedNetworkHook
 
-_GROUP = Group(
+_GROUP = FigureGroup(
     "Generalization bound regularizer (GBR)",
-    "Mean squared Frobenius norm of the input-output Jacobian, over the same training samples through each run: the "
-    "smaller, the less the output moves with the input. The network is the one that validation sees. Bands: 95 % "
-    "bootstrap intervals of the mean. A few samples can make up most of a mean, so the table has the median beside it.",
+    "Mean squared Frobenius norm of the input-output Jacobian, over the same training samples in the whole run. The "
+    "smaller it is, the less the output changes with the input. Weights are those of validation. Bands: 95 % bootstrap "
+    "intervals of the mean. A few samples can dominate a mean, so the table also shows the median.",
 )
 
-_TAKEN = ("_sem", "_low", "_high", "_median", "seconds", "averaged")  # endings of the scalars beside the mean
+_TAKEN = ("_sem", "_low", "_high", "_median", "seconds", "averaged")  # endings of the hook's other scalars
 
 
 @HOOKS.register_module()
 class GBRHook(ValidatedNetworkHook):
     r"""Logs the Generalization Bound Regularizer (eq. 18) on fixed training samples, before and during training.
 
-    Each measurement uses the same training samples and the same random probes, so a change of the curve is a change of
-    the network. Samples are read without training augmentation: the training dataset loads the picture, then come the
-    steps of the validation pipeline that do not load. The network is in eval mode and has the weights that validation
-    sees (with ``EMAHook`` or an averaging hook of your own the averaged ones, which are also those in the checkpoint's
-    ``state_dict``) and the batch norm statistics of rank 0.
+    Each measurement uses the same training samples and the same random probes, so the curve changes only if the network
+    changes. Samples are read without training augmentation: the training dataset loads the image, and the validation
+    pipeline does the rest. The network is in eval mode, with the weights of validation (averaged ones if an averaging
+    hook such as ``EMAHook`` is used, like the checkpoint's ``state_dict``) and the batch norm statistics of rank 0.
 
-    The samples are chosen by ``seed``. No sample is taken twice, even if the dataset repeats it. Their indices are
-    stored in the work dir (``gbr_samples_*.json``), and a resumed run reads them from there. The pictures stay in
-    memory as the pipeline delivers them (150 kB for 224 x 224). Samples that cannot be read are left out, with a
-    warning.
+    The samples are chosen by ``seed``. No sample is used twice, even if the dataset repeats it. Their indices are
+    stored in the work dir (``gbr_samples_*.json``), where a resumed run reads them. The processed images stay in memory
+    (150 kB for 224 x 224). Samples that cannot be read are left out, with a warning.
 
     Each measurement logs, with the epoch (or iteration) as step:
 
@@ -49,38 +47,38 @@ class GBRHook(ValidatedNetworkHook):
     ``gbr/<name>_sem``      its standard error, over samples and probes
     ``gbr/<name>_low``      lower end of its 95 % bootstrap interval, over samples and probes
     ``gbr/<name>_high``     upper end
-    ``gbr/<name>_median``   median over the samples, which a heavy tail does not move
-    ``gbr/averaged``        1 if averaged weights were measured, 0 if the weights in training were
-    ``gbr/seconds``         seconds that the measurement took (of a second hook: ``gbr/<name>_seconds``)
+    ``gbr/<name>_median``   median over the samples, which is robust against heavy tails
+    ``gbr/averaged``        1 if averaged weights were measured, 0 if the weights in training
+    ``gbr/seconds``         duration of the measurement in seconds (of a second hook: ``gbr/<name>_seconds``)
     ======================  ============================================================================
 
     ``measurements.json`` in the work dir states the weights, samples and unit of each scalar.
 
     Training with and without the hook gives the same weights bit for bit, on a GPU with
-    ``randomness=dict(deterministic=True)``. Any number of processes logs the same values for the same weights. Float32
-    computes without TensorFloat-32. A value that is NaN or infinite is logged as it is, with a warning.
+    ``randomness=dict(deterministic=True)``. The logged values do not depend on the number of processes. TensorFloat-32
+    is off. NaN and infinite values are logged too, with a warning.
 
-    The defaults follow from ``lab/bench/gbr_cost.py``: with 512 samples, one projection adds less than 2 % of standard
-    error (about as much as the choice of the samples) and takes a fifth of the time of all ten classes. On a CPU,
+    The defaults follow from ``lab/bench/gbr_cost.py``: with 512 samples, one projection adds a standard error of less
+    than 2 % (about as much as the choice of the samples) and takes a fifth of the time of all ten classes. On a CPU,
     batches of 32 are as fast as larger ones.
 
     Args:
         num_samples: Number of training samples, at least 2; None: all. Each costs one forward pass and ``projections``
             (exact: number of classes) backward passes.
-        batch_size: Samples that are differentiated at a time; it sets the memory. Processes share out whole batches.
-            None: 32, on a GPU the training batch size if that is more. A batch that does not fit into a GPU's memory
-            is split.
+        batch_size: Samples that are differentiated together, which determines the memory. Each batch is computed by one
+            process. None: 32, or the training batch size if that is larger and on a GPU. Batches that do not fit into
+            the memory of a GPU are split.
         projections: Number of random orthonormal output directions for each sample (unbiased); None: exact.
         output: Function f that is differentiated: ``'logits'``, ``'probs'`` (the head's predictions, softmax or
             sigmoids) or ``'label_prob'`` (probability of the true class, the paper's A_s(x)).
         space: Input x: ``'normalized'`` (as the network receives it) or ``'pixel'`` (0..255, before normalisation).
-        interval: Epochs between two measurements, or iterations where training goes by iterations. The end of training
-            is always measured, also if it comes early.
-        seed: Seed of the choice of samples and of the probes.
-        by_epoch: Whether ``interval`` counts epochs or iterations; None: as the training loop does.
-        pipeline: Transforms for the samples, loading included; None: those of the validation, else of the test
-            dataloader, after the training dataset's own loading.
-        name: Name of the scalars, ``gbr/<name>``; None: ``output``. Two hooks of one output need two names.
+        interval: Number of epochs (or iterations, see ``by_epoch``) between two measurements. The end of training is
+            always measured, even if it comes early.
+        seed: Seed for the choice of samples and for the probes.
+        by_epoch: Whether ``interval`` counts epochs or iterations; None: like the training loop.
+        pipeline: Transforms for the samples, including loading; None: loading as in the training dataset, then the
+            pipeline of the validation or test dataloader.
+        name: Name of the scalars, ``gbr/<name>``; None: ``output``. Two hooks with the same output need two names.
 
     Raises:
         ValueError: If an option is out of range. Before training: if another hook logs under the same names, pixels
@@ -107,7 +105,7 @@ class GBRHook(ValidatedNetworkHook):
             band=("gbr/<name>_low", "gbr/<name>_high"),
         ),
     )
-    _way_out = "give one of them a name, such as GBRHook(name='logits_pixel')"
+    _advice = "give one of them a name, such as GBRHook(name='logits_pixel')"
 
     def __init__(
         self,
@@ -139,7 +137,9 @@ class GBRHook(ValidatedNetworkHook):
         self.by_epoch = by_epoch
         check_type("name", name, (str, type(None)), "a word or None")
         if name is not None and (not re.fullmatch(r"[\w.-]+", name) or name.endswith(_TAKEN)):
-            raise ValueError(f"name: expected a word that names the curve, such as 'logits_pixel', got {name!r}")
+            raise ValueError(
+                f"name: expected a word such as 'logits_pixel' that does not end in {', '.join(_TAKEN)}, got {name!r}"
+            )
         self.pipeline = pipeline
         self.name = name or output
         self._seconds = "gbr/seconds"
@@ -147,15 +147,15 @@ class GBRHook(ValidatedNetworkHook):
 
     @property
     def scalar_names(self) -> list[str]:
-        """Names of the scalars that are this hook's alone."""
+        """Names of the scalars that no other hook may log."""
         return [f"gbr/{self.name}{end}" for end in ("", "_sem", "_low", "_high", "_median")]
 
     def before_train(self, runner: Runner) -> None:
-        """Choose and read the samples; measure the weights that training starts from (not those of a resumed run)."""
+        """Choose and read the samples, and measure the initial weights unless the run is resumed."""
         super().before_train(runner)
         by_iteration = isinstance(runner.train_loop, IterBasedTrainLoop)
         if self.by_epoch and by_iteration:
-            raise ValueError("by_epoch: expected False or None, since this run trains by iterations, got True")
+            raise ValueError("by_epoch: expected False or None, because this run counts iterations, got True")
         if self.by_epoch is None:
             self.by_epoch = not by_iteration
         if next(hook for hook in runner.hooks if isinstance(hook, GBRHook)) is not self:
@@ -163,7 +163,7 @@ class GBRHook(ValidatedNetworkHook):
         with untouched(unwrap(runner.model)):
             self._read_samples(runner)
         if runner.iter == 0:
-            self.measure(runner, 0, averaged=False)  # EMAHook's average begins with the first step
+            self.measure(runner, 0, averaged=False)  # EMAHook starts averaging at the first step
         elif self._is_due(runner) and (not self.by_epoch or runner.iter % len(runner.train_dataloader) == 0):
             # The run may have stopped between the checkpoint and the measurement.
             self._pending = self._now(runner)
@@ -179,10 +179,10 @@ class GBRHook(ValidatedNetworkHook):
             self._pending = runner.iter + 1
 
     def due(self, runner: Runner) -> None:
-        """Nothing else than what ``interval`` has made due."""
+        """None: only ``interval`` decides when to measure, not validations."""
 
     def measure(self, runner: Runner, step: int, averaged: bool) -> None:
-        """Measure and log."""
+        """Measure the GBR and log it."""
         found = measure_gbr(
             unwrap(runner.model),
             self._samples,
@@ -208,7 +208,7 @@ class GBRHook(ValidatedNetworkHook):
         if found.num_bad:
             runner.logger.warning(
                 f"GBR: {found.num_bad} of {len(self._samples)} samples have a value that is NaN or infinite at {when}: "
-                "the network has diverged, or its outputs overflow; training goes on"
+                "the network has diverged, or its outputs overflow; training continues"
             )
 
     def _is_due(self, runner: Runner, ahead: int = 0) -> bool:
@@ -219,7 +219,7 @@ class GBRHook(ValidatedNetworkHook):
         return runner.epoch if self.by_epoch else runner.iter
 
     def _read_samples(self, runner: Runner) -> None:
-        """Choose, read and check the samples, and write down what is measured."""
+        """Choose, read and check the samples, and write ``measurements.json``."""
         dataset = runner.train_dataloader.dataset
         loads = self.pipeline is not None
         pipeline = self.pipeline if loads else validation_pipeline(runner)
@@ -230,7 +230,7 @@ class GBRHook(ValidatedNetworkHook):
         if samples.left_out:
             runner.logger.warning(
                 f"GBR: {len(samples.left_out)} of the chosen samples cannot be read and are left out, because the "
-                f"dataset would take others by chance: {', '.join(map(str, samples.left_out[:5]))}, ..."
+                f"dataset would replace them at random: {', '.join(map(str, samples.left_out[:5]))}, ..."
             )
         if self.space == "pixel":
             samples.check_pixels()

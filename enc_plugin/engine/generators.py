@@ -1,4 +1,4 @@
-"""All random states of a run: the global ones, and those that datasets, transforms, samplers and the model own."""
+"""Saves and restores all random states of a run, including those in datasets, transforms, samplers and the model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..measuring.untouched import unwrap
 
 Generator = random.Random | np.random.Generator | np.random.RandomState | np.random.BitGenerator | torch.Generator
 
-# Long lists are of samples.
+# Longer containers hold samples, not generators.
 _MAX_ITEMS = 1000
 _NO_OWNERS = (Tensor, np.ndarray, str, bytes, int, float, complex, type, type(None), types.ModuleType)
 
 
 def run_generators(runner: Runner) -> dict[str, Generator]:
-    """Generators that belong to what is trained and validated with."""
+    """Generators in the model and in the datasets and samplers of training and validation, by path."""
     roots = {"model": unwrap(runner.model)}
     for name, loop in (("train", runner._train_loop), ("val", runner._val_loop)):
         if isinstance(loop, BaseLoop):
@@ -34,7 +34,7 @@ def run_generators(runner: Runner) -> dict[str, Generator]:
 
 
 def random_states(runner: Runner) -> dict:
-    """The random states of this process, in plain values and tensors."""
+    """Random states of this process, as plain values and tensors."""
     name, keys, *rest = np.random.get_state()
     return {
         "generators": {name: _get_state(generator) for name, generator in run_generators(runner).items()},
@@ -46,7 +46,7 @@ def random_states(runner: Runner) -> dict:
 
 
 def restore_random_states(runner: Runner, state: dict) -> None:
-    """Set what :func:`random_states` has returned."""
+    """Restore what :func:`random_states` returned."""
     for name, generator in run_generators(runner).items():
         if name in state.get("generators", {}):
             _set_state(generator, state["generators"][name])
@@ -59,10 +59,10 @@ def restore_random_states(runner: Runner, state: dict) -> None:
 
 
 def owned_generators(**roots: Any) -> dict[str, Generator]:
-    """The generators that objects hold in attributes, lists and dicts at any depth, by the way to them.
+    """Generators in attributes, lists and dicts of objects at any depth, by path, such as ``'dataset.rng'``.
 
     Args:
-        **roots: Objects, by what to call them, such as ``dataset=...``.
+        **roots: Objects to search, such as ``dataset=...``.
     """
     found, seen, waiting = {}, set(), list(roots.items())
     while waiting:
@@ -71,7 +71,7 @@ def owned_generators(**roots: Any) -> dict[str, Generator]:
             continue
         seen.add(id(value))
         if isinstance(value, Generator):
-            if not isinstance(value, random.SystemRandom):  # the system's numbers have no state
+            if not isinstance(value, random.SystemRandom):  # it has no state
                 found[name] = value
         else:
             waiting.extend((f"{name}.{key}", item) for key, item in _parts(value))
@@ -91,7 +91,7 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _get_state(generator: Generator) -> Any:
-    """The generator's state, in plain values and tensors."""
+    """State of a generator, as plain values and tensors."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -102,7 +102,7 @@ def _get_state(generator: Generator) -> Any:
 
 
 def _set_state(generator: Generator, state: Any) -> None:
-    """Set what ``_get_state`` has returned."""
+    """Restore what ``_get_state`` returned."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state.cpu())
     elif isinstance(generator, random.Random):

@@ -1,4 +1,4 @@
-"""Distributed runs without CUDA."""
+"""Distributed training without CUDA, by gloo."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mmengine.logging import print_log
 
 
 def join_gloo(launcher: str) -> None:
-    """Join the other processes by gloo, where mmengine would first select a CUDA device.
+    """Initialise the process group with gloo; mmengine would first select a CUDA device.
 
     Args:
-        launcher: Of the run.
+        launcher: Launcher of the run.
 
     Raises:
-        ValueError: If it is another one than ``'pytorch'``.
+        ValueError: If ``launcher`` is not ``'pytorch'``.
     """
     if launcher != "pytorch":
         raise ValueError(
@@ -27,11 +27,11 @@ def join_gloo(launcher: str) -> None:
     torch.distributed.init_process_group("gloo")
     atexit.register(_leave)
     if torch.distributed.get_rank() == 0:
-        print_log("ENC: no CUDA, the distributed backend is gloo", logger=None)
+        print_log("ENC: without CUDA, the distributed backend is gloo", logger=None)
 
 
 def ddp_on_cpu(find_unused_parameters: bool) -> dict[str, Any]:
-    """``model_wrapper_cfg`` of DDP without device ids, which mmengine always gives."""
+    """``model_wrapper_cfg`` of DDP without device ids; mmengine would always pass them."""
     return {
         "type": "MMDistributedDataParallel",
         "device_ids": None,
@@ -41,7 +41,7 @@ def ddp_on_cpu(find_unused_parameters: bool) -> dict[str, Any]:
 
 
 def _leave() -> None:
-    """Leave in order: gloo's threads sometimes abort the interpreter while it exits, after all is saved."""
+    """Destroy the process group before exit, because gloo's threads sometimes abort the exiting interpreter."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         time.sleep(0.2)

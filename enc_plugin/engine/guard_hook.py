@@ -1,4 +1,4 @@
-"""Hook that refuses before the first step what would fail later, and stops a run that has diverged."""
+"""Hook that checks data and settings before the first step, and stops a run that has diverged."""
 
 from __future__ import annotations
 
@@ -26,29 +26,28 @@ from .wrappers import optim_wrappers
 
 @HOOKS.register_module()
 class ENCGuardHook(Hook):
-    """Refuses data that cannot be trained on before training starts, and stops a run that has diverged.
+    """Raises an error before training if it cannot work, and stops a run that has diverged.
 
-    Before training, validation and test it raises an error for a dataset without samples, labels that are no class of
-    the head, a last batch of one image where a batch norm gets one value per channel, a GBR penalty that cannot be
-    differentiated, a watcher (``save_best``, early stopping, ``ReduceOnPlateauLR``) of a scalar that will not be there,
-    and a work dir without room for one checkpoint. It warns of a dataset with a single class. It reads every label once
-    for this, which takes about ten seconds for a million. All processes refuse together.
+    Before training, validation and testing, it raises an error for a dataset without samples, labels that are not
+    classes of the head, a last batch of one image that leaves a batch norm one value per channel, a GBR penalty that
+    cannot be differentiated, ``save_best``, early stopping or ``ReduceOnPlateauLR`` that uses a scalar which will not
+    be logged, and a work dir without space for a checkpoint. It warns of a dataset with a single class. It reads every
+    label once, which takes about ten seconds for a million samples. The error is raised in all processes.
 
-    In training, gradients that are NaN or infinite stop the run. The weights are those from before the step, and the
-    error names the layer where it began and the last checkpoint. Before each checkpoint it looks at all that training
-    changes, so that no checkpoint holds such values. Other buffers (masks, observers) may be infinite. A loss that is
-    not finite stops the run, too; a step that a gradient scaler skips does not. On a GPU the step goes ahead and is
-    undone if its gradients were not finite: the host reads that at the end of the iteration, where mmengine waits for
-    the loss.
+    In training, a NaN or infinite gradient or loss stops the run, with the weights from before the step. The error
+    names the layer where the values first became NaN or infinite, and the last checkpoint. Before each checkpoint, the
+    hook checks all tensors that training changes, so that no checkpoint contains such values; other buffers (masks,
+    observers) may be infinite. Steps that a gradient scaler skips do not count. On a GPU the step is taken, and undone
+    if its gradients were not finite. The host reads that at the end of the iteration, when mmengine waits for the loss
+    anyway.
 
     Training with and without the hook gives the same weights bit for bit, on a GPU with
-    ``randomness=dict(deterministic=True)``.
-    ``default_hooks=dict(enc_guard=None)`` turns it off.
+    ``randomness=dict(deterministic=True)``. ``default_hooks=dict(enc_guard=None)`` turns it off.
 
     Args:
-        data: Whether to look at datasets, labels and batch sizes.
-        finite: Whether to look at gradients, losses and weights. It costs a pass over the gradients each step; on a GPU
-            also a copy of the weights, which is kept until the end of the iteration.
+        data: Whether to check datasets, labels and batch sizes.
+        finite: Whether to check gradients, losses and weights. This costs one pass over the gradients per step, and on
+            a GPU a copy of the weights until the end of the iteration.
     """
 
     priority = "HIGH"  # before anything that measures or saves
@@ -65,7 +64,7 @@ class ENCGuardHook(Hook):
         self._unread: list[UnreadStep] = []  # steps of this iteration
 
     def before_train(self, runner: Runner) -> None:
-        """Look at the data and the work dir, and watch the optimizers."""
+        """Check data, settings and work dir, and register the check of gradients with the optimizers."""
         check_watched(runner)
         model = unwrap(runner.model)
         self.first_iter = runner.iter
@@ -88,31 +87,31 @@ class ENCGuardHook(Hook):
                 )
 
     def before_val(self, runner: Runner) -> None:
-        """Look at the validation set, once."""
+        """Check the validation set, once."""
         if self.data:
             self._check_data(runner, "val", runner.val_loop)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Warn of running statistics that do not fit the weights yet."""
+        """Warn if running statistics do not fit the weights yet."""
         note = statistics_note(unwrap(runner.model))
         if note:
-            runner.logger.warning(f"ENC: what is validated is {note}")
+            runner.logger.warning(f"ENC: the validated network is {note}")
 
     def before_test(self, runner: Runner) -> None:
-        """Look at the test set."""
+        """Check the test set."""
         check_is_enc(runner.cfg, unwrap(runner.model))
         if self.data:
             self._check_data(runner, "test", runner.test_loop)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Remember the batch, to look for the cause in it."""
+        """Keep the batch, to search it for the cause of an error."""
         self.batch = data_batch
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
-        """Stop at a loss that is not finite, and at weights that are not before they are saved."""
+        """Stop if the loss is not finite, or if weights that are about to be saved are not."""
         if not self.finite:
             return
-        # mmengine has read the loss to log it: the device is idle, so these reads wait for nothing.
+        # mmengine has just read the loss to log it, so the device is idle and these reads do not wait.
         steps, self._unread = self._unread, []
         if not all(step.is_finite() for step in steps):
             for step in reversed(steps):
@@ -130,12 +129,12 @@ class ENCGuardHook(Hook):
                 self._check_weights(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Stop before weights that are not finite are saved."""
+        """Stop if weights that are about to be saved are not finite."""
         if self.finite:
             self._check_weights(runner)
 
     def _check_data(self, runner: Runner, split: str, loop: BaseLoop) -> None:
-        """Look at the labels of a split, read two of its samples, and compare its metrics with the classes, once."""
+        """Check labels, two samples and metrics of a split, once for each dataset."""
         loader, model = getattr(loop, "dataloader", None), unwrap(runner.model)
         dataset = getattr(loader, "dataset", None)
         if dataset is None or isinstance(dataset, IterableDataset) or any(dataset is known for known in self._checked):
@@ -155,7 +154,7 @@ class ENCGuardHook(Hook):
             runner.logger.warning(f"ENC: {note}")
 
     def _check_gradients(self, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
-        # Fused optimizers skip the step of an infinite gradient themselves, where a gradient scaler asks for it.
+        # A gradient scaler has found_inf set: the fused optimizer skips steps with infinite gradients itself.
         if getattr(optimizer, "found_inf", None) is not None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -175,7 +174,7 @@ class ENCGuardHook(Hook):
         way_out = "no checkpoint has been written yet" if last is None else f"the last checkpoint is {last} (--resume)"
         raise FloatingPointError(
             f"training: {what} is NaN or infinite in epoch {runner.epoch + 1}, iteration {runner.iter + 1}; "
-            f"{find_cause(runner, self.batch)}. Nothing of this step was saved, {way_out}. Usual causes: the "
-            "learning rate (lr, warm-up), no gradient clipping (optim_wrapper=dict(clip_grad=dict(max_norm=...))), "
-            "pictures or labels that are damaged. default_hooks=dict(enc_guard=None) goes on all the same"
+            f"{find_cause(runner, self.batch)}. This step was not saved, {way_out}. Usual causes: a high learning rate "
+            "(lr, warm-up), no gradient clipping (optim_wrapper=dict(clip_grad=dict(max_norm=...))), damaged images or "
+            "labels. To train on regardless: default_hooks=dict(enc_guard=None)"
         )

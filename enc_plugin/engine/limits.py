@@ -21,7 +21,7 @@ _OWN_BATCH = (
 
 
 def refuse_sharding(model_wrapper: type | nn.Module | None) -> None:
-    """Raise ``ValueError`` for a wrapper that shards parameters: a shard has no rows to normalise or to shift.
+    """Raise ``ValueError`` for a wrapper that shards parameters, because ENC needs whole rows of weights.
 
     Args:
         model_wrapper: Class of a model wrapper, or a model that may be wrapped.
@@ -39,26 +39,26 @@ def refuse_sharding(model_wrapper: type | nn.Module | None) -> None:
 
 
 def refuse_strategy(strategy: Mapping | str | None) -> None:
-    """Raise ``ValueError`` for a config's ``strategy``, which mmengine's Runner would pass over in silence."""
+    """Raise ``ValueError`` for a config with a ``strategy``, which mmengine's Runner would ignore silently."""
     if strategy is not None:
         name = strategy.get("type") if isinstance(strategy, Mapping) else strategy
         raise ValueError(
-            f"strategy: {name!r} is for mmengine's FlexibleRunner, this runner would train without it; leave it out "
+            f"strategy: {name!r} is for mmengine's FlexibleRunner, this runner would ignore it; leave it out "
             "(several processes train with DDP), or set runner_type='FlexibleRunner' (not with FSDPStrategy, which "
             "splits the rows that ENC normalises)"
         )
 
 
 def check_distributed(sync_bn: str | None, model_wrapper_cfg: Mapping | None, model: nn.Module) -> None:
-    """Refuse what a distributed run of ``model`` cannot have here.
+    """Raise ``ValueError`` if ``model`` cannot be trained by several processes with these settings.
 
     Args:
-        sync_bn: The option of mmengine's config, ``'torch'``, ``'mmcv'`` or None.
+        sync_bn: Option of mmengine's config: ``'torch'``, ``'mmcv'`` or None.
         model_wrapper_cfg: Config of the model wrapper, or None for DDP.
         model: The model, not wrapped.
 
     Raises:
-        ValueError: For synchronised batch norm where there is none, and for sharded parameters.
+        ValueError: If synchronised batch norm is not available, or parameters would be sharded.
     """
     if model_wrapper_cfg is not None and "type" in model_wrapper_cfg:
         refuse_sharding(part_class(model_wrapper_cfg, MODEL_WRAPPERS))
@@ -69,8 +69,8 @@ def check_distributed(sync_bn: str | None, model_wrapper_cfg: Mapping | None, mo
                 f"sync_bn: {sync_bn!r}" if sync_bn is not None else f"norm_cfg: layer {layers[0]!r} is SyncBN, which"
             )
             raise ValueError(
-                f"{where} needs GPUs (torch's synchronised batch norm and mmcv's alike), and these processes run on "
-                f"the CPU; leave it out: {_OWN_BATCH}"
+                f"{where} needs GPUs (both torch's synchronised batch norm and mmcv's), and these processes run on the "
+                f"CPU; leave it out: {_OWN_BATCH}"
             )
     if sync_bn == "mmcv" and importlib.util.find_spec("mmcv._ext") is None:
         raise ValueError(
@@ -89,7 +89,7 @@ def warn_of_recomputation(runner: Runner, model: nn.Module) -> None:
     momentum = max(norm.momentum for norm in norms)
     runner.logger.warning(
         f"ENC: activation checkpointing runs the forward pass of {names[0] or 'the model'!r}{more} twice a step, which "
-        f"updates the running statistics of {len(norms)} batch norms twice. Weights train as without it, validation "
-        f"differs; norm_cfg=dict(type='BN', momentum={1 - (1 - momentum) ** 0.5:.4g}) there makes two updates equal to "
+        f"updates the running statistics of {len(norms)} batch norms twice. This does not change the weights, but the "
+        f"validation; with norm_cfg=dict(type='BN', momentum={1 - (1 - momentum) ** 0.5:.4g}) there, two updates equal "
         f"one with {momentum:g}"
     )

@@ -1,4 +1,4 @@
-"""Values that go into a checkpoint, made such that ``torch.load(weights_only=True)`` reads them back."""
+"""Converts values for checkpoints to types that ``torch.load(weights_only=True)`` reads."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def make_loadable(value: Any, name: str) -> Any:
-    """``value`` with plain numbers, texts and containers in the place of what safe loading refuses.
+    """Convert the parts of ``value`` that safe loading refuses to plain numbers, strings and containers.
 
-    Numbers of numpy and members of enumerations become their values, paths and dates texts, arrays of objects lists,
-    and other mappings and sequences dicts, lists and tuples. Tensors, arrays and all that loads already stay.
+    NumPy scalars and enum members become their values, paths and dates become strings, object arrays become lists, and
+    other mappings and sequences become dicts, lists and tuples. Everything that can be loaded stays as it is.
 
     Args:
         value: Any part of a checkpoint; it is not changed.
-        name: What to call it in errors, such as ``'meta'``.
+        name: Name of ``value`` for errors, such as ``'meta'``.
 
     Raises:
-        ValueError: If there is something else, with the path to it: loading it would run code of its own.
+        ValueError: If a part cannot be converted; the message contains the path to it.
     """
     kind = type(value)
     if kind in _PLAIN or isinstance(value, (Tensor, torch.Size, HistoryBuffer)):
@@ -47,7 +47,7 @@ def make_loadable(value: Any, name: str) -> Any:
         return next(plain(value) for plain in _PLAIN if isinstance(value, plain))
     if isinstance(value, Mapping):
         items = {make_loadable(k, f"a key of {name}"): make_loadable(v, f"{name}[{k!r}]") for k, v in value.items()}
-        if kind is OrderedDict:  # a state dict carries versions of modules as an attribute
+        if kind is OrderedDict:  # keep the attribute _metadata of state dicts
             items = OrderedDict(items)
             items.__dict__.update(value.__dict__)
         return Counter(items) if kind is Counter else items
@@ -61,7 +61,7 @@ def make_loadable(value: Any, name: str) -> Any:
 
 def _number(value: np.generic, name: str) -> Any:
     plain = value.item()
-    return float(plain) if isinstance(plain, np.generic) else make_loadable(plain, name)  # longdouble has no other
+    return float(plain) if isinstance(plain, np.generic) else make_loadable(plain, name)  # longdouble stays np.generic
 
 
 def _check_loads(value: Any, name: str) -> None:
@@ -73,7 +73,7 @@ def _check_loads(value: Any, name: str) -> None:
     except (pickle.PickleError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise ValueError(
-            f"checkpoint: {name} is a {kind}, which loading refuses (torch.load(weights_only=True)), so the run could "
-            "not be resumed; let the metric, dataset or hook that it comes from give numbers, texts, tensors, or dicts "
+            f"checkpoint: {name} is a {kind}, which torch.load(weights_only=True) refuses, so the run could not be "
+            "resumed; change the metric, dataset or hook that it comes from to use numbers, strings, tensors, or dicts "
             "and lists of them"
         ) from error

@@ -1,4 +1,4 @@
-"""Hook that logs what scale-invariant training does to the free weights: norm, rotation, effective learning rate."""
+"""Hook that logs norm, rotation and effective learning rate of the free weights of ENC layers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ..layers import ENCLayer
 from ..measuring.untouched import unwrap
 from ..surgery.projected import constrained_layers
 from .efolds import DecayTally
-from .scalars import Group, Scalar, log_scalars
+from .scalars import FigureGroup, Scalar, log_scalars
 from .wrappers import optim_wrappers
 
-STEP = {  # of a measured step: title and unit
+STEP = {  # quantities of a measured step: title and unit
     "norm": ("Norm of the free weights W", "Frobenius norm of W"),
     "deviation": ("Deviation from the constraint", "|squared norm / alpha - 1|"),
     "angle": ("Rotation of W in one step", "angle (radians)"),
     "effective_lr": ("Effective learning rate", "lr / squared length of W"),
 }
-_GROUP = Group("Free weights", "Median over the layers; band: smallest to largest.")
+_GROUP = FigureGroup("Free weights", "Median over the layers; bands from the smallest to the largest value.")
 
 
 def _scalars(quantity: str, title: str, unit: str, **options) -> Iterator[Scalar]:
@@ -43,29 +43,30 @@ def _scalars(quantity: str, title: str, unit: str, **options) -> Iterator[Scalar
 class ENCMonitorHook(Hook):
     r"""Logs norm, constraint, rotation, effective learning rate and decay of ENC layers every ``interval`` iterations.
 
-    The function of an ENC layer does not depend on the scale of W. Training changes only the direction of W, and the
-    scale sets how fast. For each layer, after the measured step:
+    The function of an ENC layer does not depend on the scale of its free weight W. Training rotates W, and the scale
+    determines how fast. For each layer, after the measured step:
 
     ================  ==========================================================================================
     ``norm``          :math:`\lVert W \rVert_F`
-    ``deviation``     :math:`|\lVert\hat W\rVert_F^2 / \alpha - 1|`: rounding when all is well
-    ``angle``         radians between W before and after the step, 0 to pi
-    ``effective_lr``  the step's learning rate over the square of the length that the layer's equation divides by:
-                      :math:`\lVert W\rVert_F` (eq. 20), the mean over rows of :math:`\lVert W_j\rVert` (21) and of
-                      :math:`\lVert W_j - \bar W_j\rVert` (22), :math:`\lVert W - \bar W\rVert_F` (23). It is the
-                      learning rate that the direction sees (momentum not counted)
-    ``efolds``        e-folds by which weight decay alone has lowered :math:`\lVert W\rVert^2` so far: twice decay
-                      times learning rate over (1 - momentum), summed over all steps with the group's own settings
-                      (:func:`enc_plugin.functional.decay_efolds`; SGD and AdamW). Below 1, decay has hardly acted
+    ``deviation``     :math:`|\lVert\hat W\rVert_F^2 / \alpha - 1|`, which is rounding error if nothing is wrong
+    ``angle``         angle between W before and after the step, in radians, 0 to pi
+    ``effective_lr``  learning rate of the direction of W, without momentum: the learning rate of the step over the
+                      square of the length by which the variant divides. This is :math:`\lVert W\rVert_F` for
+                      ``'fro'``, :math:`\lVert W - \bar W\rVert_F` for ``'centered_fro'``, and the mean over rows of
+                      :math:`\lVert W_j\rVert` for ``'wn'`` or :math:`\lVert W_j - \bar W_j\rVert` for ``'ws'``
+    ``efolds``        e-folds by which weight decay alone has reduced :math:`\lVert W\rVert^2` so far
+                      (:func:`enc_plugin.functional.decay_efolds`, with the settings of each step; only for SGD
+                      and AdamW). Below 1, decay has had little effect
     ================  ==========================================================================================
 
     Scalars, with the iteration as step: ``enc_monitor/<quantity>/min``, ``/median`` and ``/max`` over the layers, which
-    the log states in a line too; with ``per_layer`` also ``enc_monitor/<layer>/<quantity>``. With gradient accumulation
-    the measurement waits for the iteration that steps. Only the main process measures: weights are equal on all.
-    Checkpoints hold the e-folds, so a resumed run goes on counting. Of a model without ENC layers, the e-folds of its
-    convolutions and linear layers are logged, and nothing else.
+    a log line shows too; with ``per_layer`` also ``enc_monitor/<layer>/<quantity>``. With gradient accumulation, the
+    next iteration with an optimizer step is measured. Only the main process measures, because weights are equal on all.
+    Checkpoints contain the e-folds, so a resumed run continues to count. For a model without ENC layers, only the
+    e-folds of its convolutions and linear layers are logged.
 
-    It only reads. A measurement costs a copy of the weights, one pass over them, and one wait for the device.
+    The hook changes nothing. A measurement costs a copy of the weights, one pass over them, and one wait for the
+    device.
 
     Args:
         interval: Measure every ``interval`` iterations.
@@ -92,34 +93,34 @@ class ENCMonitorHook(Hook):
         self._saved: list[list[float]] | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep the e-folds until training goes on."""
+        """Keep the e-folds until training starts."""
         self._saved = checkpoint.get("efolds")
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the e-folds."""
+        """Add the e-folds to the checkpoint."""
         if self._tally is not None:
             checkpoint["efolds"] = self._tally.state()
 
     def before_train(self, runner: Runner) -> None:
-        """Find the layers, and count the steps of the optimizers."""
+        """Find the layers, and start counting the steps of the optimizers."""
         model = unwrap(runner.model)
         self._layers = dict(constrained_layers(model))
         self._names = [*self._layers] or [n for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
         if not self._layers:
-            runner.logger.warning("ENCMonitorHook: this model has no ENC layers, only e-folds of decay are logged")
+            runner.logger.warning("ENCMonitorHook: this model has no ENC layers, so only e-folds of decay are logged")
         self._tally = DecayTally(wrapper.optimizer for wrapper in optim_wrappers(runner))
         if runner.iter and not (self._saved and self._tally.load(self._saved)):
-            runner.logger.warning("ENCMonitorHook: the checkpoint has no e-folds of this optimizer: they start at 0")
+            runner.logger.warning("ENCMonitorHook: the checkpoint has no e-folds of this optimizer, so they start at 0")
 
     @master_only
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Keep the weights of before a step that is to be measured."""
+        """Copy the weights before a step that will be measured."""
         if self.every_n_train_iters(runner, self.interval):
             self._before = [layer.enc_free_weight.detach().clone() for layer in self._layers.values()]
 
     @master_only
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
-        """Measure and log, unless gradients are still being accumulated."""
+        """Measure and log the step, unless gradients are still being accumulated."""
         wrappers = optim_wrappers(runner)
         if self._before is None or not all(w.should_update() for w in wrappers):
             return
@@ -152,12 +153,12 @@ class ENCMonitorHook(Hook):
 
 @torch.no_grad()
 def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: list[float]) -> Tensor:
-    """What a step has done to ``layers``, as :class:`ENCMonitorHook` defines it, with one wait for the device.
+    """Measure a step as :class:`ENCMonitorHook` describes, with a single wait for the device.
 
     Args:
         layers: ENC layers after the step, on one device.
-        before: Their weights before it.
-        learning_rates: Of each layer's weight in that step.
+        before: Free weights of the layers before the step.
+        learning_rates: Learning rate of each layer's weight in the step.
 
     Returns:
         ``(4, layers)`` in float64 on the CPU: norm, deviation, angle (radians), effective learning rate.
@@ -165,7 +166,7 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
     weights, what = [layer.enc_free_weight for layer in layers], [layer.effective_weight for layer in layers]
     dtype = functools.reduce(torch.promote_types, (w.dtype for w in weights), torch.float32)
     zero = weights[0].new_zeros((), dtype=dtype)
-    # A row of What is the (centered) row of W over its length, times a factor: <W, What> sums the lengths.
+    # A row of What is the (centered) row of W divided by its length, times a factor, so <W, What> sums the lengths.
     inner = [(w.to(dtype) * v).sum() for w, v in zip(weights, what, strict=True)]
     columns = [
         torch._foreach_norm(before, dtype=dtype),
@@ -179,7 +180,7 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
     host = functools.partial(torch.tensor, dtype=torch.float64)
     alpha = log_alpha.exp() * host([1.0 if layer.enc_log_alpha is not None else layer.enc_alpha for layer in layers])
     length = inner / (alpha * host([num_rows(layer.enc_free_weight, layer.enc_variant) for layer in layers])).sqrt()
-    # The chord between the directions: unlike the cosine it keeps its digits where the angle is small.
+    # Distance between the directions. Unlike the cosine, it is precise for small angles.
     chord = ((change.square() - (new - old).square()).clamp(min=0) / (old * new)).sqrt()
     angle = 2 * torch.asin((chord / 2).clamp(max=1))
     deviation = (effective.square() / alpha - 1).abs()
@@ -187,6 +188,6 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
 
 
 def _learning_rates(wrappers: list[OptimWrapper], layers: list[ENCLayer]) -> list[float]:
-    """Current learning rate of each layer's weight; 0 for one that no optimizer holds."""
+    """Current learning rate of each layer's weight; 0 if it is in no optimizer."""
     rates = {id(p): float(g["lr"]) for w in wrappers for g in w.optimizer.param_groups for p in g["params"]}
     return [rates.get(id(layer.enc_free_weight), 0.0) for layer in layers]

@@ -1,4 +1,4 @@
-"""Where in a run a checkpoint was written: whether a validation is still due, and which batches are done."""
+"""Moves a resumed run to the position of its checkpoint: runs a missing validation, skips finished batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 
 
 def is_validation_due(loop: BaseLoop, batch: int) -> bool:
-    """Whether ``loop`` validates at this point before it trains on."""
+    """Whether ``loop`` validates before it trains the next batch; ``batch`` is the number of batches of this epoch."""
     if isinstance(loop, IterBasedTrainLoop):
         done, last = loop.iter, loop.max_iters
     elif isinstance(loop, EpochBasedTrainLoop) and batch == 0:
@@ -22,7 +22,7 @@ def is_validation_due(loop: BaseLoop, batch: int) -> bool:
 
 
 def skip(loop: EpochBasedTrainLoop, batches: int, then: Callable[[], None]) -> None:
-    """Let ``loop`` drop its next ``batches`` batches, and call ``then`` before it loads the one behind them."""
+    """Let an epoch-based loop load and drop its next ``batches`` batches; call ``then`` before it loads the next."""
     run_iter = loop.run_iter
 
     def drop(idx: int, data_batch) -> None:
@@ -34,7 +34,7 @@ def skip(loop: EpochBasedTrainLoop, batches: int, then: Callable[[], None]) -> N
 
 
 class SkippedFirst:
-    """Batches of a resumed ``IterBasedTrainLoop``, which drops the first ones itself: ``then`` is called after that."""
+    """Batches of an ``IterBasedTrainLoop``, which drops the first ``batches`` itself; calls ``then`` after that."""
 
     def __init__(self, loop: IterBasedTrainLoop, batches: int, then: Callable[[], None]):
         self._loop = loop
@@ -43,7 +43,7 @@ class SkippedFirst:
         self._then = then
 
     def skip_iter(self, batches: int) -> None:
-        """What onedl-mmengine drops them by: loading, so that workers and transforms draw what they had drawn."""
+        """Called by onedl-mmengine to drop batches: load them, so that workers and transforms draw the same numbers."""
         for _ in range(batches):
             next(self)
 

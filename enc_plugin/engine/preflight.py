@@ -1,4 +1,4 @@
-"""Checks before training of what a run would fail at later; the doctor makes them of a config, too."""
+"""Checks before training, used by the guard hook, the runner and the doctor."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from ..measuring.untouched import unwrap
 from ..refused import Refused, describe
 from ..surgery.projected import constrained_layers
 
-_IGNORED = -100  # the label that torch's cross entropy leaves out
+_IGNORED = -100  # label that torch's cross entropy ignores
 
 
 def check_work_dir(work_dir: str | Path) -> None:
-    """Make the work dir, and raise if it cannot be written to.
+    """Create the work dir, and raise if it cannot be written to.
 
     Args:
         work_dir: Folder for logs and checkpoints.
 
     Raises:
-        TypeError: If it is no path.
-        ValueError: If a file is in its place, or the disk is full or read-only.
+        TypeError: If it is not a path.
+        ValueError: If there is a file of this name, or the disk is full or read-only.
     """
     check_type("work_dir", work_dir, (str, Path), "a folder's path")
     try:
         Path(work_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=work_dir) as file:
-            file.write(bytes(1 << 16))  # a full disk still takes an empty file
+            file.write(bytes(1 << 16))  # an empty file can be created even on a full disk
     except (FileExistsError, NotADirectoryError) as error:
         file = next(path for path in (Path(work_dir), *Path(work_dir).parents) if path.exists())
-        raise ValueError(f"work_dir: {file} is a file, and no folder; name another") from error
+        raise ValueError(f"work_dir: {file} is a file, not a folder; choose another work_dir") from error
     except OSError as error:
         raise ValueError(
-            f"work_dir: {work_dir} cannot be written to ({error.strerror}); make room or name another folder"
+            f"work_dir: {work_dir} cannot be written to ({error.strerror}); free disk space or choose another work_dir"
         ) from error
 
 
@@ -59,10 +59,10 @@ def check_loop(train_cfg: Mapping | None) -> None:
     """Raise for numbers of epochs and intervals with which mmengine would fail after the first epoch.
 
     Args:
-        train_cfg: Of the runner; other objects than dicts are left to mmengine.
+        train_cfg: Argument of the runner; not checked unless it is a mapping.
 
     Raises:
-        TypeError: If one is no integer.
+        TypeError: If one is not an integer.
         ValueError: If one is below 1.
     """
     if isinstance(train_cfg, Mapping):
@@ -72,7 +72,7 @@ def check_loop(train_cfg: Mapping | None) -> None:
 
 
 def check_room(runner: Runner) -> None:
-    """Raise ``ValueError`` where the work dir has no room for one checkpoint."""
+    """Raise ``ValueError`` if the disk of the work dir has no space for one checkpoint."""
     saves = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
     tensors = unwrap(runner.model).state_dict().values()
     needed = sum(t.numel() * t.element_size() for t in tensors) * (1 + any(hook.save_optimizer for hook in saves))
@@ -80,23 +80,23 @@ def check_room(runner: Runner) -> None:
     if saves and free < needed:
         raise ValueError(
             f"work_dir: {runner.work_dir} has {free / 1e6:.1f} MB free, and a checkpoint takes about "
-            f"{needed / 1e6:.1f} MB; make room or name another folder"
+            f"{needed / 1e6:.1f} MB; free disk space or choose another work_dir"
         )
 
 
 def find_labels(name: str, dataset: Dataset, num_classes: int | None) -> list[str]:
-    """Raise for a dataset without samples, or with labels that are no class.
+    """Check the labels of a dataset.
 
     Args:
-        name: What the error calls it, such as ``'train_dataloader'``.
-        dataset: Dataset of mmengine or mmpretrain; of others, the length alone is looked at.
-        num_classes: Of the model (:func:`number_of_classes`); None: not known.
+        name: Name of the dataloader for errors, such as ``'train_dataloader'``.
+        dataset: Dataset of mmengine or mmpretrain; for others, only the length is checked.
+        num_classes: Number of classes of the model (:func:`number_of_classes`); None: unknown.
 
     Returns:
-        What is odd and can be trained on.
+        Warnings about labels that are unusual, but can be trained on.
 
     Raises:
-        ValueError: If there is no sample, or a label is no number or out of range.
+        ValueError: If there is no sample, or a label is not a number or out of range.
     """
     if not len(dataset):
         raise Refused(f"{name}: {NO_SAMPLES}")
@@ -117,13 +117,13 @@ def find_labels(name: str, dataset: Dataset, num_classes: int | None) -> list[st
         if num_classes is not None and label != _IGNORED and not 0 <= label < num_classes:
             number = named if named > max(num_classes, label) else "the number of the dataset's classes"
             raise Refused(
-                f"{name}: expected labels from 0 to {num_classes - 1}, since the head has num_classes={num_classes}, "
+                f"{name}: expected labels from 0 to {num_classes - 1}, because the head has num_classes={num_classes}, "
                 f"got {label} (sample {index}){f'; {surplus}' if named > num_classes else ''}",
-                f"set model.head.num_classes={number}, data_preprocessor's too",
+                f"set num_classes={number} in model.head and in data_preprocessor",
             )
     notes = []
     if num_classes is not None and named > num_classes:
-        notes.append(f"{name}: {surplus}; the labels fit, so the others have no sample")
+        notes.append(f"{name}: {surplus}; the labels fit, so the other classes have no samples")
     if len(seen) == 1:
         notes.append(f"all {len(dataset)} samples of {name} are of class {next(iter(seen))}")
     return notes
@@ -146,10 +146,10 @@ def check_readable(name: str, dataset: Dataset) -> None:
 
 
 def number_of_classes(model: nn.Module) -> int | None:
-    """Classes of the model's head; None if it has none, or one output that is no class (a binary or a real number).
+    """Number of classes of the model's head; None if it has none, or a single output (binary labels or regression).
 
     Raises:
-        ValueError: If there is one class and the loss gives it no gradient.
+        ValueError: If there is one class, so that the loss gives no gradient.
     """
     head = getattr(model, "head", None)
     number = getattr(head, "num_classes", None)
@@ -157,22 +157,19 @@ def number_of_classes(model: nn.Module) -> int | None:
         return number
     if learns_nothing(head):
         raise ValueError(
-            "num_classes: expected at least 2, got 1: the softmax of one output is always 1, so that there is nothing "
-            "to train"
+            "num_classes: expected at least 2, got 1: the softmax of one output is always 1, so there is nothing to "
+            "train"
         )
     return None
 
 
 def check_metrics(name: str, metrics: Iterable[Any], num_classes: int | None) -> None:
-    """Raise for metrics that ask for more of the top than there are classes: they would fail at the first validation.
+    """Raise ``ValueError`` for top-k metrics with k above the number of classes, which fail in the first validation.
 
     Args:
-        name: What the error calls them, such as ``'val_evaluator'``.
+        name: Name of the evaluator for errors, such as ``'val_evaluator'``.
         metrics: Metrics, or their configs.
-        num_classes: Of the model; None: not known.
-
-    Raises:
-        ValueError: If one does.
+        num_classes: Number of classes of the model; None: unknown.
     """
     for metric in metrics:
         topk = metric.get("topk") if isinstance(metric, Mapping) else getattr(metric, "topk", None)
@@ -180,27 +177,23 @@ def check_metrics(name: str, metrics: Iterable[Any], num_classes: int | None) ->
         if num_classes is not None and largest > num_classes:
             raise Refused(
                 f"{name} asks for the top {largest} of {num_classes} classes",
-                "set val_evaluator = dict(topk=1), and test_evaluator",
+                "set dict(topk=1) for val_evaluator and test_evaluator",
             )
 
 
 def check_is_enc(cfg: Config, model: nn.Module) -> None:
-    """Raise if the config calls the model ENC and it has no ENC layer: it would train as a plain one.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Raise ``ValueError`` if the config names an ENC model or layer, but the model has no ENC layer."""
     own = {"ENCImageClassifier", *(layer.__name__ for layer in ENC_LAYERS.values())}
     asked = sorted({name for _, name in named_parts(cfg.get("model")) if name.split(".")[-1] in own})
     if asked and next(constrained_layers(model), None) is None:
         raise Refused(
-            f"the config names {', '.join(asked)}, and no layer of the network is ENC",
-            'use model = dict(type="ENCImageClassifier"), which reaches every layer',
+            f"the config names {', '.join(asked)}, but no layer of the network is ENC",
+            'use model = dict(type="ENCImageClassifier"), which converts every layer',
         )
 
 
 def why_step_fails(model: nn.Module, inputs: Any) -> str:
-    """What to do about a network that fails on its inputs: the head's width, if that is the reason."""
+    """Advice for a network that fails on ``inputs``: how to set the width of the head, if that is the cause."""
     wanted = getattr(getattr(model, "head", None), "in_channels", None)
     try:
         features = model.eval().extract_feat(inputs)
@@ -208,26 +201,26 @@ def why_step_fails(model: nn.Module, inputs: Any) -> str:
     except Exception:  # the network fails before its head
         given = None
     if isinstance(wanted, int) and given is not None and wanted != given:
-        return f"the head expects {wanted} channels, it gets {given}: set model.head.in_channels={given}"
+        return f"the head expects {wanted} channels, but gets {given}: set model.head.in_channels={given}"
     return "check that backbone, neck and head fit together"
 
 
 class _FirstStep(Exception):
-    """The rehearsal has come to the first step."""
+    """Ends a rehearsal before its first step."""
 
 
 class _StopBeforeTraining(Hook):
-    priority = 65  # behind what checks, before what measures the weights that training starts from
+    priority = 65  # after hooks that check, before hooks that measure the initial weights
 
     def before_train(self, runner: Runner) -> None:
         raise _FirstStep
 
 
 def rehearse(cfg: Config) -> None:
-    """Build a run of ``cfg`` in a folder that vanishes, and go on to its first step, alone and without visualizers.
+    """Run ``cfg`` up to its first step, in a temporary work dir, in one process and without visualizers.
 
     Raises:
-        Exception: What the run would end with.
+        Exception: The error with which the run would end.
     """
     cfg = copy.deepcopy(cfg)
     hooks = cfg.get("default_hooks") or {}

@@ -17,13 +17,13 @@ from .quiet import is_verbose, terminal_handlers
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Draws one line with epoch, loss, iterations and the time that is left, where stdout is a terminal.
+    """Shows one line with epoch, loss, iterations and remaining time, if stdout is a terminal.
 
-    There, the log lines of iterations go to the log file alone, and all other lines appear above the display. In a
-    pipe, in all processes but the first, and with ``ENC_VERBOSE=1``, the hook does nothing and log lines are plain.
+    Log lines of iterations then go only to the log file, and all others appear above the progress line. The hook does
+    nothing if stdout is not a terminal, in all processes except the first, and with ``ENC_VERBOSE=1``.
     """
 
-    priority = "LOWEST"  # after LoggerHook, so that a line and the display do not mix
+    priority = "LOWEST"  # after LoggerHook, so that log lines and the display do not mix
 
     def __init__(self):
         self._display: Progress | None = None
@@ -35,10 +35,10 @@ class ProgressHook(Hook):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._display = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self._display.start()
-        # A run that an error ends leaves the terminal as it was, too.
+        # Restore the terminal also if the run ends with an error.
         atexit.register(self._stop, runner.logger)
         for handler in terminal_handlers(runner.logger):
-            handler.setStream(sys.stdout)  # rich's now: it writes above the display
+            handler.setStream(sys.stdout)  # rich has replaced it by a stream that prints above the display
             handler.addFilter(_is_no_iteration)
         self._task = self._display.add_task("", total=runner.max_iters, completed=runner.iter)
         self._by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
@@ -46,7 +46,7 @@ class ProgressHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
         """Advance the display."""
         if self._display is not None:
-            loss = runner.message_hub.log_scalars.get("train/loss")  # there already: reading it waits for no device
+            loss = runner.message_hub.log_scalars.get("train/loss")  # on the host, so reading it does not wait
             text = f"epoch {runner.epoch + 1}/{runner.max_epochs}" if self._by_epoch else "iteration"
             text += f"  loss {loss.current():.4g}" if loss is not None else ""
             self._display.update(self._task, completed=runner.iter + 1, description=text)

@@ -1,4 +1,4 @@
-"""A short log on the terminal; the log file holds everything, and ``ENC_VERBOSE=1`` shows everything on both."""
+"""Shortens the log on the terminal; the log file stays complete, and ``ENC_VERBOSE=1`` prints everything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 from ..version import __version__
 
-# What mmengine logs for the record (some 270 lines before the first iteration), and warnings about its own code.
+# mmengine's log of system, config and hooks (some 270 lines before the first iteration), and warnings about its code.
 _FOR_THE_RECORD = re.compile(
     r"\n-+\nSystem environment:|Config:\n|Hooks will be executed in the following order:|Exp name: "
     r"|paramwise_options -- |Code: |Distributed training is not used, all SyncBatchNorm"
@@ -28,7 +28,7 @@ def is_verbose() -> bool:
 
 
 def terminal_handlers(logger: logging.Logger) -> list[logging.StreamHandler]:
-    """The logger's handlers that write to a stream which is not a file."""
+    """Handlers of ``logger`` that write to a stream other than a file."""
     return [
         handler
         for handler in logger.handlers
@@ -37,9 +37,9 @@ def terminal_handlers(logger: logging.Logger) -> list[logging.StreamHandler]:
 
 
 def shorten_terminal_log() -> None:
-    """Keep what is logged for the record off the terminal, for every Runner that this process builds from now on.
+    """Shorten the terminal log of every Runner that this process builds from now on.
 
-    The log file stays whole. Nothing changes where there is none, or where ``ENC_VERBOSE`` is set.
+    Nothing changes for runs without a log file, or if ``ENC_VERBOSE`` is set.
     """
     build_logger = Runner.build_logger
     if is_verbose() or getattr(build_logger, "is_short", False):
@@ -59,18 +59,18 @@ def shorten_terminal_log() -> None:
 
 
 def _commit() -> str:
-    """Commit of the working directory, whose configs and code a run uses, for the record."""
+    """Commit of the git repository in the working directory."""
     git = ["git", "describe", "--always", "--dirty= (changed)", "--exclude=*"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return "git is not here"
+        return "git is not available"
     return f"commit {done.stdout.strip()}" if done.returncode == 0 else "not in a git repository"
 
 
 @contextmanager
 def keep_traceback() -> Iterator[None]:
-    """Block of a run: the traceback of an error that leaves it is written to the run's log file, if there is one."""
+    """Context that writes the traceback of an error to the log file of the run, if there is one."""
     try:
         yield
     except Exception as error:

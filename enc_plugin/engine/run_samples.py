@@ -1,4 +1,4 @@
-"""Which training samples a run measures, also after a resume, and by which pipeline they are read."""
+"""Chooses the training samples that a run measures, and the pipeline that reads them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..measuring.samples import choose_samples
 
 
 def stored_choice(runner: Runner, num_samples: int | None, seed: int) -> list[int]:
-    """Indices of training samples, the same on all ranks: from the work dir if they are there, else chosen and stored.
+    """Indices of training samples, equal on all ranks; stored in the work dir, where a resumed run reads them.
 
     Args:
         runner: The run.
         num_samples, seed: As for :func:`enc_plugin.measuring.samples.choose_samples`.
     """
     dataset = runner.train_dataloader.dataset
-    choose_samples(dataset, 1, seed)  # an error comes on all ranks, before one of them chooses
+    choose_samples(dataset, 1, seed)  # so that errors are raised on all ranks, although only one chooses
     length = len(dataset)
     settings = {"seed": seed, "num_samples": num_samples, "dataset_length": length}
     shared: list[list[int] | None] = [None]
@@ -33,8 +33,8 @@ def stored_choice(runner: Runner, num_samples: int | None, seed: int) -> list[in
         else:
             if stored:
                 runner.logger.warning(
-                    f"GBR: {path} is of a dataset of {stored.get('dataset_length')} samples, this one has {length}; "
-                    "other samples are chosen, so that the curve does not go on from the earlier run's"
+                    f"GBR: {path} is for a dataset of {stored.get('dataset_length')} samples, this one has {length}; "
+                    "new samples are chosen, so the curve does not continue that of the earlier run"
                 )
             shared = [choose_samples(dataset, num_samples, seed)]
             path.write_text(json.dumps({**settings, "indices": shared[0]}) + "\n")
@@ -43,12 +43,12 @@ def stored_choice(runner: Runner, num_samples: int | None, seed: int) -> list[in
 
 
 def validation_pipeline(runner: Runner) -> Sequence:
-    """The pipeline of the run's validation dataloader, else of its test dataloader.
+    """Pipeline of the validation dataloader, or of the test dataloader if there is none.
 
     Raises:
-        ValueError: If it has neither.
+        ValueError: If the run has neither.
     """
-    # Loops that have not been built yet are configs: reading them builds nothing.
+    # The private attributes are configs until the loops are built; the properties would build them.
     for loader, loop in ((runner._val_dataloader, runner._val_loop), (runner._test_dataloader, runner._test_loop)):
         loader = loop.dataloader if isinstance(loop, BaseLoop) else loader
         found = find_pipeline(loader["dataset"] if isinstance(loader, dict) else getattr(loader, "dataset", None))

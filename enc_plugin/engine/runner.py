@@ -1,4 +1,4 @@
-"""Runner that works without CUDA, alone and distributed, and states the ENC constraint at the start and the end."""
+"""Runner for ENC training, with and without CUDA, in one process or several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..build import make_dataset, part_class
-from ..checkpoint import find_damage, latest_checkpoint, replacing
+from ..checkpoint_files import find_damage, latest_checkpoint, replacing
 from ..measuring.ranks import on_all_ranks
 from ..measuring.untouched import unwrap
 from ..packed import is_packing_chosen, pack_weights
@@ -37,29 +37,30 @@ from .preflight import check_loop, check_work_dir, why_step_fails
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
 
-_LOADER = "<dataloader>"  # stands for the key that the one who builds the loop knows
+_LOADER = "<dataloader>"  # placeholder in errors; _build_loop replaces it by the config key of the dataloader
 
 
 @RUNNERS.register_module()
 class ENCRunner(Runner):
-    """mmengine's Runner with what ENC training needs; ``runner_type = 'ENCRunner'`` in a config.
+    """mmengine's Runner with additions for ENC training; in a config: ``runner_type = 'ENCRunner'``.
 
-    - Without CUDA, distributed runs use gloo, DDP wraps without device ids, and ``AmpOptimWrapper`` becomes bfloat16
-      autocast, each with a log line; stock mmengine stops with an error at all three.
-    - :class:`ENCAuditHook`, :class:`ENCGuardHook`, :class:`RNGStateHook` and, on a terminal, :class:`ProgressHook` join
-      the default hooks, as ``enc_audit``, ``enc_guard``, ``rng_state`` and ``progress``
-      (``default_hooks=dict(enc_audit=None)`` turns one off); ``CheckpointHook`` becomes :class:`ENCCheckpointHook`.
-    - A work dir that cannot be written to, and intervals of 0, are refused before anything is built.
-    - A checkpoint is written whole or not at all. Resuming goes by checksums: ``resume=True`` falls back on the newest
-      checkpoint that is whole, with a warning; a damaged one that is named explicitly is an error.
-    - Data loading workers are seeded by epoch, where mmengine's would repeat the same augmentations.
+    - It works without CUDA, where stock mmengine raises an error: distributed runs use gloo, DDP has no device ids, and
+      ``AmpOptimWrapper`` is replaced by bfloat16 autocast.
+    - It adds default hooks: ``enc_guard`` (:class:`ENCGuardHook`), ``enc_audit`` (:class:`ENCAuditHook`),
+      ``enc_projection`` (:class:`ENCProjectionHook`), ``rng_state`` (:class:`RNGStateHook`) and ``progress``
+      (:class:`ProgressHook`). ``default_hooks=dict(enc_audit=None)`` turns one off. It replaces ``CheckpointHook`` by
+      :class:`ENCCheckpointHook`.
+    - It checks the work dir and the numbers of epochs and intervals before it builds anything.
+    - It writes each checkpoint whole or not at all, and verifies checksums before it loads one: ``resume=True`` uses
+      the newest undamaged checkpoint, with a warning if it is not the last; a damaged ``load_from`` is an error.
+    - It seeds data loading workers by epoch; mmengine's would repeat the same augmentations in each epoch.
 
     Args:
         model, work_dir, *args, **kwargs: As for mmengine's Runner.
 
     Raises:
         ValueError: If the work dir cannot be written to, or a number of epochs or an interval is below 1.
-        FileNotFoundError: If there is no file ``load_from``.
+        FileNotFoundError: If the file ``load_from`` does not exist.
     """
 
     def __init__(self, model: nn.Module | dict, work_dir: str, *args, **kwargs):
@@ -68,20 +69,21 @@ class ENCRunner(Runner):
         if kwargs.get("load_from") is not None:
             require_file("load_from", kwargs["load_from"])
         if (kwargs.get("randomness") or {}).get("deterministic"):
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products on a GPU raise without it
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else deterministic matrix products raise
         super().__init__(model, work_dir, *args, **kwargs)
 
     def setup_env(self, env_cfg: dict) -> None:
-        """Set the environment up as mmengine does, with gloo as the backend where there is no CUDA."""
+        """Set up the environment as mmengine does, with gloo if there is no CUDA."""
         if self.distributed and not is_distributed() and not torch.cuda.is_available():
-            join_gloo(self._launcher)  # mmengine leaves an existing process group alone
+            join_gloo(self._launcher)  # mmengine uses an existing process group
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Wrap for distributed training as mmengine does, without device ids where there is no CUDA.
+        """Wrap for distributed training as mmengine does, without device ids if there is no CUDA.
 
         Raises:
-            ValueError: For synchronised batch norm on the CPU, sharded parameters (FSDP), and a ``strategy``.
+            ValueError: If the config has synchronised batch norm on the CPU, sharded parameters (FSDP) or a
+                ``strategy``.
         """
         refuse_strategy(self.cfg.get("strategy"))
         if self.distributed:
@@ -90,22 +92,22 @@ class ENCRunner(Runner):
             model_wrapper_cfg = ddp_on_cpu(self.cfg.get("find_unused_parameters", False))
         wrapped = super().wrap_model(model_wrapper_cfg, model)
         if next(constrained_layers(wrapped), None) is not None:
-            # Again: a backbone may be ENC by conv_cfg alone, or have got other norms.
+            # to_enc does the same, but a backbone that is ENC by conv_cfg never calls it, and norms may have changed.
             average_from_start(unwrap(wrapped))
             if not is_packing_chosen(wrapped):
                 pack_weights(unwrap(wrapped))
         return wrapped
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build as mmengine does, on all ranks or on none."""
+        """Build as mmengine does; an error is raised on all ranks."""
         return self._build_loop("train_dataloader", super().build_train_loop, loop)
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build as mmengine does, on all ranks or on none."""
+        """Build as mmengine does; an error is raised on all ranks."""
         return self._build_loop("val_dataloader", super().build_val_loop, loop)
 
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build as mmengine does, on all ranks or on none."""
+        """Build as mmengine does; an error is raised on all ranks."""
         return self._build_loop("test_dataloader", super().build_test_loop, loop)
 
     @staticmethod
@@ -120,14 +122,14 @@ class ENCRunner(Runner):
         return on_all_ranks(named)
 
     def build_optim_wrapper(self, optim_wrapper):
-        """Build the optimizer wrapper, mixed precision included, on any device."""
+        """Build the optimizer wrapper as mmengine does; mixed precision works without CUDA too."""
         return super().build_optim_wrapper(without_cuda(optim_wrapper, self.logger))
 
     def train(self) -> nn.Module:
-        """Train as mmengine does; a resumed run starts from the last checkpoint that is whole, with its seed.
+        """Train as mmengine does; a resumed run starts from the newest undamaged checkpoint, with its seed.
 
         Raises:
-            ValueError: If the run is to be resumed and has checkpoints, all of them damaged.
+            ValueError: If the run is resumed and all its checkpoints are damaged, or the first training step fails.
         """
         if self._resume and not self._has_loaded:
             if self._load_from is None:
@@ -147,14 +149,14 @@ class ENCRunner(Runner):
             ) from error
 
     def _first_batch(self, error: Exception) -> Any:
-        """The batch on which training fails at its first step; None later on, and where the memory is too small."""
+        """The batch of the first training step if ``error`` was raised in it and is not an OutOfMemoryError."""
         guard = next((hook for hook in self.hooks if isinstance(hook, ENCGuardHook)), None)
         if guard is None or self.iter > guard.first_iter or isinstance(error, torch.OutOfMemoryError):
             return None
         return guard.batch
 
     def _latest_checkpoint(self) -> str | None:
-        """The checkpoint to go on from, None if there is none; rank 0 decides."""
+        """Checkpoint to resume from, or None if there is none, chosen by rank 0."""
         found: list = [None, []]
         if is_main_process():
             found = list(latest_checkpoint(self.work_dir, self._checkpoints()))
@@ -162,25 +164,25 @@ class ENCRunner(Runner):
         path, problems = found
         if path is None and problems:
             raise ValueError(
-                f"resume: no checkpoint in {self.work_dir} is whole ({'; '.join(problems)}); leave --resume out to "
-                "train from the beginning"
+                f"resume: every checkpoint in {self.work_dir} is damaged ({'; '.join(problems)}); leave out --resume "
+                "to train from the beginning"
             )
         for problem in problems:
             self.logger.warning(f"ENC: cannot resume from {problem}")
         if problems:
-            self.logger.warning(f"ENC: the newest checkpoint that is whole is {path}; the run goes on from there")
+            self.logger.warning(f"ENC: resuming from the newest undamaged checkpoint {path}")
         return path
 
     def _checkpoints(self) -> Iterator[Path]:
-        """Files that CheckpointHook wrote to go on from (best_*.pth hold no optimizer)."""
+        """Files of CheckpointHook that can be resumed from (not best_*.pth, which hold no optimizer)."""
         for hook in self.hooks:
             if isinstance(hook, CheckpointHook):
                 folder = Path(hook.out_dir, Path(self.work_dir).name) if hook.out_dir else Path(self.work_dir)
                 yield from folder.glob(hook.filename_tmpl.format("*"))
 
     def _take_seed(self, filename: str) -> None:
-        """Draw with the seed of the checkpoint from the start: mmengine takes it once the sampler has another one."""
-        if find_damage(filename) is not None:  # a remote file, or one that loading will refuse
+        """Use the checkpoint's seed from the start; mmengine would do so only after it has built the sampler."""
+        if find_damage(filename) is not None:  # a URL, or a damaged file, for which loading raises an error
             return
         meta = torch.load(filename, map_location="cpu", mmap=zipfile.is_zipfile(filename)).get("meta") or {}
         seed, configured = meta.get("seed"), self._randomness_cfg.get("seed")
@@ -188,7 +190,7 @@ class ENCRunner(Runner):
             return
         if configured is not None:
             self.logger.warning(
-                f"ENC: the resumed run has seed {seed}, the config {configured}; it goes on with {seed}"
+                f"ENC: the checkpoint has seed {seed}, the config {configured}; training continues with {seed}"
             )
         self._randomness_cfg.update(seed=seed)
         self.set_randomness(**self._randomness_cfg)
@@ -197,7 +199,7 @@ class ENCRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """Build as mmengine does, with workers that draw other random numbers in each epoch.
+        """Build as mmengine does, with workers that are seeded by epoch.
 
         Raises:
             ValueError: If the dataset cannot be built or has no samples.
@@ -206,7 +208,7 @@ class ENCRunner(Runner):
             built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         except Exception:
             if isinstance(dataloader, dict) and isinstance(dataloader.get("dataset"), dict):
-                make_dataset(_LOADER, dataloader["dataset"])  # raises the clear error, if it is the dataset's
+                make_dataset(_LOADER, dataloader["dataset"])  # raises a clearer error if the dataset is the cause
             raise
         if isinstance(dataloader, dict) and built.num_workers and seed is not None:
             seed_workers_by_epoch(built, seed)
@@ -215,11 +217,13 @@ class ENCRunner(Runner):
     def save_checkpoint(self, out_dir: str, filename: str, file_client_args: dict | None = None, **kwargs) -> None:
         """Save as mmengine does, but whole or not at all, and with the random states of all ranks.
 
+        Every rank has to call this.
+
         Args:
-            out_dir, filename, file_client_args, **kwargs: As for mmengine's Runner. Every rank has to call it.
+            out_dir, filename, file_client_args, **kwargs: As for mmengine's Runner.
 
         Raises:
-            OSError: If the file cannot be written, for a full disk, say; an older one of this name is as it was.
+            OSError: If the file cannot be written; an older file of this name is unchanged.
         """
         for hook in self.hooks:
             if isinstance(hook, RNGStateHook):
@@ -230,7 +234,7 @@ class ENCRunner(Runner):
         if file_client_args or not isinstance(
             get_file_backend(out_dir, backend_args=kwargs.get("backend_args")), LocalBackend
         ):
-            super().save_checkpoint(out_dir, filename, **kwargs)  # object stores replace whole files by themselves
+            super().save_checkpoint(out_dir, filename, **kwargs)  # object stores replace files as a whole anyway
             return
         path = Path(out_dir, filename)
         try:
@@ -239,16 +243,16 @@ class ENCRunner(Runner):
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"checkpoint: {path} could not be written ({error.strerror}). Earlier checkpoints are as they were: "
-                "make room (max_keep_ckpts of CheckpointHook keeps fewer), then go on from the last one with --resume",
+                f"checkpoint: {path} could not be written ({error.strerror}). Earlier checkpoints are unchanged: free "
+                "disk space (max_keep_ckpts of CheckpointHook keeps fewer), then continue with --resume",
             ) from error
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """Call as mmengine does; what is about to be saved is made loadable once all hooks have added to it.
+        """Call as mmengine does; before a checkpoint is saved, convert its content to types that can be loaded.
 
         Raises:
-            ValueError: If a checkpoint would hold what loading refuses: at the save, or before training if the dataset
-                has it.
+            ValueError: If the checkpoint, or before training the dataset's metainfo, contains a type that loading would
+                refuse.
         """
         if fn_name == "before_train":
             make_loadable(getattr(self.train_dataloader.dataset, "metainfo", None), "the dataset's metainfo")
@@ -258,17 +262,17 @@ class ENCRunner(Runner):
             checkpoint.update({key: make_loadable(value, key) for key, value in checkpoint.items()})
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        """Load as mmengine does, which only logs what does not fit: here a checkpoint of another network is an error.
+        """Load as mmengine does, but raise if the checkpoint does not fit the model, which mmengine only logs.
 
         Raises:
-            ValueError: If the file is damaged, too little of it fits the model
-                (:func:`~enc_plugin.engine.loaded.check_loaded`), or it holds NaN or Inf.
+            ValueError: If the file is damaged, holds NaN or Inf, or too little of it fits the model
+                (:func:`~enc_plugin.engine.loaded.check_loaded`).
         """
-        damage = find_damage(filename) if Path(filename).is_file() else None  # else a URL: mmengine's business
+        damage = find_damage(filename) if Path(filename).is_file() else None  # URLs are not checked
         if damage is not None:
             raise ValueError(
-                f"load_from: {filename} is damaged ({damage}); name another checkpoint, or leave it out with --resume "
-                "to go on from the newest one that is whole"
+                f"load_from: {filename} is damaged ({damage}); choose another checkpoint, or use --resume without "
+                "load_from to continue from the newest undamaged one"
             )
         loading = Loading(self.model)
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
@@ -277,7 +281,7 @@ class ENCRunner(Runner):
         return checkpoint
 
     def register_hook(self, hook: Hook | dict, priority: str | int | None = None) -> None:
-        """Register as mmengine does, with ENCCheckpointHook for CheckpointHook."""
+        """Register as mmengine does, with ENCCheckpointHook instead of CheckpointHook."""
         if isinstance(hook, dict) and part_class(hook, HOOKS) is CheckpointHook:
             hook = dict(hook, type=ENCCheckpointHook)
         elif type(hook) is CheckpointHook:
@@ -285,7 +289,7 @@ class ENCRunner(Runner):
         super().register_hook(hook, priority)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Register mmengine's default hooks and ours."""
+        """Register mmengine's default hooks and those of this class."""
         own = {
             "enc_guard": {"type": "ENCGuardHook"},
             "enc_audit": {"type": "ENCAuditHook"},
@@ -293,6 +297,6 @@ class ENCRunner(Runner):
             "rng_state": {"type": "RNGStateHook"},
             "progress": {"type": "ProgressHook"},
         }
-        # None switches off; mmengine knows that of its own hooks only.
+        # None turns a hook off; mmengine supports that only for its own hooks.
         hooks = {name: hook for name, hook in (own | (hooks or {})).items() if name not in own or hook is not None}
         super().register_default_hooks(hooks)

@@ -1,4 +1,4 @@
-"""What a hook logs, as the hook declares it: names, units, and how a report shows them."""
+"""Declarations of the scalars that hooks log: their names and units, and how reports show them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MEASUREMENTS = "measurements.json"  # in the work dir
 
 
 @dataclass(frozen=True)
-class Group:
-    """Scalars that a report shows together.
+class FigureGroup:
+    """Section of a report with the figures of several scalars.
 
     Attributes:
         title: Heading of the section.
-        text: What a reader has to know to read its figures.
+        text: Explanation of its figures.
     """
 
     title: str
@@ -29,34 +29,34 @@ class Group:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A scalar that a hook logs, or all scalars of one kind. A hook class lists its own in ``scalars``.
+    """A scalar that a hook logs, or a family of scalars. Each hook class lists its scalars in ``scalars``.
 
-    In every text, ``<word>`` stands for a part of the name without a slash that an option or a layer fills in.
+    In all strings, ``<word>`` is a placeholder for a part of the name without a slash, such as a layer's name.
 
     Attributes:
-        name: As it is logged, such as ``"fgsm/top1_eps<eps>"``.
-        title: What it is of, the heading of its figure.
-        unit: The label of its axis.
-        group: With which others a report draws it; None: it has no figure of its own.
-        column: Its heading in a summary table, which shows the last value; ``""``: it is not in the table.
-        form: How the table writes a value, a format specification.
+        name: Logged name, such as ``"fgsm/top1_eps<eps>"``.
+        title: Heading of its figure.
+        unit: Label of its axis.
+        group: Section of the report with its figure; None: no figure.
+        column: Heading in the summary table, which shows the last value; ``""``: not in the table.
+        form: Format specification of values in the table.
         log: Whether its axis is logarithmic.
-        error: Name of its standard error, drawn to both sides.
+        error: Name of its standard error, drawn as a band.
         band: Names of a lower and an upper bound, drawn as a band.
-        against: Label of the x axis where the last values are drawn over ``<word>``, a number, and not over training.
-        at: x of this one value in the figure over ``<word>`` of its group.
-        by_iteration: Whether it is logged by iteration, whatever the training loop counts.
-        is_metric: Whether it joins the metrics of a validation, where ``save_best`` and early stopping find it.
-        is_cost: Whether it is the seconds that a measurement took.
-        tells_weights: Whether it says of which weights its hook's other scalars are: 1 averaged, 0 in training.
-        limit: A value above which the report adds ``beyond`` as a note; None: there is none.
+        against: Label of the x axis, if the last values are drawn over the number ``<word>`` instead of over training.
+        at: x of this value in a figure over ``<word>`` of its group.
+        by_iteration: Whether it is always logged by iteration, even if training counts epochs.
+        is_metric: Whether it is added to the metrics of a validation, where ``save_best`` and early stopping find it.
+        is_cost: Whether it is the duration of a measurement in seconds.
+        tells_weights: Whether it says which weights were measured: 1 averaged, 0 in training.
+        limit: If the last value is above this limit, the report shows the note ``beyond``; None: no limit.
         beyond: The note.
     """
 
     name: str
     title: str
     unit: str = ""
-    group: Group | None = None
+    group: FigureGroup | None = None
     column: str = ""
     form: str = ".4g"
     log: bool = False
@@ -72,7 +72,7 @@ class Scalar:
     beyond: str = ""
 
     def words(self, name: str) -> dict[str, str] | None:
-        """What stands for each ``<word>`` in a logged name; None if the name is not of this kind."""
+        """Value of each ``<word>`` in a logged name; None if the name does not match."""
         parts = re.split(r"<(\w+)>", self.name)
         pattern = "".join(f"(?P<{p}>[^/]+)" if i % 2 else re.escape(p) for i, p in enumerate(parts))
         found = re.fullmatch(pattern, name)
@@ -80,7 +80,7 @@ class Scalar:
 
 
 def declared(scalars: Iterable[Scalar], name: str) -> Scalar | None:
-    """The first of ``scalars`` that a logged name fits, with its words filled in; None if none does.
+    """First of ``scalars`` that matches a logged name, with its placeholders replaced; None if none matches.
 
     Example:
         >>> declared([Scalar("gbr/<name>", "GBR: <name>", error="gbr/<name>_sem")], "gbr/probs").error
@@ -94,22 +94,22 @@ def declared(scalars: Iterable[Scalar], name: str) -> Scalar | None:
 
 
 def log_scalars(runner: Runner, values: dict[str, float], step: int) -> None:
-    """Log to all visualizers under ``step``, an epoch or an iteration."""
-    # Not through the message hub: the log of every later iteration would repeat its latest values.
+    """Log values to all visualizers at ``step``, an epoch or an iteration."""
+    # The message hub would repeat the values in the log of every later iteration.
     runner.visualizer.add_scalars(values, step=step, file_path=f"{runner.timestamp}.json")
 
 
 def weights_in_words(averaged: bool) -> str:
-    """Which weights were measured, for the log."""
+    """Description of the measured weights, for the log."""
     return "averaged weights, as validated" if averaged else "weights in training"
 
 
 def write_measurements(runner: Runner, entries: dict[str, dict[str, str]]) -> None:
-    """Write into the work dir what scalars are: their weights, samples and unit. Only the main process writes.
+    """Write weights, samples and units of scalars to ``measurements.json`` in the work dir, in the main process.
 
     Args:
         runner: The run.
-        entries: Of each scalar, words for each of ``weights``, ``samples`` and ``unit``.
+        entries: For each scalar, descriptions with the keys ``weights``, ``samples`` and ``unit``.
     """
     if not is_main_process():
         return

@@ -1,4 +1,4 @@
-"""An optimizer step that goes ahead before the host has read whether its gradients are finite."""
+"""Optimizer steps that are taken before the host knows whether their gradients are finite."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class UnreadStep:
-    """A step that is about to be taken: the largest magnitude of its gradients, and what undoes the step.
+    """A step whose gradients can be checked, and which can be undone, after it was taken. Create it before the step.
 
-    Reading a number from an accelerator makes the host wait for all that it has launched. So the step is taken first,
-    and :meth:`is_finite` is asked later, where the host waits anyway. Until then the weights and gradients from before
-    the step stay in memory; there is room for them, because after the backward pass the activations are gone.
+    Reading a number from an accelerator makes the host wait for all work that it has launched. So the step is taken
+    first, and :meth:`is_finite` is called later, when the host waits anyway. Until then, weights and gradients from
+    before the step stay in memory, where the activations have been freed after the backward pass.
 
     Args:
-        parameters: Parameters of the optimizer; those without a gradient are left out.
+        parameters: Parameters of the optimizer; those without a gradient are ignored.
     """
 
     def __init__(self, parameters: Iterable[Tensor]):
@@ -30,12 +30,12 @@ class UnreadStep:
                 torch._foreach_copy_(self._before, self._parameters)
 
     def is_finite(self) -> bool:
-        """Whether all gradients were; waits for the device."""
+        """Whether all gradients were finite; waits for the device."""
         return self._largest is None or math.isfinite(self._largest.item())
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put back the weights and gradients of before the step; the optimizer's own state stays as it is."""
+        """Restore the weights and gradients from before the step, but not the state of the optimizer."""
         if self._before:
             torch._foreach_copy_(self._parameters, self._before)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
@@ -44,7 +44,7 @@ class UnreadStep:
 
 @torch.no_grad()
 def largest_magnitude(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    """Largest magnitude of all elements, a scalar on the device: NaN if one is; None if there are no elements."""
+    """Largest magnitude of all elements, as a scalar on the device; NaN if one is NaN, None if there are none."""
     tensors = [t for t in tensors if t is not None and t.numel()]
-    # Not a sum of squares, which overflows where the values do not. NaN passes through the maximum.
+    # Unlike a sum of squares, the maximum cannot overflow.
     return torch.nn.utils.get_total_norm(tensors, math.inf) if tensors else None

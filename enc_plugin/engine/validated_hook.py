@@ -1,4 +1,4 @@
-"""Base of hooks that measure the network that validation sees, whatever other hooks do with the weights."""
+"""Base class of hooks that measure the network with the weights of validation, such as averaged weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .exchanged import as_validated, fingerprint, holding, tensors
 
 
 class ValidatedNetworkHook(Hook):
-    """Base of hooks that measure the network that validation sees, and log it under names of their own.
+    """Base class of hooks that measure the network with the weights of validation.
 
-    Averaging hooks (mmengine's and mmpretrain's ``EMAHook``, and hooks of users) put other weights into the model when
-    a validation begins and take them away when it ends, each at its own priority. A measurement that is due runs while
-    the weights of the validation are in place: at the end of the validation, ahead of all other hooks. If there is no
-    validation at that point, it runs before the next step or at the end of training, with the weights that ``EMAHook``
-    would have put in. The weights that a user's hook would have put in are not known then, so nothing is measured, with
-    a warning; at the end of training the weights of the last validation are measured, which are kept for that.
+    Averaging hooks (mmengine's and mmpretrain's ``EMAHook``, and hooks of users) exchange the model's weights at the
+    beginning and the end of a validation, each at its own priority. So measurements run at the end of the validation,
+    before all other hooks. Without a validation at that point, a measurement runs before the next step or at the end of
+    training, with the weights that ``EMAHook`` would use in a validation. The weights that a user's hook would use are
+    unknown. In that case, this hook warns and skips the measurement; at the end of training, it measures the weights of
+    the last validation, of which it keeps a copy.
 
-    Subclasses say what is due (:meth:`due`) and measure (:meth:`measure`).
+    Subclasses define :meth:`due` and :meth:`measure`.
     """
 
     def __init__(self) -> None:
-        self._ahead = _AheadOfAll(self)
-        self._pending: int | None = None  # step of the measurement that is due
+        self._first = _FirstHook(self)
+        self._pending: int | None = None  # step of the next measurement
         self._measured: int | None = None  # step of the last measurement
         self._trained = False
         self._training_weights: Tensor | None = None  # fingerprint
@@ -39,53 +39,53 @@ class ValidatedNetworkHook(Hook):
     @property
     @abstractmethod
     def scalar_names(self) -> list[str]:
-        """Names under which the hook logs, each of one quantity."""
+        """Names of the scalars that no other hook may log."""
 
     @abstractmethod
     def due(self, runner: Runner) -> int | None:
-        """Step of a measurement that is due at this validation, or None."""
+        """Step of a measurement to run at this validation, or None."""
 
     @abstractmethod
     def measure(self, runner: Runner, step: int, averaged: bool) -> None:
-        """Measure the weights that are in the model, and log them under ``step``.
+        """Measure the model with its present weights, and log the result.
 
         Args:
             runner: The run.
-            step: Epoch or iteration to log under.
-            averaged: Whether these are not the weights in training.
+            step: Epoch or iteration for the log.
+            averaged: Whether the weights differ from the weights in training.
         """
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse names that another hook logs under, and go ahead of all hooks."""
+        """Raise if another hook logs the same names, and move before all other hooks."""
         for other in runner.hooks:
             double = set(self.scalar_names) & set(getattr(other, "scalar_names", [])) if other is not self else None
             if double:
                 kind = type(self).__name__
                 raise ValueError(
                     f"custom_hooks: two hooks ({kind}, {type(other).__name__}) would log under the same names "
-                    f"({', '.join(sorted(double))}), as one curve; {self._way_out}"
+                    f"({', '.join(sorted(double))}); {self._advice}"
                 )
-        self._go_ahead(runner)
+        self._move_first(runner)
 
-    _way_out = "keep one of them"
+    _advice = "keep one of them"
 
     def before_val(self, runner: Runner) -> None:
-        """See to it that no hook that has been registered since comes first."""
-        self._go_ahead(runner)
-        if self._training_weights is None:  # a validation without training: nothing went ahead so far
+        """Move before hooks that were registered after training began."""
+        self._move_first(runner)
+        if self._training_weights is None:  # in runner.val() without training, the internal hook was not registered
             self._validation_begins(runner)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Measure what is due and has not been validated."""
-        self._before_training_goes_on(runner)
+        """Run a pending measurement, because no validation followed."""
+        self._before_training_continues(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Measure what is due and has not been validated."""
-        self._before_training_goes_on(runner)
+        """Run a pending measurement, because no validation followed."""
+        self._before_training_continues(runner)
         self._trained = True
 
     def after_train(self, runner: Runner) -> None:
-        """Measure the network that training ends with, if that has not been done: it may have stopped early."""
+        """Measure the final network unless that has been done; training may have stopped early."""
         step = self._now(runner)
         if self._pending is None and self._trained and self._measured != step:
             self._pending = step
@@ -99,20 +99,20 @@ class ValidatedNetworkHook(Hook):
         self._kept = None
 
     def _now(self, runner: Runner) -> int:
-        """The step that has been trained up to."""
+        """Number of finished iterations, or epochs if training counts epochs."""
         return runner.iter if isinstance(runner.train_loop, IterBasedTrainLoop) else runner.epoch
 
-    def _go_ahead(self, runner: Runner) -> None:
-        leading = itertools.takewhile(lambda hook: isinstance(hook, _AheadOfAll), runner.hooks)
-        if self._ahead not in leading:
-            # A new list: the present one may be in the middle of being called.
-            runner._hooks = [self._ahead, *(hook for hook in runner.hooks if hook is not self._ahead)]
+    def _move_first(self, runner: Runner) -> None:
+        leading = itertools.takewhile(lambda hook: isinstance(hook, _FirstHook), runner.hooks)
+        if self._first not in leading:
+            # Assign a new list, because the runner may be iterating over the present one.
+            runner._hooks = [self._first, *(hook for hook in runner.hooks if hook is not self._first)]
 
     def _validation_begins(self, runner: Runner) -> None:
         self._training_weights = fingerprint(unwrap(runner.model))
 
     def _validation_ends(self, runner: Runner) -> None:
-        """Measure what is due; the weights that were validated are in place."""
+        """Run the measurement of this validation, whose weights are still in the model."""
         model = unwrap(runner.model)
         averaged = self._training_weights is not None and not torch.equal(fingerprint(model), self._training_weights)
         self._unknown_average = averaged and not any(isinstance(hook, EMAHook) for hook in runner.hooks)
@@ -123,24 +123,24 @@ class ValidatedNetworkHook(Hook):
         elif self._unknown_average:
             self._kept = self._now(runner), [tensor.detach().clone() for tensor in tensors(model)]
 
-    def _before_training_goes_on(self, runner: Runner) -> None:
+    def _before_training_continues(self, runner: Runner) -> None:
         if self._pending is not None:
             self._measure_outside(runner)
         self._kept = None
         if self._training_weights is not None:
             if not torch.equal(fingerprint(unwrap(runner.model)), self._training_weights):
                 runner.logger.warning(
-                    f"{type(self).__name__}: training goes on with other weights than before the validation; hooks "
-                    "that exchange weights for it must give them back in the reverse order (two averaging hooks do not)"
+                    f"{type(self).__name__}: training continues with other weights than before the validation; hooks "
+                    "that exchange weights must restore them in the reverse order (two averaging hooks do not)"
                 )
             self._training_weights = None
 
     def _measure_outside(self, runner: Runner) -> None:
-        """Measure what is due where no validation is: with the weights that one would see."""
+        """Run a pending measurement outside of a validation, with the weights that a validation would use."""
         if self._unknown_average:
             runner.logger.warning(
                 f"{type(self).__name__}: not measured at {self._pending}, because a hook exchanges the weights for "
-                "validation and there was no validation; validate where it is to be measured"
+                "validation and there was no validation; use the same interval for validation and measurement"
             )
             self._pending = None
             return
@@ -153,8 +153,8 @@ class ValidatedNetworkHook(Hook):
         self.measure(runner, step, averaged)
 
 
-class _AheadOfAll(Hook):
-    """Tells its owner of validations before another hook can exchange the weights."""
+class _FirstHook(Hook):
+    """Informs its owner of validations before another hook exchanges the weights."""
 
     priority = "HIGHEST"
 

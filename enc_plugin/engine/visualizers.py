@@ -1,4 +1,4 @@
-"""Weights & Biases with the axes that every other backend has."""
+"""Weights & Biases backend that logs steps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from mmengine.visualization.vis_backend import force_init_env
 
 @VISBACKENDS.register_module()
 class ENCWandbVisBackend(WandbVisBackend):
-    """mmengine's ``WandbVisBackend``, which drops the step of what it is given: charts count calls then.
+    """mmengine's ``WandbVisBackend`` with the step of each scalar, which mmengine's drops.
 
-    Here each row holds its ``step``, and that is the axis of every chart: epochs for what is logged once an epoch
-    (validation, GBR, FGSM, the audit), iterations for what training logs; the same as in TensorBoard, MLflow and
-    ``scalars.json``.
+    The step is the x axis of every chart, as in TensorBoard, MLflow and ``scalars.json``: epochs for scalars that are
+    logged once per epoch (validation, GBR, FGSM, the audit), iterations for those of training.
 
     Args:
         *args, **kwargs: As for mmengine's ``WandbVisBackend``.
@@ -25,10 +24,10 @@ class ENCWandbVisBackend(WandbVisBackend):
 
     @force_init_env
     def add_scalar(self, name: str, value, step: int = 0, **kwargs) -> None:
-        """Record a scalar and its step."""
+        """Log a scalar and its step."""
         self.add_scalars({name: value}, step)
 
     @force_init_env
     def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs) -> None:
-        """Record scalars and their step."""
+        """Log scalars and their step."""
         self._wandb.log({**scalar_dict, "step": step}, commit=self._commit)

@@ -1,4 +1,4 @@
-"""Check that the scalars which savers, schedulers and early stopping watch will be logged."""
+"""Checks that the metrics which ``save_best``, schedulers and early stopping monitor will be logged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .scalars import declared
 
 
 def watched_metrics(runner: Runner) -> Iterator[tuple[str, str]]:
-    """The names that are looked for after each validation, and by whom."""
+    """(name, description of the setting) of each metric that is monitored after validations."""
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook):
             yield from ((key, f"save_best={key!r} of CheckpointHook") for key in hook.save_best or [])
@@ -26,13 +26,10 @@ def watched_metrics(runner: Runner) -> Iterator[tuple[str, str]]:
 
 
 def check_watched(runner: Runner) -> None:
-    """Raise if a watched scalar will not be among the metrics of each validation.
+    """Raise ``ValueError`` if a monitored metric will not be among the metrics of each validation.
 
     Args:
-        runner: About to train; its schedulers are built.
-
-    Raises:
-        ValueError: If there is one; the error names who watches what, and the way out.
+        runner: Runner that is about to train, with its schedulers built.
     """
     measuring = {name: hook for hook in runner.hooks for name in getattr(hook, "scalar_names", ())}
     scalars = [scalar for hook in HOOKS.module_dict.values() for scalar in getattr(hook, "scalars", ())]
@@ -40,9 +37,8 @@ def check_watched(runner: Runner) -> None:
         scalar = declared(scalars, key)
         if scalar is not None and not scalar.is_metric:
             raise ValueError(
-                f"{who} would not be found: it is logged beside the metrics of the validation, and not among them; "
-                "watch a metric of val_evaluator, such as 'accuracy/top1', or one of FGSMHook, such as "
-                "'fgsm/top1_eps8'"
+                f"{who} would not be found, because it is logged, but is no metric of the validation; use a metric of "
+                "val_evaluator, such as 'accuracy/top1', or of FGSMHook, such as 'fgsm/top1_eps8'"
             )
         if key.startswith("fgsm/"):
             _check_attack(runner, key, who, measuring)
@@ -52,14 +48,13 @@ def _check_attack(runner: Runner, key: str, who: str, measuring: dict[str, Hook]
     names = [name for name in measuring if name.startswith("fgsm/")]
     if key not in names:
         have = f"logs {', '.join(map(repr, names))}" if names else "is not among custom_hooks"
-        raise ValueError(f"{who} would not be found, since FGSMHook {have}; name another metric")
+        raise ValueError(f"{who} would not be found, because FGSMHook {have}; use another metric")
     loop = runner.train_loop
-    # Epochs between validations; where training goes by iterations, validations themselves are counted.
+    # Epochs between validations. If training counts iterations, the hook's interval counts validations.
     steps = [1] if isinstance(loop, IterBasedTrainLoop) else getattr(loop, "dynamic_intervals", [1])
     interval = measuring[key].interval
     if any(step % interval for step in steps):
         raise ValueError(
-            f"interval: with {interval} not every validation is attacked, and {who} needs the metric after each; set "
-            "interval=1 (num_samples makes an attack cheaper), or validate only where it is attacked, or name another "
-            "metric"
+            f"interval: with {interval}, FGSMHook skips validations, but {who} needs its metric after each; set "
+            "interval=1 (num_samples makes an attack cheaper), validate at the same interval, or use another metric"
         )

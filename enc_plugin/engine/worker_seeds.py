@@ -1,4 +1,4 @@
-"""Seeds of data loading workers that depend on the epoch."""
+"""Seeds data loading workers by epoch."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 
 def seed_workers_by_epoch(loader: DataLoader, seed: int) -> None:
-    """Let the workers of ``loader`` draw other augmentations in each epoch, and the same after a resume.
+    """Let the workers of ``loader`` draw different augmentations in each epoch, and the same ones after a resume.
 
-    mmengine seeds a worker with ``seed + num_workers * rank + worker`` when it starts. So workers that are started for
-    each epoch repeat the same draws in every epoch, and after a resume ``persistent_workers`` begin again with the
-    draws of the first epoch. Here epoch e adds ``e * num_workers * ranks`` for both kinds: the seeds of all epochs
-    differ, epoch 0 has mmengine's, and the draws of an epoch depend on its number alone. The epoch is the number that
-    the sampler gets (``set_epoch``); with a sampler that gets none, workers are left as they are.
+    mmengine seeds a worker with ``seed + num_workers * rank + worker`` when it starts. So workers that are started in
+    each epoch draw the same augmentations in every epoch, and after a resume persistent workers draw those of the first
+    epoch again. This function adds ``epoch * num_workers * ranks`` to the seed for both kinds of workers, so that the
+    seeds of all epochs differ, and the draws of an epoch depend only on its number. The epoch is the argument of the
+    sampler's ``set_epoch``. If the sampler has no such method, workers stay unchanged.
 
     Args:
-        loader: As mmengine builds it, its workers not yet started; changed in place. A ``worker_init_fn`` of the
-            config's is left alone.
+        loader: Data loader of mmengine whose workers have not started; changed in place. A ``worker_init_fn`` of the
+            config is kept.
         seed: Seed of the generator from which torch draws worker seeds (mmengine overrides those seeds later).
     """
     if loader.persistent_workers:
-        # torch draws one number each time that workers are started, from the generator that mixup and dropout use too:
-        # a run that starts persistent workers once more would go on with other draws.
+        # Each start of workers draws a number from torch's global generator, which mixup and dropout use too. A resumed
+        # run starts persistent workers once more, and would then draw other numbers.
         loader.generator = torch.Generator().manual_seed(seed)
-    # mmengine tells the epoch to the sampler, or to the one in the batch sampler.
+    # mmengine calls set_epoch of the sampler, or of the batch sampler's sampler.
     samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     sampler = next((sampler for sampler in samplers if hasattr(sampler, "set_epoch")), None)
     if sampler is None or getattr(loader.worker_init_fn, "func", None) is not worker_init_fn:
@@ -45,21 +45,21 @@ def seed_workers_by_epoch(loader: DataLoader, seed: int) -> None:
 
 
 class _WorkerSeeds:
-    """``worker_init_fn``: mmengine's, with a seed that moves on by ``stride`` an epoch."""
+    """mmengine's ``worker_init_fn`` with a seed that grows by ``stride`` per epoch."""
 
     def __init__(self, init: partial, epoch: torch.Tensor, stride: int):
         self._init = init
-        self._epoch = epoch  # in shared memory: persistent workers see it change
+        self._epoch = epoch  # in shared memory, so persistent workers see changes
         self._stride = stride
         self._seeded_for = None
 
     def __call__(self, worker: int) -> None:
         self._follow(worker)
-        dataset = get_worker_info().dataset  # this worker's own copy
+        dataset = get_worker_info().dataset  # the copy of this worker
         dataset.__class__ = _followed(type(dataset), partial(self._follow, worker))
 
     def _follow(self, worker: int) -> None:
-        """Seed if the epoch is another one than last time."""
+        """Seed again if the epoch has changed."""
         epoch = self._epoch.item()
         if epoch != self._seeded_for:
             self._seeded_for = epoch
@@ -67,7 +67,7 @@ class _WorkerSeeds:
 
 
 def _followed(kind: type[Dataset], follow) -> type[Dataset]:
-    """``kind`` whose samples are drawn under the seed of the current epoch."""
+    """Subclass of ``kind`` that calls ``follow`` before it reads a sample."""
 
     def __getitem__(self, index):
         follow()

@@ -1,4 +1,4 @@
-"""The optimizer wrappers of a run."""
+"""Access to the optimizer wrappers of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from mmengine.runner import Runner
 
 
 def optim_wrappers(runner: Runner) -> list[OptimWrapper]:
-    """The run's optimizer wrapper, or those of an ``OptimWrapperDict``."""
+    """The optimizer wrapper of ``runner``, or those of its ``OptimWrapperDict``."""
     wrapper = runner.optim_wrapper
-    # An OptimWrapperDict is an OptimWrapper too.
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]

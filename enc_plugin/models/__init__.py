@@ -1,7 +1,7 @@
-"""mmpretrain parts, registered on mmengine's root registry so that every scope finds them.
+"""Models and their parts, registered on mmengine's root registry, where every scope finds them.
 
-With mmengine alone the layers and the penalty are registered, for configs of its other libraries. The other parts are
-built on mmpretrain's classes; without it, asking for one of them raises an error that names the extra.
+Without mmpretrain, only the layers and the penalty are registered. The other parts subclass mmpretrain's classes;
+accessing one raises an error that says what to install.
 """
 
 from ..installation import needs_mmengine  # noqa: F401

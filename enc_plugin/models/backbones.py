@@ -9,17 +9,17 @@ from mmpretrain.models.backbones.resnet import BasicBlock
 
 @MODELS.register_module()
 class ResNetCIFAR6n(ResNet_CIFAR):
-    """The narrow three-stage CIFAR ResNets of He et al. (2016), section 4.2: ResNet-20, 32, 44, 56, 110.
+    """The three-stage CIFAR ResNets of He et al. (2016), section 4.2: ResNet-20, 32, 44, 56, 110.
 
-    mmpretrain's ``ResNet_CIFAR`` has the four-stage ImageNet depths alone. Stages have 16, 32 and 64 channels;
+    mmpretrain's ``ResNet_CIFAR`` has only the four-stage ImageNet depths. The stages here have 16, 32 and 64 channels;
     shortcuts that change shape are 1x1 convolutions (option B).
 
     Args:
-        depth: 6n + 2 for n basic blocks a stage; 20, 32, 44, 56 or 110 (8 for tests).
+        depth: 6n + 2 for n basic blocks per stage: 8, 20, 32, 44, 56 or 110.
         **kwargs: As for ``ResNet_CIFAR``: ``conv_cfg``, ``norm_cfg``, ``zero_init_residual``, ...
 
     Raises:
-        ValueError: If ``depth`` is none of these.
+        ValueError: If ``depth`` is not one of these.
     """
 
     arch_settings = {6 * n + 2: (BasicBlock, (n, n, n)) for n in (1, 3, 5, 7, 9, 18)}

@@ -1,4 +1,4 @@
-"""mmpretrain's image classifier with a penalty on the GBR, and one that makes itself an ENC network."""
+"""mmpretrain's image classifier with a penalty on the GBR, and its ENC version."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .gbr_penalty import GBRPenalty
 class GBRImageClassifier(ImageClassifier):
     """``ImageClassifier`` that can add a :class:`GBRPenalty` on its logits to the loss, logged as ``loss_gbr``.
 
-    x is the normalised input. In train mode batch norms couple the samples of a batch; the penalty is on what training
-    computes, so that one forward pass serves both. Without activation checkpointing only.
+    The penalty is on derivatives with respect to the normalised input. It shares the forward pass of the loss, so batch
+    norms are in train mode and couple the samples of a batch. It does not work with activation checkpointing.
 
     Args:
         *args, **kwargs: As for mmpretrain's ``ImageClassifier``.
-        gbr_penalty: Options of :class:`GBRPenalty`; None: no penalty, and training is the stock one.
+        gbr_penalty: Options of :class:`GBRPenalty`; None: no penalty.
     """
 
     def __init__(self, *args, gbr_penalty: dict | None = None, **kwargs):
@@ -33,12 +33,12 @@ class GBRImageClassifier(ImageClassifier):
         self.gbr_penalty = None if gbr_penalty is None else GBRPenalty(**gbr_penalty)
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
-        """The head's losses, and ``loss_gbr``."""
+        """Losses of the head, and ``loss_gbr``."""
         if self.gbr_penalty is None:
             return super().loss(inputs, data_samples)
         inputs = inputs.detach().requires_grad_()
         logits: list[Tensor] = []
-        # The head's own loss computes the logits: a second pass would update its batch norm twice.
+        # Take the logits from the head's loss: a second forward pass would update its batch norm twice.
         handle = self.head.register_forward_hook(lambda head, args, out: logits.append(out))
         try:
             losses = super().loss(inputs, data_samples)
@@ -55,18 +55,17 @@ class GBRImageClassifier(ImageClassifier):
 
 @MODELS.register_module()
 class ENCImageClassifier(GBRImageClassifier):
-    """``ImageClassifier`` whose convolutions and linear layers are ENC: one line turns a stock config into an ENC one.
+    """``ImageClassifier`` with ENC convolutions and linear layers. One line turns a stock config into an ENC config:
 
     >>> _base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'  # doctest: +SKIP
     >>> model = dict(type='ENCImageClassifier', enc=dict(variant='ws'))  # doctest: +SKIP
 
     Args:
         *args, **kwargs: As for mmpretrain's ``ImageClassifier``, and ``gbr_penalty`` (:class:`GBRImageClassifier`).
-        enc: Options of :func:`enc_plugin.to_enc`: ``variant``, ``alpha``, ``include``, ``exclude``, ``post_norm``, and
-            ``how='project'``, which leaves the constraint to the optimizer and the layers stock. Patterns match names
-            as in ``named_modules()``: ``'backbone'``, ``'head.fc'``. ``preserve=True`` keeps the function of plain
-            weights whenever such are loaded (``load_from``, ``init_cfg``), and logs how well: fine-tuning with ENC.
-            ``packed=False`` lets each layer compute its own weight on a GPU, too.
+        enc: Options of :func:`enc_plugin.to_enc`: ``variant``, ``alpha``, ``include``, ``exclude``, ``post_norm``,
+            ``how``, ``packed``. Patterns match names as in ``named_modules()``: ``'backbone'``, ``'head.fc'``.
+            ``preserve=True`` is for fine-tuning: whenever plain weights are loaded (``load_from``, ``init_cfg``), it
+            keeps the function of their network, and logs how well.
 
     Attributes:
         enc_report: The :class:`enc_plugin.ConversionReport`.
@@ -76,24 +75,24 @@ class ENCImageClassifier(GBRImageClassifier):
         super().__init__(*args, **kwargs)
         check_type("enc", enc, (dict, type(None)), "a dict of options of to_enc, or None")
         self.enc = dict(enc or {})
-        # There is no function to keep before weights are loaded.
+        # Before weights are loaded, there is no function to preserve.
         self.enc_report = to_enc(self, **{**self.enc, "preserve": False})
         for _, layer in enc_layers(self):
             layer.keeps_function = bool(self.enc.get("preserve"))
         self.register_load_state_dict_post_hook(_keep_plain_function)
 
     def init_weights(self) -> None:
-        """Initialise as the stock model does, then refuse weights that cannot be normalised."""
+        """Initialise as the stock model does, then raise ``ValueError`` if a weight cannot be normalised."""
         for _, layer in enc_layers(self):
             layer.loaded_settings = None
         super().init_weights()
         for name, layer in constrained_layers(self):
             check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
-        # A backbone that loads its own weights (init_cfg) does not call the hook of the whole.
+        # A backbone that loads its own weights (init_cfg) does not call the load hook of this model.
         _keep_plain_function(self)
 
     def become_plain(self) -> None:
-        """Turn into the stock ``ImageClassifier``, in place: the part of :func:`enc_plugin.fold` that is its own."""
+        """Turn into the stock ``ImageClassifier``, in place; :func:`enc_plugin.fold` calls this."""
         for name in ("enc", "enc_report", "gbr_penalty"):
             delattr(self, name)
         for key, hook in list(self._load_state_dict_post_hooks.items()):
@@ -103,7 +102,7 @@ class ENCImageClassifier(GBRImageClassifier):
 
 
 def _keep_plain_function(model: ENCImageClassifier, incompatible_keys=None) -> None:
-    """Load hook: with ``preserve``, keep the function of the plain weights that have just been loaded."""
+    """Load hook: with ``preserve``, convert plain weights that have just been loaded without changing the function."""
     if not model.enc.get("preserve"):
         return
     loaded = {name: layer.loaded_settings for name, layer in enc_layers(model)}
@@ -111,9 +110,9 @@ def _keep_plain_function(model: ENCImageClassifier, incompatible_keys=None) -> N
     unknown = [name for name, settings in loaded.items() if settings == UNKNOWN]
     if plain and unknown:
         raise ValueError(
-            f"checkpoint: its layer {unknown[0]!r} was ENC, but its entry '_extra_state', which says so, is missing or "
-            f"damaged, so layers without one, such as {plain[0]!r}, may be plain or ENC; load the checkpoint as it was "
-            "saved, or an ENC one without preserve"
+            f"checkpoint: its layer {unknown[0]!r} was ENC, but its entry '_extra_state' is missing or damaged, so "
+            f"layers without such an entry, like {plain[0]!r}, may be plain or ENC; load the checkpoint as it was "
+            "saved, or, if all its layers are ENC, load it without preserve"
         )
     if plain:
         model.enc_report = to_enc(model, **model.enc)

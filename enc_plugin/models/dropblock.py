@@ -1,4 +1,4 @@
-"""DropBlock (Ghiasi et al., 2018) where its paper puts it in a ResNet, and the schedule of its probability."""
+"""DropBlock (Ghiasi et al., 2018) in a ResNet, placed and scheduled as in its paper."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .backbones import ResNetCIFAR6n
 
 
 class DropBlock(nn.Module):
-    """Sets square blocks of each channel to zero in training, and scales what is left to keep the mean.
+    """Sets square blocks of each channel to zero in training, and rescales the rest to keep the mean.
 
-    Built on torchvision's ``drop_block2d``, which drops the share asked for. timm's ``DropBlock2d`` (1.0.31) seeds
-    blocks over the whole map with the rate meant for the positions where a block fits: on 7x7 maps with blocks of 7 it
-    drops 93 % when asked for 10 %.
+    Uses torchvision's ``drop_block2d``, which drops the requested share. timm's ``DropBlock2d`` (1.0.31) samples block
+    centres over the whole map, with the rate for the positions where a block fits: on 7x7 maps with blocks of 7 it
+    drops 93 % instead of 10 %.
 
     Args:
-        drop_prob: Share of the activations that is dropped once training is complete, 0 to 1.
-        block_size: Side of a block; on maps that are smaller, the largest odd side that fits.
+        drop_prob: Share of the activations that is dropped at the end of the schedule, from 0 to below 1.
+        block_size: Side of a block, odd; on smaller maps, the largest odd side that fits.
 
     Attributes:
-        progress: How far the schedule is, 0 to 1: ``progress * drop_prob`` is dropped. :class:`DropBlockScheduleHook`
-            moves it; 1 without the hook.
+        progress: Progress of the schedule, 0 to 1: ``progress * drop_prob`` is dropped.
+            :class:`DropBlockScheduleHook` sets it; 1 without the hook.
     """
 
     def __init__(self, drop_prob: float, block_size: int = 7):
@@ -35,18 +35,18 @@ class DropBlock(nn.Module):
         check_number("drop_prob", drop_prob, "a share from 0 to below 1", lambda value: 0 <= value < 1)
         check_integer("block_size", block_size, 1)
         if block_size % 2 == 0:
-            raise ValueError(f"block_size: expected an odd number, got {block_size!r}; a block has a centre")
+            raise ValueError(f"block_size: expected an odd number, got {block_size!r}; a block needs a centre")
         self.drop_prob = drop_prob
         self.block_size = block_size
         self.progress = 1.0
 
     def forward(self, input: Tensor) -> Tensor:
-        """Drop blocks of ``(N, C, H, W)`` in training; pass it on unchanged in evaluation."""
+        """Drop blocks of ``(N, C, H, W)`` in training; return it unchanged in evaluation."""
         if not self.training:
             return input
         side = min(self.block_size, *input.shape[-2:])
         side -= 1 - side % 2
-        # In float32: the mask is counted by a sum, which overflows in half precision.
+        # In float32, because drop_block2d sums the mask, which overflows in half precision.
         out = drop_block2d(input.float(), self.progress * self.drop_prob, side)
         return out.to(input.dtype)
 
@@ -109,16 +109,16 @@ class _DropBlockMixin:
 
 @MODELS.register_module()
 class DropBlockResNet(_DropBlockMixin, ResNet):
-    """``ResNet`` with DropBlock behind every convolution and on every shortcut of some stages; the keys stay stock.
+    """``ResNet`` with DropBlock behind every convolution and on every shortcut of some stages; its keys are stock keys.
 
-    The defaults are the best ResNet-50 setting of its paper: stages 3 and 4, blocks of 7, a keep probability that
-    falls from 1 to 0.9 (:class:`DropBlockScheduleHook`), a quarter of the drop probability in stage 3.
+    The defaults are the best ResNet-50 setting of the DropBlock paper: stages 3 and 4, blocks of 7, a keep probability
+    that falls from 1 to 0.9 (:class:`DropBlockScheduleHook`), and a quarter of the drop probability in stage 3.
 
     Args:
         *args, **kwargs: As for ``ResNet``, without ``with_cp``.
-        drop_prob: Share dropped in the last stage at the end of training; a quarter of it a stage earlier, and so on.
+        drop_prob: Share dropped in the last stage at the end of training; a quarter of it one stage earlier, and so on.
         block_size: Side of a block, odd.
-        drop_stages: Numbers of the stages that drop, from 1; None: the last two, which are 3 and 4 of four.
+        drop_stages: Numbers of the stages with DropBlock, counted from 1; None: the last two.
     """
 
     arch_settings = _with_drop_block(ResNet.arch_settings)
@@ -126,7 +126,7 @@ class DropBlockResNet(_DropBlockMixin, ResNet):
 
 @MODELS.register_module()
 class DropBlockResNetCIFAR6n(_DropBlockMixin, ResNetCIFAR6n):
-    """:class:`ResNetCIFAR6n` with DropBlock, as :class:`DropBlockResNet`; of its three stages, 2 and 3 drop by default.
+    """:class:`ResNetCIFAR6n` with DropBlock, by default in the last two of its three stages.
 
     Args:
         *args, **kwargs, drop_prob, block_size, drop_stages: As for :class:`DropBlockResNet`.
@@ -137,10 +137,10 @@ class DropBlockResNetCIFAR6n(_DropBlockMixin, ResNetCIFAR6n):
 
 @HOOKS.register_module()
 class DropBlockScheduleHook(Hook):
-    """Raises the share that every :class:`DropBlock` drops from 0 to its ``drop_prob``, linearly over the training."""
+    """Raises the share that every :class:`DropBlock` drops linearly during training, from 0 to its ``drop_prob``."""
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Set the progress of all DropBlock layers; a resumed run continues where it was."""
+        """Set the progress of all DropBlock layers, from the iteration, so that it is right after a resume too."""
         for module in runner.model.modules():
             if isinstance(module, DropBlock):
                 module.progress = runner.iter / runner.max_iters

@@ -1,4 +1,4 @@
-"""GBR as a term of the training loss: the direct optimisation that the paper calls too costly, to compare ENC with."""
+"""GBR as a term of the training loss, as a baseline for ENC; the paper calls this direct optimisation too costly."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from ..functional.jacobian import gbr_penalty
 
 @MODELS.register_module()
 class GBRPenalty:
-    r"""Loss term ``weight * GBR``, with the GBR estimated on the training batch (eq. 2).
+    r"""Loss term ``weight * GBR``, with the GBR (eq. 2) estimated on the training batch.
 
-    Each projection costs a backward pass to the inputs that is differentiated in turn: a training step takes about
-    twice as long with one. Exact at ``projections`` >= number of classes.
+    With one projection, a training step takes about twice as long, because a backward pass to the inputs is
+    differentiated.
 
     Args:
-        weight: Factor of the GBR (which is not halved), not negative.
-        projections: Random orthonormal output directions for each sample, at least 1.
+        weight: Factor of the GBR, at least 0. There is no factor of 1/2.
+        projections: Number of random orthonormal output directions for each sample, at least 1. The estimate is exact
+            if it is at least the number of classes.
 
     Raises:
         ValueError: If an option is out of range.
@@ -28,12 +29,12 @@ class GBRPenalty:
 
     def __init__(self, weight: float, projections: int = 1):
         check_number("weight", weight, "a finite number >= 0", lambda value: 0 <= value < math.inf)
-        check_integer("projections", projections, 1)  # the number of classes is exact
+        check_integer("projections", projections, 1)
         self.weight = weight
         self.projections = projections
 
     def __call__(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Scalar with a graph, for inputs that require grad and outputs ``(N, C)`` computed from them."""
+        """Differentiable scalar penalty, for inputs that require grad and outputs ``(N, C)`` computed from them."""
         return self.weight * gbr_penalty(inputs, outputs, projections=self.projections)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Classification heads that mmpretrain lacks: with dropout before the classifier, and with a batch norm behind it."""
+"""Classification heads with dropout before the linear layer, or with a batch norm behind it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class DropoutLinearClsHead(LinearClsHead):
-    """``LinearClsHead`` with dropout on its input: behind the last batch norm, where it shifts no statistics.
+    """``LinearClsHead`` with dropout on its input, where no batch norm follows whose statistics it would shift.
 
     Args:
         *args, **kwargs: As for ``LinearClsHead``.
@@ -27,10 +27,10 @@ class DropoutLinearClsHead(LinearClsHead):
 
 @MODELS.register_module()
 class BNLinearClsHead(LinearClsHead):
-    """``LinearClsHead`` with a batch norm on its logits: what ENC adds to a classifier, without ENC.
+    """``LinearClsHead`` with a batch norm on its logits, as ENC adds it, but without ENC.
 
-    The control that tells the constraint from the batch norm that it needs. It starts at weight 1 and bias 0, and draws
-    no random numbers, so that the other weights start as those of ``LinearClsHead``.
+    This baseline separates the effect of the constraint from that of the batch norm that it needs. The batch norm draws
+    no random numbers, so the other weights are initialised as with ``LinearClsHead``.
 
     Args:
         *args, **kwargs: As for ``LinearClsHead``.

@@ -1,4 +1,4 @@
-"""Weight normalization as a layer with stock keys, the rival of eq. 21."""
+"""Weight normalization as a convolution layer with stock keys, the baseline for variant ``'wn'``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class WNConv2d(RefusesRescaledRows, nn.Conv2d):
 
     .. math:: \hat W_j = g_j\, W_j / \lVert W_j \rVert
 
-    The mathematics of :func:`torch.nn.utils.parametrizations.weight_norm` with the stock keys ``weight`` and ``bias``,
-    and one more, ``gain``. Gains start at 1, the paper's reading of weight normalization
-    (:math:`\lVert\hat W\rVert_F = \sqrt m`); the batch norm that follows restores the scale. A checkpoint without
-    gains sets them to its row norms, so that the layer computes what the stock one did. In a backbone,
-    ``conv_cfg=dict(type='WNConv2d')`` puts it in the place of every convolution.
+    It computes the same as :func:`torch.nn.utils.parametrizations.weight_norm`, with the stock keys ``weight`` and
+    ``bias`` and the additional key ``gain``. Gains start at 1 as in the ENC paper
+    (:math:`\lVert\hat W\rVert_F = \sqrt m`), and the batch norm that follows restores the scale. Loading a checkpoint
+    without gains sets them to the row norms, so that the layer computes the same as the stock one. In a backbone,
+    ``conv_cfg=dict(type='WNConv2d')`` replaces every convolution.
 
     Args:
         *args, **kwargs: As for the stock layer.

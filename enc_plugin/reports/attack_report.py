@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..build import build_dataset, evaluation_split, load_config, load_model, pick_device
-from ..checkpoint import file_sha256
+from ..checkpoint_files import file_sha256
 from ..measuring.intervals import wilson_interval
 from ..measuring.robustness import Robustness, check_pixel_eps, measure_robustness
 from ..refused import require_file

@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ..engine import SCALARS
-from ..engine.scalars import Group, Scalar, declared
+from ..engine.scalars import FigureGroup, Scalar, declared
 from ..measuring.intervals import wilson_interval
 from . import page, plot
 from .runs import Run
 
-TRAINING = Group("Curves", "Bands of accuracies: 95 % binomial intervals (Wilson) over the validation images.")
+TRAINING = FigureGroup("Curves", "Bands of accuracies: 95 % binomial intervals (Wilson) over the validation images.")
 # What mmengine and mmpretrain log.
 _STOCK = (
     Scalar("accuracy/top1", "Validation accuracy", "top-1 accuracy (%)", TRAINING, column="top-1 (%)", form=".2f"),
@@ -59,7 +59,7 @@ def sections(runs: Sequence[Run]) -> list[page.Html]:
     return [section for group in groups for section in _section(runs, group, kinds)]
 
 
-def _section(runs: Sequence[Run], group: Group, kinds: dict[str, Scalar]) -> Iterable[page.Html]:
+def _section(runs: Sequence[Run], group: FigureGroup, kinds: dict[str, Scalar]) -> Iterable[page.Html]:
     own = {key: kind for key, kind in kinds.items() if kind.group == group}
     if not own:
         return
@@ -156,7 +156,7 @@ def _over_words(runs: Sequence[Run], own: dict[str, Scalar], kind: Scalar) -> pa
     return page.figure(png, f"{kind.title}, against {kind.against}")
 
 
-def _over_layers(runs: Sequence[Run], group: Group, kinds: dict[str, Scalar]) -> Iterable[page.Html]:
+def _over_layers(runs: Sequence[Run], group: FigureGroup, kinds: dict[str, Scalar]) -> Iterable[page.Html]:
     """A figure for each quantity of the group that was logged by layer, over the layers."""
     titles = {kind.title for kind in kinds.values() if kind.group == group and kind.band}
     for title in titles:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..build import build_dataset, load_config, load_model, pick_device
-from ..checkpoint import file_sha256
+from ..checkpoint_files import file_sha256
 from ..measuring.gbr import SPACES, check_options, input_unit, measure_gbr, pick_batch_size
 from ..measuring.pipelines import find_pipeline
 from ..measuring.samples import FixedSamples, choose_samples

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..build import load_model
-from ..checkpoint import latest_checkpoint
+from ..checkpoint_files import latest_checkpoint
 from ..convert import audit
 from ..refused import describe
 from ..surgery.folded import FoldedAudit

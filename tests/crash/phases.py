@@ -15,7 +15,7 @@ from mmengine.fileio import LocalBackend
 from mmengine.model import BaseModel
 from mmengine.runner import ValLoop
 
-from enc_plugin import checkpoint
+from enc_plugin import checkpoint_files
 from enc_plugin.engine import RNGStateHook, checkpoint_hook, fgsm_hook, gbr_hook, runner
 
 WIDTH = 16  # characters of the file
@@ -64,6 +64,6 @@ def mark(path: Path) -> None:
     wrap(fgsm_hook, "measure_robustness", "fgsm")
     wrap(RNGStateHook, "before_train", "resume")
     wrap(LocalBackend, "put", "writing")
-    wrap(checkpoint, "_sync", "syncing")
+    wrap(checkpoint_files, "_sync", "syncing")
     wrap_replacing(runner, runner.replacing)
     wrap_replacing(checkpoint_hook, checkpoint_hook.replacing)

@@ -62,7 +62,7 @@ def test_both_archives_unpack_to_the_same_pictures(small, tmp_path, make):
 
 def test_a_short_archive_is_refused_and_leaves_nothing(small, tmp_path):
     archive = make_zip(tmp_path / "a.zip", missing="train/cat/0002.png")
-    with pytest.raises(ValueError, match="holds 4 pictures of train/cat, CIFAR-10 has 5"):
+    with pytest.raises(ValueError, match="expected 5 images of train/cat, .* has 4"):
         prepare_cifar10(archive, tmp_path / "cifar10")
     assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
@@ -73,7 +73,7 @@ def test_code_in_a_batch_is_not_run(small, tmp_path):
             return (print, ("ran",))
 
     archive = make_official(tmp_path / "a.tar.gz", batch_of=lambda _: pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="it refers to builtins.print.*not loaded"):
+    with pytest.raises(ValueError, match="not loaded, because it refers to builtins.print"):
         prepare_cifar10(archive, tmp_path / "cifar10")
     assert not (tmp_path / "cifar10").exists()
 
@@ -99,5 +99,5 @@ def test_a_balanced_part_of_the_pictures_can_be_taken(small, tmp_path):
     part = CIFAR10Folder(str(out), "train", per_class=2)
     assert [part[i]["gt_label"] for i in range(len(part))] == [label for label in range(10) for _ in range(2)]
     assert np.array_equal(part[1]["img"], picture(20))  # evenly spaced: files 0 and 2 of five
-    with pytest.raises(ValueError, match="holds 5 pictures, 6 are asked for"):
+    with pytest.raises(ValueError, match="per_class: expected at most 5 .*, got 6"):
         CIFAR10Folder(str(out), "train", per_class=6)

@@ -82,7 +82,7 @@ def test_state_dicts_keep_their_order_and_metadata():
 
 @pytest.mark.parametrize("value", [object(), len, np.random.default_rng()])
 def test_other_objects_are_refused_by_their_place(value):
-    with pytest.raises(ValueError, match=r"checkpoint: meta\['a'\]\[1\] is a .* which loading refuses"):
+    with pytest.raises(ValueError, match=r"checkpoint: meta\['a'\]\[1\] is a .*, which torch.load.* refuses"):
         make_loadable({"a": [0, value]}, "meta")
 
 

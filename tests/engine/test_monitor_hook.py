@@ -177,7 +177,7 @@ def test_the_last_e_folds_are_those_of_the_config_with_and_without_enc(tmp_path,
     assert lines[-1]["enc_monitor/efolds/min"] == lines[-1]["enc_monitor/efolds/max"] == values[-1]
     if name == "resnet8_1xb64":
         assert {key for line in lines for key in line if "/median" in key} == {"enc_monitor/efolds/median"}
-        assert "this model has no ENC layers, only e-folds" in next(tmp_path.glob("*/*.log")).read_text()
+        assert "this model has no ENC layers, so only e-folds" in next(tmp_path.glob("*/*.log")).read_text()
 
 
 @pytest.mark.parametrize("interval", [0, -3])

@@ -18,12 +18,12 @@ DIGITS = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"
 REFUSED = {
     "labels beyond the head": (
         "model = dict(head=dict(num_classes=7))",
-        "train_dataloader: expected labels from 0 to 6, since the head has num_classes=7, got 7 (sample 7",
+        "train_dataloader: expected labels from 0 to 6, because the head has num_classes=7, got 7 (sample 7",
     ),
     "more of the top than there are classes": ("val_evaluator = dict(topk=(1, 11))", "the top 11 of 10 classes"),
     "data that is not there": (
         'val_dataloader = dict(dataset=dict(_delete_=True, type="CustomDataset", data_root="/not/there"))',
-        "val_dataloader.dataset.data_root = '/not/there' is not there",
+        "val_dataloader.dataset.data_root = '/not/there' does not exist",
     ),
     "a sample that cannot be read": (
         'val_dataloader = dict(dataset=dict(pipeline=[dict(type="LoadImageFromFile"), dict(type="PackInputs")]))',

@@ -20,7 +20,7 @@ from helpers import build_runner, digits_config, train
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from enc_plugin.checkpoint import find_damage, latest_checkpoint, replacing
+from enc_plugin.checkpoint_files import find_damage, latest_checkpoint, replacing
 
 LIMIT = 300_000  # bytes; a checkpoint of these runs has twice as many
 
@@ -183,7 +183,7 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint_with_a_warning(trained, 
     assert_same_run(trained, work_dir, "epoch_3.pth")
     text = "".join(path.read_text() for path in work_dir.glob("*/*.log"))
     assert "cannot resume from" in text
-    assert f"the newest checkpoint that is whole is {work_dir / 'epoch_2.pth'}" in text
+    assert f"resuming from the newest undamaged checkpoint {work_dir / 'epoch_2.pth'}" in text
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_so(trained, tmp_path):
@@ -191,7 +191,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(trained, tmp_path):
     (tmp_path / "run" / "last_checkpoint").unlink()
     for path in (tmp_path / "run").glob("*.pth"):
         truncate(path)
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole .*epoch_3.pth: BadZipFile.*leave --resume"):
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged .*epoch_3.pth: BadZipFile.*--resume"):
         train(digits_config(tmp_path / "run", resume=True))
 
 
@@ -226,7 +226,7 @@ def limit_restored():
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(trained, tmp_path):
     checkpoint = dict(type="CheckpointHook", interval=1, max_keep_ckpts=1)
     cfg = digits_config(tmp_path, epochs=3, default_hooks__checkpoint=checkpoint, custom_hooks=[dict(type="_FullDisk")])
-    message = "epoch_2.pth could not be written .*Earlier checkpoints are as they were: make room"
+    message = "epoch_2.pth could not be written .*Earlier checkpoints are unchanged: free disk space"
     with pytest.raises(OSError, match=message), limit_restored():
         train(cfg)
     assert [path.name for path in tmp_path.glob("*.pth")] == ["epoch_1.pth"]

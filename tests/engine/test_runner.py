@@ -84,16 +84,14 @@ def test_a_number_measured_before_statistics_fit_says_so(tmp_path):
     assert "at epoch 0" in notes[0]
     assert "10 batch norms do not fit ('backbone.bn1': no batch seen)" in notes[0]
     train(digits_config(tmp_path / "plain", "resnet8_1xb64"))
-    assert "ENC: what is validated is not yet the network that trains" in log_text(tmp_path / "plain")
+    assert "ENC: the validated network is not yet the network that trains" in log_text(tmp_path / "plain")
 
 
 def test_the_log_states_layers_decay_and_constraint_at_start_and_end(tmp_path):
     runner = train(digits_config(tmp_path))
     text = log_text(tmp_path)
     assert "ENC optimizer: 10 tensors (77,360 elements) shifted decay, 10 tensors" in text
-    lines = re.findall(
-        r"ENC: 10 layers \(ws, alpha 1\), 1 with a batch norm of their own, largest deviation.* (\S+)\n", text
-    )
+    lines = re.findall(r"ENC: 10 layers \(ws, alpha 1\), 1 with an added batch norm, largest deviation.* (\S+)\n", text)
     assert len(lines) == 2
     assert all(float(value) < 1e-5 for value in lines)
     assert audit(runner.model).max_deviation < 1e-5
@@ -179,7 +177,7 @@ def test_two_gloo_processes_train(tmp_path):
     options += ["optim_wrapper.accumulative_counts=2"]
     done = dist_train(ENC_CONFIG, 2, "--work-dir", str(tmp_path), *options)
     text = done.stdout + done.stderr
-    assert "ENC: no CUDA, the distributed backend is gloo" in text
+    assert "ENC: without CUDA, the distributed backend is gloo" in text
     checkpoint = torch.load(tmp_path / "epoch_2.pth")
     assert "accuracy/top1" in text
     assert len(checkpoint["optimizer"]["param_groups"]) == 3

@@ -155,14 +155,14 @@ class _Forgets(Hook):
 )
 def test_weights_that_a_validation_leaves_behind_are_warned_of(hooks, tmp_path):
     run(tmp_path, [*hooks, GBR], optim_wrapper__optimizer__lr=0.05)
-    assert "GBRHook: training goes on with other weights than before the validation" in log_text(tmp_path)
+    assert "GBRHook: training continues with other weights than before the validation" in log_text(tmp_path)
 
 
 def test_two_hooks_of_one_name_are_refused_before_training_and_two_names_are_two_curves(tmp_path):
     pixel = dict(GBR, space="pixel")
     with pytest.raises(ValueError, match=r"same names \(gbr/logits, gbr/logits_high.*GBRHook\(name='logits_pixel'\)"):
         run(tmp_path / "refused", [GBR, pixel])
-    with pytest.raises(ValueError, match=r"fgsm/top1_clean.*give all eps to one of them"):
+    with pytest.raises(ValueError, match=r"fgsm/top1_clean.*use one hook with all eps"):
         run(tmp_path / "refused too", [FGSM, dict(FGSM, eps=8)])
     runner = run(tmp_path / "run", [GBR, dict(pixel, name="logits_pixel")], epochs=1)
     std = runner.model.data_preprocessor.std[0].item()

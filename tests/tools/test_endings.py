@@ -48,7 +48,7 @@ CASES = {
     "a folder": ("folder", "enc.pth", "is a folder; name a config file in it"),
     "syntax": ("syntax", "enc.pth", "cannot be read .SyntaxError"),
     "an unknown type": ("type", "enc.pth", "ENCImageClasifier is not in the mmpretrain::model registry"),
-    "no data": ("data", "enc.pth", "data_root = '/not/there' is not there|CustomDataset. is not here"),
+    "no data": ("data", "enc.pth", "data_root = '/not/there' does not exist|CustomDataset. cannot be read"),
     "no checkpoint": ("enc", "no.pth", "there is no file no.pth"),
     "a damaged checkpoint": ("enc", "damaged.pth", "is damaged"),
     "a plain checkpoint for an ENC config": ("enc", "plain.pth", "plain"),
@@ -87,7 +87,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tool, files, tmp_path, m
     finally:
         signal.signal(signal.SIGINT, handler)
     assert ended.value.code == 130
-    go_on = "with --resume to go on from the last checkpoint" if tool == "train" else "run it again"
+    go_on = "with --resume to continue from the last checkpoint" if tool == "train" else "run it again"
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"{tool}: stopped; ")
     assert go_on in line
@@ -97,9 +97,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tool, files, tmp_path, m
 def test_a_hook_on_the_command_line_is_refused_with_the_way_out(tool, files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = TOOLS[tool](files["enc"], files["enc.pth"])
-    with pytest.raises(
-        SystemExit, match=r"--cfg-options: .*hooks need a config of two lines: _base_ = .*custom_hooks = "
-    ):
+    with pytest.raises(SystemExit, match=r"--cfg-options: .*write a config of two lines: _base_ = .*custom_hooks = "):
         run_tool(tool, [*arguments, "--cfg-options", "custom_hooks=[dict(type='GBRHook')]"], monkeypatch)
 
 

@@ -6,11 +6,10 @@ installed, importing the package registers all its parts with mmengine; in a con
 """
 
 import importlib
-import os
 import warnings
 
 from .convert import to_enc
-from .installation import check_stack, config_path, is_installed
+from .installation import check_stack, config_path, is_installed, is_verbose
 from .layers import ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
 from .layers.origin import CheckpointWarning
 from .optim import add_projection, add_shift, param_groups_enc
@@ -46,7 +45,7 @@ def _register_parts() -> None:
     check_stack()
     with warnings.catch_warnings():
         # mmcv-lite warns about an operator that classification does not use.
-        if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
+        if not is_verbose():
             warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``", UserWarning)
         for part, packages in _PARTS.items():
             if all(map(is_installed, packages)):

@@ -1,4 +1,4 @@
-"""How optimizers apply weight decay, determined by trial steps, and how the decay is shifted for each kind."""
+"""Which kind of weight decay an optimizer has, and how its steps scale, determined by trial steps."""
 
 from __future__ import annotations
 
@@ -12,130 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional.decay import shift_direction, shift_directions
-from .functional.grouped import groups_of, has_whole_rows, rows_of
-from .functional.weights import is_whole_layer
-
-# The shift replaces the decay term lambda W by lambda (W - eps U). How it does so depends on the optimizer:
-GRADIENT = "gradient"  # It adds lambda W to the gradient (SGD, Adam). The shift adds -lambda eps U to the gradient.
-WEIGHT = "weight"  # It multiplies W by 1 - lr lambda (AdamW). Before the step, the shift adds a multiple of U to W.
-AROUND = "around"  # It rescales the decayed update (Lamb). During the step, W is replaced by W - eps U.
-WHOLE = "whole"  # It has no decay (LBFGS, Rprop). The shift adds lambda (W - eps U) to the gradient.
-
-# Optimizers of the kind GRADIENT that add the decay before they do anything else with the gradient.
-_ADD_DECAY_FIRST = tuple(
-    getattr(torch.optim, name)
-    for name in ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD")
-)
-
-_PIECE = 2**18  # elements: 1 MB in float32
+from .shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, restore, shift_group
 
 # RAdam's first five steps are steps of SGD, which do not tell the kinds apart.
 _TRIAL_STEPS = 8
 # Not round: a decay of 0.5 by 0.1 would equal a step by the gradient's sign with learning rate 0.05.
 _TRIAL_LR, _TRIAL_DECAY = 0.0371, 0.113
-
-Offsets = list[tuple[list[Tensor], list[Tensor]]]
-
-
-def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> Offsets:
-    """Shift the decay that the next step applies to a group of parameters, in place.
-
-    Args:
-        kind: GRADIENT, WEIGHT, AROUND or WHOLE.
-        group: Parameter group with ``enc_variant``, ``shift_eps``, ``weight_decay`` and ``lr``. Parameters without a
-            gradient do not change.
-        grad_scale: Factor by which the gradients are still scaled (fused optimizers unscale within their kernel), or
-            None.
-        found_inf: 1.0 if a fused optimizer will skip the step within its kernel, or None.
-
-    Returns:
-        Offsets that :func:`restore` has to add to the weights after the step; empty unless ``kind`` is AROUND.
-    """
-    decay, variant, eps = group["weight_decay"], group["enc_variant"], group["shift_eps"]
-    amount = decay * eps
-    trained = [p for p in group["params"] if p.grad is not None]
-    if not trained or kind != WHOLE and not isinstance(amount, Tensor) and amount == 0:
-        return []
-    if kind == WEIGHT and not isinstance(group["lr"] * decay, Tensor) and group["lr"] * decay == 1:
-        kind = AROUND  # the step multiplies W by 0, so an addition to W before it would have no effect
-    if kind == AROUND:
-        offsets = torch._foreach_mul([shift_direction(_fixed(p), variant) for p in trained], eps)
-        torch._foreach_sub_(trained, offsets)
-        return [(trained, offsets)]
-    if kind == WEIGHT:
-        # The step multiplies the addition by 1 - lr lambda too, so divide by that.
-        factor = group["lr"] * amount / (1 - group["lr"] * decay)
-        if found_inf is not None:
-            factor = factor * (1 - found_inf.clamp(max=1))
-        for weights, targets in _pieces(trained, trained, variant):
-            _add(targets, shift_directions(weights, variant), factor)
-        return []
-    sign = -1.0 if group.get("maximize") else 1.0
-    if grad_scale is not None:
-        sign = sign * grad_scale
-    if torch.is_grad_enabled():  # differentiable=True: the graph may still need the original gradient
-        for p in trained:
-            p.grad = p.grad.clone()
-    for weights, grads in _pieces(trained, [p.grad for p in trained], variant):
-        if kind == WHOLE:
-            _add(grads, weights, sign * decay)
-        _add(grads, shift_directions(weights, variant), sign * -amount)
-    return []
-
-
-def takes_decay(kind: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether the shift may add the whole decay, which saves the optimizer a pass over gradients and weights.
-
-    Fused optimizers would save nothing, because they decay within their only pass. A compiled step would still use
-    the original decay, which is a constant in it.
-    """
-    is_plain = not isinstance(group["weight_decay"], Tensor) and not group.get("fused")
-    is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return kind == GRADIENT and type(optimizer) in _ADD_DECAY_FIRST and is_plain and not is_recorded
-
-
-def _pieces(weights: list[Tensor], targets: list[Tensor], variant: str) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Split weights, and the tensors to which their terms are added, into pieces that are computed together.
-
-    On a GPU, a piece is a group of weights, because each kernel launch costs host time. On a CPU, it is some rows of a
-    weight that fit into the cache, because the terms of all weights at once would need memory of the model's size.
-    """
-    if torch.is_grad_enabled():
-        yield from (([_fixed(weight)], [target]) for weight, target in zip(weights, targets, strict=True))
-    elif weights[0].is_cuda and len({(type(weight), weight.device, weight.dtype) for weight in weights}) == 1:
-        for members in groups_of(weights, variant):
-            yield [weights[i] for i in members], [targets[i] for i in members]
-    else:
-        for weight, target in zip(weights, targets, strict=True):
-            if is_whole_layer(variant) or weight.stride() != target.stride() or not has_whole_rows(weight):
-                yield [weight], [target]
-            else:
-                count = max(1, _PIECE * len(weight) // weight.numel())
-                pieces = zip(rows_of(weight).split(count), rows_of(target).split(count), strict=True)
-                yield from (([rows], [target_rows]) for rows, target_rows in pieces)
-
-
-def _fixed(weight: Tensor) -> Tensor:
-    # differentiable=True: the graph must not see later in-place changes of the weight.
-    return weight.clone() if torch.is_grad_enabled() else weight
-
-
-def _add(targets: list[Tensor], terms: list[Tensor], factor: float | Tensor) -> None:
-    """``targets += factor * terms`` in place."""
-    if isinstance(factor, Tensor):  # passing it as alpha would read it, which waits for the device
-        torch._foreach_addcmul_(targets, terms, [factor.to(terms[0].dtype)] * len(terms))
-    elif len(targets) == 1:
-        targets[0].add_(terms[0], alpha=factor)
-    else:
-        torch._foreach_add_(targets, terms, alpha=factor)
-
-
-def restore(offsets: Offsets) -> None:
-    """Add to the weights what :func:`shift_group` subtracted from them, and empty ``offsets``."""
-    for weights, taken in offsets:
-        torch._foreach_add_(weights, taken)
-    offsets.clear()
 
 
 def decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str | None:

@@ -191,7 +191,7 @@ def _load_stock(stock: nn.Module, folded: dict[str, Tensor]) -> None:
         stock.load_state_dict(folded, strict=True)
     except RuntimeError as error:
         raise ValueError(
-            "the folded weights do not load into the stock model: the batch norm of a layer without a bias was folded "
+            "the folded weights do not load into the stock model: a layer without a bias had an added batch norm "
             f"(post_norm=True), or stock_config cannot undo how the config builds ENC layers: {describe(error)}"
         ) from error
 

@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import re
 import warnings
 from pathlib import Path
@@ -62,6 +63,11 @@ def is_installed(module: str) -> bool:
     except ValueError:  # the module is imported already, and was created without a spec
         return True
     return spec is not None and spec.origin is not None
+
+
+def is_verbose() -> bool:
+    """Whether the environment variable ``ENC_VERBOSE`` asks for all log lines and warnings on the terminal."""
+    return os.environ.get("ENC_VERBOSE", "0") not in ("", "0")
 
 
 def version_of(distribution: str) -> str | None:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .decay_kinds import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, decay_kind, restore, shift_group, takes_decay
+from .decay_kinds import decay_kind
 from .functional.checks import check_type
 from .running_step import RunningStep, calling_frame, inner_optimizers
+from .shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, restore, shift_group, takes_decay
 from .shifted_groups import SHIFT_SETTINGS, check_group, shifted_groups
 
 

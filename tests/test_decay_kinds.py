@@ -8,7 +8,8 @@ from mmpretrain.registry import OPTIMIZERS
 from timm.optim import create_optimizer_v2
 from torch import nn, optim
 
-from enc_plugin.decay_kinds import AROUND, GRADIENT, WEIGHT, WHOLE, decay_kind
+from enc_plugin.decay_kinds import decay_kind
+from enc_plugin.shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE
 
 # As their documentation says: L2 regularization in the gradient, decay of the weights themselves, neither, none.
 TORCH = {

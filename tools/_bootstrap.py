@@ -25,9 +25,14 @@ os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 # mmengine's MLflow backend writes to a folder, which MLflow 3 refuses without this variable.
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 
+
+def _is_verbose() -> bool:
+    return os.environ.get("ENC_VERBOSE", "0") not in ("", "0")
+
+
 # Hide warnings that a user can do nothing about: about missing CUDA, operators that classification does not use, and an
 # argument that mmengine passes to torch.
-if os.environ.get("ENC_VERBOSE", "0") in ("", "0"):
+if not _is_verbose():
     warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``", UserWarning)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -57,7 +62,7 @@ def one_line(tool: str, go_on: str = "run it again"):
             print(f"\n{tool}: stopped; {go_on}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if os.environ.get("ENC_VERBOSE", "0") not in ("", "0"):
+        if _is_verbose():
             raise
         if rank:
             time.sleep(_WAIT)

@@ -16,7 +16,8 @@ from mmpretrain.structures import DataSample
 from torch import nn
 
 from ..build import build_dataset, build_model, load_config, named_parts, pick_device
-from ..engine.preflight import check_is_enc, check_metrics, find_labels, rehearse, why_step_fails
+from ..engine.preflight import check_is_enc, check_metrics, find_labels, why_step_fails
+from ..engine.rehearsal import rehearse
 from ..refused import Refused, describe
 from ..surgery.eligible import Evidence
 from ..surgery.projected import constrained_layers

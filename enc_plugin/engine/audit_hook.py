@@ -20,6 +20,7 @@ from ..surgery.loading import enc_layers_of_plain_ones, why_not_plain
 from ..surgery.projected import constrained_layers
 from ..surgery.recording import RecordError, record_forward
 from ..surgery.trace import Trace
+from ..table import first_few
 from .limits import warn_of_recomputation
 from .scalars import Scalar, log_scalars
 
@@ -79,10 +80,9 @@ class ENCAuditHook(Hook):
         if not traces:
             runner.logger.info("ENC: the model cannot be run on its own, so it is unknown what reads its weights")
         elif idle:
-            shown = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
             runner.logger.warning(
-                f"ENC: {len(idle)} ENC layers did not run on the first batch: {shown}; if the network never uses them, "
-                "leave them plain with exclude=[...]"
+                f"ENC: {len(idle)} ENC layers did not run on the first batch: {first_few(idle)}; if the network never "
+                "uses them, leave them plain with exclude=[...]"
             )
 
     def after_train(self, runner: Runner) -> None:

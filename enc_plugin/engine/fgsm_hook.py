@@ -47,7 +47,7 @@ class FGSMHook(ValidatedNetworkHook):
 
     Training with and without the hook gives the same weights bit for bit, on a GPU with
     ``randomness=dict(deterministic=True)``. The logged accuracy does not depend on the number of processes. Each sample
-    costs one gradient, and one forward pass for each eps. TensorFloat-32 is off.
+    costs one gradient, and one forward pass for each eps. Attacks do not use TensorFloat-32.
 
     Args:
         eps: One or several step sizes in 1/255 of the pixel range: 8, not 8 / 255 (such small values cause a warning).

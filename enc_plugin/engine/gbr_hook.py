@@ -12,6 +12,7 @@ from ..functional.checks import check_integer, check_seed, check_type
 from ..measuring.gbr import check_options, input_unit, measure_gbr, pick_batch_size
 from ..measuring.samples import FixedSamples
 from ..measuring.untouched import statistics_note, untouched, unwrap
+from ..table import first_few
 from .run_samples import stored_choice, validation_pipeline
 from .scalars import FigureGroup, Scalar, log_scalars, weights_in_words, write_measurements
 from .validated_hook import ValidatedNetworkHook
@@ -55,8 +56,8 @@ class GBRHook(ValidatedNetworkHook):
     ``measurements.json`` in the work dir states the weights, samples and unit of each scalar.
 
     Training with and without the hook gives the same weights bit for bit, on a GPU with
-    ``randomness=dict(deterministic=True)``. The logged values do not depend on the number of processes. TensorFloat-32
-    is off. NaN and infinite values are logged too, with a warning.
+    ``randomness=dict(deterministic=True)``. The logged values do not depend on the number of processes. Measurements
+    do not use TensorFloat-32. NaN and infinite values are logged too, with a warning.
 
     The defaults follow from ``lab/bench/gbr_cost.py``: with 512 samples, one projection adds a standard error of less
     than 2 % (about as much as the choice of the samples) and takes a fifth of the time of all ten classes. On a CPU,
@@ -230,7 +231,7 @@ class GBRHook(ValidatedNetworkHook):
         if samples.left_out:
             runner.logger.warning(
                 f"GBR: {len(samples.left_out)} of the chosen samples cannot be read and are left out, because the "
-                f"dataset would replace them at random: {', '.join(map(str, samples.left_out[:5]))}, ..."
+                f"dataset would replace them at random: {first_few([*map(str, samples.left_out)])}"
             )
         if self.space == "pixel":
             samples.check_pixels()

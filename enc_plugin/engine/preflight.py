@@ -1,10 +1,7 @@
-"""Checks before training, used by the guard hook, the runner and the doctor."""
+"""Checks before training that the guard hook, the runner and the doctor use."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -12,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook, Hook
-from mmengine.registry import RUNNERS
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from ..build import NO_SAMPLES, named_parts, stack_pictures
+from ..build import NO_SAMPLES, named_parts
 from ..functional.checks import check_integer, check_type
 from ..layers import ENC_LAYERS
 from ..measuring.batches import learns_nothing
@@ -203,36 +199,3 @@ def why_step_fails(model: nn.Module, inputs: Any) -> str:
     if isinstance(wanted, int) and given is not None and wanted != given:
         return f"the head expects {wanted} channels, but gets {given}: set model.head.in_channels={given}"
     return "check that backbone, neck and head fit together"
-
-
-class _FirstStep(Exception):
-    """Ends a rehearsal before its first step."""
-
-
-class _StopBeforeTraining(Hook):
-    priority = 65  # after hooks that check, before hooks that measure the initial weights
-
-    def before_train(self, runner: Runner) -> None:
-        raise _FirstStep
-
-
-def rehearse(cfg: Config) -> None:
-    """Run ``cfg`` up to its first step, in a temporary work dir, in one process and without visualizers.
-
-    Raises:
-        Exception: The error with which the run would end.
-    """
-    cfg = copy.deepcopy(cfg)
-    hooks = cfg.get("default_hooks") or {}
-    (hooks.get("checkpoint") or {}).pop("out_dir", None)
-    own = [] if cfg.get("runner_type") == "ENCRunner" else [{"type": "ENCGuardHook"}]
-    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), *own]
-    cfg.launcher, cfg.resume, cfg.visualizer = "none", False, None
-    cfg.experiment_name = f"rehearsal_{os.urandom(4).hex()}"
-    with tempfile.TemporaryDirectory() as folder:
-        cfg.work_dir = folder
-        stack_pictures(cfg)
-        runner = RUNNERS.build(cfg)
-        runner.register_hook(_StopBeforeTraining(), _StopBeforeTraining.priority)
-        with contextlib.suppress(_FirstStep):
-            runner.train()

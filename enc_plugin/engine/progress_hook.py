@@ -12,7 +12,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .quiet import is_verbose, terminal_handlers
+from ..installation import is_verbose
+from .quiet import terminal_handlers
 
 
 @HOOKS.register_module()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
+from ..installation import is_verbose
 from ..version import __version__
 
 # mmengine's log of system, config and hooks (some 270 lines before the first iteration), and warnings about its code.
@@ -20,11 +20,6 @@ _FOR_THE_RECORD = re.compile(
     r"|paramwise_options -- |Code: |Distributed training is not used, all SyncBatchNorm"
     r'|"FileClient" will be deprecated|"HardDiskBackend" is the alias'
 )
-
-
-def is_verbose() -> bool:
-    """Whether the environment variable ``ENC_VERBOSE`` asks for everything on the terminal."""
-    return os.environ.get("ENC_VERBOSE", "0") not in ("", "0")
 
 
 def terminal_handlers(logger: logging.Logger) -> list[logging.StreamHandler]:

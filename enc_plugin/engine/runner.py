@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import broadcast_object_list, is_distributed, is_main_process
+from mmengine.dist import is_distributed, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS, RUNNERS
@@ -18,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..build import make_dataset, part_class
-from ..checkpoint_files import find_damage, latest_checkpoint, replacing
+from ..checkpoint_files import find_damage, replacing
 from ..measuring.ranks import on_all_ranks
 from ..measuring.untouched import unwrap
 from ..packed import is_packing_chosen, pack_weights
@@ -34,6 +33,7 @@ from .limits import check_distributed, refuse_strategy
 from .loadable import make_loadable
 from .loaded import check_loaded
 from .preflight import check_loop, check_work_dir, why_step_fails
+from .resume import find_checkpoint, take_seed
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
 
@@ -133,9 +133,9 @@ class ENCRunner(Runner):
         """
         if self._resume and not self._has_loaded:
             if self._load_from is None:
-                self._load_from = self._latest_checkpoint()
+                self._load_from = find_checkpoint(self)
             if self._load_from is not None:
-                self._take_seed(self._load_from)
+                take_seed(self, self._load_from)
         try:
             return super().train()
         except (RuntimeError, TypeError, IndexError, AttributeError, AssertionError) as error:
@@ -154,46 +154,6 @@ class ENCRunner(Runner):
         if guard is None or self.iter > guard.first_iter or isinstance(error, torch.OutOfMemoryError):
             return None
         return guard.batch
-
-    def _latest_checkpoint(self) -> str | None:
-        """Checkpoint to resume from, or None if there is none, chosen by rank 0."""
-        found: list = [None, []]
-        if is_main_process():
-            found = list(latest_checkpoint(self.work_dir, self._checkpoints()))
-        broadcast_object_list(found)
-        path, problems = found
-        if path is None and problems:
-            raise ValueError(
-                f"resume: every checkpoint in {self.work_dir} is damaged ({'; '.join(problems)}); leave out --resume "
-                "to train from the beginning"
-            )
-        for problem in problems:
-            self.logger.warning(f"ENC: cannot resume from {problem}")
-        if problems:
-            self.logger.warning(f"ENC: resuming from the newest undamaged checkpoint {path}")
-        return path
-
-    def _checkpoints(self) -> Iterator[Path]:
-        """Files of CheckpointHook that can be resumed from (not best_*.pth, which hold no optimizer)."""
-        for hook in self.hooks:
-            if isinstance(hook, CheckpointHook):
-                folder = Path(hook.out_dir, Path(self.work_dir).name) if hook.out_dir else Path(self.work_dir)
-                yield from folder.glob(hook.filename_tmpl.format("*"))
-
-    def _take_seed(self, filename: str) -> None:
-        """Use the checkpoint's seed from the start; mmengine would do so only after it has built the sampler."""
-        if find_damage(filename) is not None:  # a URL, or a damaged file, for which loading raises an error
-            return
-        meta = torch.load(filename, map_location="cpu", mmap=zipfile.is_zipfile(filename)).get("meta") or {}
-        seed, configured = meta.get("seed"), self._randomness_cfg.get("seed")
-        if seed is None or seed == configured:
-            return
-        if configured is not None:
-            self.logger.warning(
-                f"ENC: the checkpoint has seed {seed}, the config {configured}; training continues with {seed}"
-            )
-        self._randomness_cfg.update(seed=seed)
-        self.set_randomness(**self._randomness_cfg)
 
     @staticmethod
     def build_dataloader(

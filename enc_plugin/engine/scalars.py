@@ -41,7 +41,7 @@ class Scalar:
         column: Heading in the summary table, which shows the last value; ``""``: not in the table.
         form: Format specification of values in the table.
         log: Whether its axis is logarithmic.
-        error: Name of its standard error, drawn as a band.
+        error: Name of its standard error, drawn on both sides of the curve.
         band: Names of a lower and an upper bound, drawn as a band.
         against: Label of the x axis, if the last values are drawn over the number ``<word>`` instead of over training.
         at: x of this value in a figure over ``<word>`` of its group.

@@ -10,7 +10,8 @@ from mmpretrain import get_model
 
 from enc_plugin.doctor import BROKEN
 from enc_plugin.doctor.config import check_config
-from enc_plugin.engine.preflight import find_labels, rehearse
+from enc_plugin.engine.preflight import find_labels
+from enc_plugin.engine.rehearsal import rehearse
 from enc_plugin.refused import Refused, describe
 
 DIGITS = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"

@@ -89,9 +89,9 @@ def _is_differentiable(optimizer: Optimizer) -> bool:
 
 
 class _Step(RunningStep):
-    """A running call of ``step``: whether its groups were shifted, or are left to an inner call of ``step``."""
+    """A running call of ``step``: whether its groups were shifted, or are delegated to an inner call."""
 
-    shifted = left = False
+    shifted = delegated = False
 
 
 class _Shift:
@@ -99,7 +99,7 @@ class _Shift:
 
     def __init__(self, optimizer: Optimizer):
         self.warn: Callable[[str], None] = _warn
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
         self.kinds: dict[int, str] = {}
         self.offsets: Offsets = []
         self.decays: list[tuple[dict[str, Any], float]] = []
@@ -116,10 +116,10 @@ class _Shift:
             optimizer.register_state_dict_pre_hook(self.restore)
         optimizer.__getstate__ = partial(_state_of_copies, weakref.ref(optimizer))
 
-    def say(self, text: str) -> None:
-        """Warn, once."""
-        if text not in self.said:
-            self.said.add(text)
+    def warn_once(self, text: str) -> None:
+        """Warn, unless the same warning was given before."""
+        if text not in self.warned:
+            self.warned.add(text)
             self.warn(f"ENC: {text}")
 
     def kind(self, optimizer: Optimizer, index: int, group: dict[str, Any]) -> str:
@@ -137,19 +137,19 @@ class _Shift:
         kind, name = decay_kind(optimizer, group), type(optimizer).__name__
         if group.get("enc_decoupled") is None:
             if kind is None:
-                self.say(
+                self.warn_once(
                     f"unknown optimizer {name}: assuming that it applies weight decay through the gradient. "
                     "Pass decoupled=True (in a config: paramwise_cfg=dict(decoupled_decay=True)) if it shrinks the "
                     "weights themselves, like AdamW."
                 )
             elif kind == WHOLE:
-                self.say(
+                self.warn_once(
                     f"{name} has no weight decay: the gradient of the shifted decay is added to weights with shift_eps "
                     "only, and the loss that the closure returns does not include it."
                 )
         return kind or GRADIENT
 
-    def come_last(self, optimizer: Optimizer) -> None:
+    def move_last(self, optimizer: Optimizer) -> None:
         """Move the shift behind the other step pre-hooks, which may clip or rescale the gradients."""
         hooks = optimizer._optimizer_step_pre_hooks
         if self.hook in hooks:
@@ -167,7 +167,7 @@ class _Shift:
         if outer is not None:
             if outer.shifted:
                 return None
-            outer.left = True
+            outer.delegated = True
         step = self.step = _Step(frame, [group for _, group in groups])
         if frame is not None:
             _stepping.add(self)
@@ -180,7 +180,7 @@ class _Shift:
         def shifted_closure() -> Any:
             self.restore(optimizer)
             loss = closure()
-            if not step.left:
+            if not step.delegated:
                 self.shift(optimizer, groups, step)
             return loss
 
@@ -203,7 +203,7 @@ class _Shift:
         with torch.set_grad_enabled(_is_differentiable(optimizer)):
             for kind, group in groups:
                 if not isinstance(group["weight_decay"], torch.Tensor) and group["weight_decay"] == 0:
-                    self.say(
+                    self.warn_once(
                         "a group with shift_eps has weight_decay 0 within the step, so the shift has no effect; a "
                         "wrapper that applies weight decay itself (LARC) does not support the shift"
                     )
@@ -218,8 +218,8 @@ class _Shift:
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Restore decay and weights, and warn if the step did not call its closure."""
         self.restore(optimizer)
-        if self.step is not None and not self.step.shifted and not self.step.left:
-            self.say(f"{type(optimizer).__name__}.step did not call its closure, so the decay was not shifted")
+        if self.step is not None and not self.step.shifted and not self.step.delegated:
+            self.warn_once(f"{type(optimizer).__name__}.step did not call its closure, so the decay was not shifted")
         self.step = None
         if not torch.compiler.is_compiling():
             _stepping.discard(self)
@@ -290,7 +290,7 @@ def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Step hook of all optimizers: if a group has a shift, install the hook that applies it, after all others."""
     shifts = any("shift_eps" in group for group in optimizer.param_groups)
     if shifts and ("_enc_shift" in vars(optimizer) or shifted_groups(optimizer)):
-        _shift_of(optimizer).come_last(optimizer)
+        _shift_of(optimizer).move_last(optimizer)
 
 
 register_optimizer_step_pre_hook(_see_step)

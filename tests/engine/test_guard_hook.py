@@ -184,14 +184,14 @@ class TestWatchers:
     @pytest.mark.parametrize(
         ("watcher", "key", "interval", "message"),
         [
-            ("save_best", "gbr/logits", 1, "logged beside the metrics of the validation"),
+            ("save_best", "gbr/logits", 1, "it is logged, but is not a metric of the validation"),
             (
                 "EarlyStoppingHook",
                 "fgsm/top1_eps4",
                 1,
-                "would not be found, since FGSMHook logs 'fgsm/top1_clean', 'fgsm/top1_eps8'",
+                "would not be found, because FGSMHook logs 'fgsm/top1_clean', 'fgsm/top1_eps8'",
             ),
-            ("ReduceOnPlateauLR", "fgsm/top1_eps8", 2, "with 2 not every validation is attacked"),
+            ("ReduceOnPlateauLR", "fgsm/top1_eps8", 2, "with 2, FGSMHook skips validations"),
         ],
     )
     def test_a_scalar_that_will_be_missing_is_refused(self, tmp_path, watcher, key, interval, message):

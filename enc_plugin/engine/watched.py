@@ -37,8 +37,8 @@ def check_watched(runner: Runner) -> None:
         scalar = declared(scalars, key)
         if scalar is not None and not scalar.is_metric:
             raise ValueError(
-                f"{who} would not be found, because it is logged, but is not a metric of the validation; use a metric of "
-                "val_evaluator, such as 'accuracy/top1', or of FGSMHook, such as 'fgsm/top1_eps8'"
+                f"{who} would not be found, because it is logged, but is not a metric of the validation; use a metric "
+                "of val_evaluator, such as 'accuracy/top1', or of FGSMHook, such as 'fgsm/top1_eps8'"
             )
         if key.startswith("fgsm/"):
             _check_attack(runner, key, who, measuring)

@@ -115,7 +115,7 @@ REFUSED = {
     ),
     "no batch": (
         dict(train_dataloader__batch_size=256, train_dataloader__drop_last=True),
-        "batch_size: expected at most the 192 samples",
+        "batch_size: expected at most 192, the number of samples",
     ),
     "an empty training set": (dict(train_dataloader__dataset__indices=[]), "dataloader: its dataset holds no sample"),
     "an empty validation set": (dict(val_dataloader__dataset__indices=[]), "dataloader: its dataset holds no sample"),
@@ -196,7 +196,7 @@ def test_a_dataset_of_one_class_is_warned_of(tmp_path):
 @pytest.mark.parametrize("layer", [ENCLinear(4, 3, post_norm=True), ENCConv2d(2, 3, 1, variant="wn", post_norm=True)])
 def test_a_post_norm_asks_for_more_than_one_value(layer):
     one = torch.ones(1, 4) if isinstance(layer, ENCLinear) else torch.ones(1, 2, 1, 1)
-    with pytest.raises(ValueError, match="input: this ENC.* has a batch norm of its own .*drop_last=True"):
+    with pytest.raises(ValueError, match="input: this ENC.* has a post-norm .*drop_last=True"):
         layer.train()(one)
     assert layer.eval()(one).shape[1] == 3
 

@@ -1,4 +1,4 @@
-"""The paper's equations on plain tensors; imports torch alone."""
+"""The paper's equations as functions of plain tensors. Depends only on torch."""
 
 from .attack import fgsm, pgd
 from .bounds import bound_chain, conv_map_sq_norm, robustness_delta, robustness_gap

@@ -15,8 +15,8 @@ from .checks import check_class_numbers, check_floating_tensor, check_integer, c
 from .eval_mode import require_eval_mode
 from .precision import full_float32
 
-MAX_STEPS = 10_000  # a slip of zeros would run for days
-LEAST_EPS = 0.5  # grey levels
+MAX_STEPS = 10_000  # exclusive; a typing error in the number of steps would otherwise run for days
+LEAST_EPS = 0.5  # in grey levels; below it, eps was probably given in another unit
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -31,20 +31,20 @@ def fgsm(
     upper: float = 1.0,
     loss: Loss = "cross_entropy",
 ) -> Tensor | list[Tensor]:
-    r"""Fast gradient sign method (Goodfellow et al., arXiv:1412.6572): untargeted, one step to the corner of the ball.
+    r"""Fast gradient sign method (Goodfellow et al., arXiv:1412.6572): an untargeted attack with one gradient.
 
     .. math:: x' = \mathrm{clip}(x + \epsilon \, \mathrm{sign} \, \nabla_x \ell(f(x), y), \; lower, \; upper)
 
-    with sign(0) = 0. One gradient serves any number of ``eps``. Nothing but the returned tensors changes: gradients of
-    parameters, modes and random state stay as they were; it works within ``torch.no_grad()`` and autocast too. Float32
-    computes without TensorFloat-32.
+    with sign(0) = 0. All values of ``eps`` share one gradient. The call has no side effects: gradients of parameters,
+    modes and random states do not change. It also works within ``torch.no_grad()`` and autocast. Float32 is computed
+    without TensorFloat-32.
 
     Args:
-        forward: Maps images to logits ``(N, C)``; whatever normalises the images belongs within. In eval mode.
+        forward: Maps images to logits ``(N, C)``, including the normalisation of the images. In eval mode.
         images: Pixels x, ``(N, ...)``, floating point, within ``[lower, upper]``.
         labels: True classes y, ``(N,)`` integers.
-        eps: Largest change of a pixel, in the unit of ``images`` (8 / 255 for the range 0..1, 8 for 0..255); a number,
-            or a sequence. Below half a grey level of 0..255 a warning says that the unit may be the other one.
+        eps: Largest change of a pixel, in the unit of ``images`` (8 / 255 for the range 0..1, 8 for 0..255); a number
+            or a sequence. For the range 0..255, a value below 0.5 gives a warning that the unit may be wrong.
         lower: Smallest possible pixel value.
         upper: Largest possible pixel value.
         loss: ``'cross_entropy'``, or a callable that takes logits and labels and returns a loss, ``(N,)`` or summed.
@@ -54,8 +54,8 @@ def fgsm(
 
     Raises:
         ValueError: If the model is in train mode, images lie outside the bounds, ``eps`` exceeds the range, a label is
-            no class, or the output is not a differentiable function of the images.
-        TypeError: If ``images`` are integers, or an argument is of another type.
+            not a class, or the output is not a differentiable function of the images.
+        TypeError: If ``images`` are integers, or an argument has the wrong type.
 
     Example:
         >>> images, labels = torch.tensor([[0.5, 0.9]]), torch.tensor([0])
@@ -83,13 +83,13 @@ def pgd(
     upper: float = 1.0,
     loss: Loss = "cross_entropy",
 ) -> Tensor | list[Tensor]:
-    r"""Projected gradient descent (Madry et al., arXiv:1706.06083): FGSM in small steps, each projected onto the ball.
+    r"""Projected gradient descent (Madry et al., arXiv:1706.06083): FGSM in several steps within the L-inf ball.
 
     .. math:: x_{t+1} = \Pi_{\lVert x' - x \rVert_\infty \le \epsilon,\; lower \le x' \le upper}
         (x_t + a \, \mathrm{sign} \, \nabla_{x_t} \ell(f(x_t), y))
 
-    A stronger attack than :func:`fgsm`, which is known to overrate robustness, at ``steps`` gradients for every
-    ``eps``. The last iterate is returned. It leaves no trace either.
+    A stronger attack than :func:`fgsm`, which is known to overestimate robustness. It takes ``steps`` gradients for
+    each ``eps`` and returns the last iterate. Like :func:`fgsm`, it has no side effects.
 
     Args:
         forward: As in :func:`fgsm`.
@@ -97,11 +97,11 @@ def pgd(
         labels: As in :func:`fgsm`.
         eps: As in :func:`fgsm`; each value of a sequence is attacked from the start.
         steps: Number of gradients, 1 to 9,999.
-        step_size: Change of a pixel in one step (a), in the unit of ``images``; None: ``2.5 * eps / steps``, which lets
-            any point of the ball be reached.
-        random_start: Start from a uniformly random point of the ball, within the bounds; else from the images.
-        generator: Source of the random start, on the device of ``images``. None: one of its own, seeded with 0 for each
-            ``eps``, so that torch's global random state stays as it was.
+        step_size: Change of a pixel in one step (a), in the unit of ``images``. None: ``2.5 * eps / steps``, with which
+            the attack can reach every point of the ball.
+        random_start: Start from a uniformly random point of the ball, clipped to the bounds; else from the images.
+        generator: Generator of the random start, on the device of ``images``. None: a new generator with seed 0 for
+            each ``eps``; the global random state is not used.
         lower: As in :func:`fgsm`.
         upper: As in :func:`fgsm`.
         loss: As in :func:`fgsm`.
@@ -133,7 +133,7 @@ def pgd(
         x = images
         if random_start:
             source = torch.Generator(images.device).manual_seed(0) if generator is None else generator
-            # rand and not uniform_: it draws the same numbers however the images are laid out in memory.
+            # rand and not uniform_, because its numbers do not depend on the memory format of the images.
             offset = torch.rand(images.shape, generator=source, dtype=images.dtype, device=images.device) * 2 - 1
             x = (images + budget * offset).clamp(lower, upper)
         for _ in range(steps):
@@ -147,10 +147,10 @@ def pgd(
 def input_gradient(
     forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, loss: Loss = "cross_entropy"
 ) -> tuple[Tensor, Tensor]:
-    r"""Gradient of the summed loss with respect to the images: what every attack here is made of.
+    r"""Gradient of the summed loss with respect to the images.
 
-    The loss is summed and not averaged, so that an image's gradient does not depend on the batch around it, and taken
-    in float32 at least, so that half precision does not flush it to zero. Float32 computes without TensorFloat-32.
+    The loss is summed, not averaged, so an image's gradient does not depend on the size of its batch. It is computed in
+    float32 or float64, so it does not underflow in half precision. TensorFloat-32 is not used.
 
     Args:
         forward: As in :func:`fgsm`.
@@ -159,7 +159,7 @@ def input_gradient(
         loss: As in :func:`fgsm`.
 
     Returns:
-        The gradient, of the shape, dtype and device of ``images``, and the logits ``(N, C)`` that came with it.
+        The gradient, of the shape, dtype and device of ``images``, and the logits ``(N, C)`` of the same forward pass.
 
     Raises:
         ValueError: If the model is in train mode, or the output is not a differentiable function of the images.
@@ -167,9 +167,9 @@ def input_gradient(
     check_type("forward", forward, Callable, "a model or another callable")
     if not callable(loss) and not (isinstance(loss, str) and loss == "cross_entropy"):
         raise ValueError(f"loss: expected 'cross_entropy' or a callable, got {loss!r}")
-    # Callers may be in no_grad or inference mode (validation loops are).
+    # Validation loops run in no_grad or inference mode.
     with torch.inference_mode(False), torch.enable_grad(), full_float32(), require_eval_mode(forward):
-        # Clones: inference tensors cannot be saved. int64: torch's losses take no other integers.
+        # Clones, because inference tensors cannot be saved for backward; int64, because torch's losses require it.
         x, labels = images.detach().clone().requires_grad_(), labels.to(torch.int64, copy=True)
         logits = forward(x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
@@ -205,25 +205,18 @@ def _is_one_budget(eps: float | Tensor | Sequence[float]) -> bool:
     return isinstance(eps, Real) or getattr(eps, "ndim", None) == 0
 
 
-def _warn_of_other_unit(budgets: Sequence[float], scale: float) -> None:
-    """Warn of budgets below half a grey level of pixels in 0..255, which 8 / 255 of the range looks like."""
-    small = [budget for budget in budgets if 0 < budget < LEAST_EPS]
-    if small and scale == 255:
-        warnings.warn(f"eps: {other_unit(small[0])}", stacklevel=4)
-
-
 def other_unit(eps: float) -> str:
-    """What is suspect about ``eps`` below half a grey level, and the value that may have been meant."""
+    """Warning for an ``eps`` below ``LEAST_EPS`` grey levels, with the value that was probably meant."""
     return (
-        f"{eps:.4g} is below half a grey level, which rounding to pixels undoes, because the unit is 1/255 of the "
-        f"range; if {eps:.4g} of the range was meant, it is eps={eps * 255:.4g}"
+        f"{eps:.4g} is below half a grey level, so rounding to pixels undoes the attack; eps is in grey levels (1/255 "
+        f"of the pixel range); for {eps:.4g} of the range, use eps={eps * 255:.4g}"
     )
 
 
 def _checked_budgets(
     images: Tensor, labels: Tensor, eps: float | Sequence[float], lower: float, upper: float
 ) -> list[float]:
-    """Refuse what would attack something else than meant; the values of ``eps`` as a list."""
+    """Check the arguments and return the values of ``eps`` as a list."""
     check_floating_tensor("images", images, "; convert them with images.float()")
     if images.ndim == 0:
         raise ValueError("images: expected a batch (N, ...), got a scalar")
@@ -251,12 +244,14 @@ def _checked_budgets(
                 f"eps: expected numbers from 0 to upper - lower = {upper - lower:g}, got {budget!r}; eps has the unit "
                 "of the images (8 / 255 of the range is 8 / 255 for pixels in 0..1, and 8 for pixels in 0..255)"
             )
-    _warn_of_other_unit(budgets, upper - lower)
+    small = [budget for budget in budgets if 0 < budget < LEAST_EPS]
+    if small and upper - lower == 255:
+        warnings.warn(f"eps: {other_unit(small[0])}", stacklevel=3)
     if images.numel():
         low, high = (bound.item() for bound in images.detach().aminmax())
         if not (lower <= low and high <= upper):
             raise ValueError(
-                f"images: expected pixels within [{lower:g}, {upper:g}], got [{low:g}, {high:g}]; attack pixels as "
-                "they are stored and put the normalisation into forward, or state their range with lower and upper"
+                f"images: expected pixels within [{lower:g}, {upper:g}], got [{low:g}, {high:g}]; pass images before "
+                "normalisation and normalise them in forward, or set lower and upper to the range of the images"
             )
     return budgets

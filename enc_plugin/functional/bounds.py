@@ -1,4 +1,4 @@
-"""The bounds that lead from robustness to the weights: theorems 1 and 2, and eq. 17."""
+"""The bounds of the paper: theorems 1 and 2 (robustness), and eq. 17 (GBR by the weights' norms)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .checks import check_floating_tensor, check_integer, check_number, check_ty
 
 
 def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
-    r"""The two upper bounds on the GBR of a bias-free network whose activations have slopes of at most 1 (eq. 17).
+    r"""Two upper bounds on the GBR of a bias-free network whose activations have slopes of at most 1 (eq. 17).
 
     .. math:: \mathrm{GBR} \le \prod_{i=1}^L \lVert W^i \rVert_F^2
         \le \Bigl( \frac1L \sum_{i=1}^L \lVert W^i \rVert_F^2 \Bigr)^L
 
-    The second step is the inequality of the arithmetic and geometric mean, and an equality if all norms are equal
-    (ENC). ``log_mean_power - log_product``, its slack, says how far from that a network is.
+    The second step is the inequality of arithmetic and geometric means. It is an equality if all norms are equal, as
+    ENC makes them. Its slack, ``log_mean_power - log_product``, measures how unequal the norms of a network are.
 
     Args:
-        weights: The layers' linear maps: matrices ``(out, in)``, or tensors read as such, ``(out, in / groups,
-            *kernel)`` (for a convolution that is not the map that the inequality needs, see :func:`conv_map_sq_norm`).
-            A number, or a tensor without dimensions, is a squared norm already taken.
+        weights: The weights of the layers, ``(out, in)`` or ``(out, in / groups, *kernel)``. A number, or a tensor
+            without dimensions, is taken as a squared norm. The inequality is about linear maps, so for a convolution
+            pass :func:`conv_map_sq_norm` instead of the kernel.
 
     Returns:
-        ``product`` and ``mean_power`` (infinite or 0 where a float cannot hold them), ``log_product`` and
-        ``log_mean_power`` (natural logarithms, summed without overflow at any depth).
+        ``product`` and ``mean_power`` (infinite or 0 if a float cannot represent them), ``log_product`` and
+        ``log_mean_power`` (natural logarithms, which do not overflow at any depth).
 
     Raises:
         ValueError: If there are no weights, or a squared norm is negative.
@@ -52,7 +52,7 @@ def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
         raise ValueError("weights: expected at least one layer, got none")
     log_product = logs.sum().item()
     log_mean_power = len(logs) * (logs.logsumexp(0).item() - math.log(len(logs)))
-    # Rounding must not turn the inequality round when the norms are equal.
+    # If the norms are equal, rounding could reverse the inequality.
     log_mean_power = max(log_product, log_mean_power) if not math.isnan(log_product) else log_mean_power
     return {
         "product": _exp(log_product),
@@ -69,7 +69,7 @@ def _log_sq_norm(weight: Tensor | float) -> float:
         largest = w.abs().amax() if w.numel() else w.new_zeros(())
         if not 0 < largest < math.inf:
             return w.square().sum().log().item()
-        # Scaled, so that squares neither overflow nor vanish.
+        # Scaled, so that squares neither overflow nor underflow.
         return (2 * largest.log() + (w / largest).square().sum().log()).item()
     value = weight.item() if isinstance(weight, Tensor) else weight
     check_number("weights", value, "tensors or squared norms that are not negative", lambda v: not v < 0)
@@ -88,26 +88,27 @@ def conv_map_sq_norm(
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    r"""Squared Frobenius norm of the linear map that a zero-padded convolution is on inputs of a given size.
+    r"""Squared Frobenius norm of a zero-padded convolution, as a linear map on inputs of a given size.
 
     .. math:: \lVert A \rVert_F^2 = \sum_k n_k \lVert W_{:,:,k} \rVert_F^2
 
-    where the tap k of the kernel meets a pixel, and not the padding, at :math:`n_k` output positions. This is the norm
-    that eq. 17 needs; the kernel's own norm, which weight decay and ENC see, counts each tap once.
+    where :math:`n_k` is the number of output positions at which kernel element k reads a pixel and not the padding.
+    This is the norm that the bound of eq. 17 needs. The norm of the kernel, which weight decay and ENC control, counts
+    each element once.
 
     Args:
         weight: Kernel, ``(out, in / groups, *kernel)``, with any number of groups.
         input_size: Size of the input without batch and channels, ``(H, W)`` for images.
         stride: As in torch's convolutions, a number or one per dimension.
-        padding: As in torch's convolutions: ``'same'`` and ``'valid'`` too.
+        padding: As in torch's convolutions, including ``'same'`` and ``'valid'``.
         dilation: As in torch's convolutions.
 
     Returns:
         Scalar of the dtype of ``weight`` (float32 at least).
 
     Raises:
-        ValueError: If a size or their number does not fit the kernel, or an option is out of range.
-        TypeError: If an argument is of another type.
+        ValueError: If ``input_size`` does not fit the kernel, or an argument is out of range.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> conv_map_sq_norm(torch.ones(1, 1, 3), (4,), padding=1)  # the tridiagonal 4 x 4 matrix of ones
@@ -136,8 +137,8 @@ def conv_map_sq_norm(
         before = both // 2
         if size + both <= reach:
             raise ValueError(
-                f"input_size: expected sizes that the kernel fits into, got {size} + {both} (padding) for a reach of "
-                f"{reach + 1}"
+                f"input_size: expected input plus padding >= {reach + 1}, the size of the dilated kernel, got {size} + "
+                f"{both} (padding)"
             )
         outputs = torch.arange((size + both - reach - 1) // strides[i] + 1) * strides[i] - before
         pixels = outputs[:, None] + torch.arange(taps) * dilations[i]
@@ -146,16 +147,17 @@ def conv_map_sq_norm(
 
 
 def map_rows_sq_norm(weight: Tensor, reads: Sequence[Tensor]) -> Tensor:
-    r"""Squared norm of the linear map that a convolution is, for each output channel, whatever its padding.
+    r"""Squared norm of a convolution as a linear map, for each output channel and with any padding.
 
     .. math:: \lVert A_j \rVert^2 = \sum_{k,l} n_{kl} \langle W_{j,:,k}, W_{j,:,l} \rangle
 
-    where the taps k and l of the kernel meet the same pixel at :math:`n_{kl}` output positions. With zero padding
-    (or none) no two taps do, and what is left is the formula of :func:`conv_map_sq_norm`.
+    where :math:`n_{kl}` is the number of output positions at which the kernel elements k and l read the same pixel.
+    With zero padding, different elements never do, and the formula becomes that of :func:`conv_map_sq_norm`.
 
     Args:
         weight: Kernel, ``(out, in / groups, *kernel)``.
-        reads: For each dimension ``(outputs, taps)``: index of the pixel that a tap meets, -1 where it meets a zero.
+        reads: For each dimension, a tensor ``(outputs, kernel size)`` with the index of the pixel that a kernel
+            element reads, -1 for a zero of the padding.
 
     Returns:
         ``(out,)``, of the dtype of ``weight`` (float32 at least).
@@ -178,23 +180,23 @@ def _per_dimension(name: str, value: int | Sequence[int], count: int, minimum: i
 
 
 def robustness_gap(delta_s: float, n: int, num_cells: int, loss_bound: float, confidence: float) -> float:
-    r"""Right side of theorem 1 (Xu & Mannor, 2012): bound on the gap between expected and empirical loss.
+    r"""Bound on the gap between expected and empirical loss (theorem 1; Xu & Mannor, 2012).
 
     .. math:: d(s) + M \sqrt{\frac{2 K \ln 2 + 2 \ln(1/\delta)}{n}}
 
     Args:
-        delta_s: d(s): how far the loss may vary within a cell, see :func:`robustness_delta`; not negative.
+        delta_s: d(s), the largest variation of the loss within a cell, >= 0; see :func:`robustness_delta`.
         n: Number of training samples.
-        num_cells: K: number of cells that the sample space is divided into.
-        loss_bound: M: largest value of the loss.
-        confidence: Probability 1 - delta with which the bound holds, between 0 and 1.
+        num_cells: K, the number of cells that the sample space is divided into.
+        loss_bound: M, the largest value of the loss.
+        confidence: Probability 1 - delta with which the bound holds, in [0, 1).
 
     Returns:
         The bound, in the unit of the loss.
 
     Raises:
         ValueError: If an argument is out of its range.
-        TypeError: If an argument is no number.
+        TypeError: If an argument is not a number.
 
     Example:
         >>> round(robustness_gap(0.1, n=10_000, num_cells=10, loss_bound=1.0, confidence=0.95), 4)
@@ -215,26 +217,26 @@ def robustness_gap(delta_s: float, n: int, num_cells: int, loss_bound: float, co
 def robustness_delta(
     gradient_norm: float | Tensor, lipschitz: float, cell_diameter: float, *, task: str = "classification"
 ) -> float | Tensor:
-    r"""Theorem 2 turned round: the robustness d(s) that a bound on the gradient of the prediction certifies.
+    r"""Robustness d(s) that a bound on the gradient of the prediction guarantees (theorem 2, solved for d(s)).
 
     .. math:: d(s) = L \epsilon \, \lVert \partial f / \partial x \rVert \quad\text{(classification)}, \qquad
         L \epsilon \, \lVert \partial f / \partial x \rVert + \epsilon \quad\text{(regression)}
 
     Args:
-        gradient_norm: Bound on the norm of the gradient everywhere in the cells, such as ``gbr(...).max().sqrt()``
-            (``output='label_prob'`` for the paper's A_s(x)); taken from samples, it certifies as much as they represent
-            their cells. Not squared; the mean over samples is no bound.
-        lipschitz: L: Lipschitz constant of the loss in the prediction.
-        cell_diameter: epsilon: diameter of a cell, in the unit of the inputs.
+        gradient_norm: Upper bound on the norm (not squared) of the gradient everywhere in the cells, such as
+            ``gbr(...).max().sqrt()`` (with ``output='label_prob'`` for the paper's A_s(x)). The maximum over samples is
+            a bound only as far as the samples represent their cells; the mean over samples is not a bound.
+        lipschitz: L, the Lipschitz constant of the loss as a function of the prediction.
+        cell_diameter: epsilon, the diameter of a cell, in the unit of the inputs.
         task: ``'classification'`` or ``'regression'``.
 
     Returns:
-        d(s), in the unit of the loss, to be used in :func:`robustness_gap`; shaped like ``gradient_norm``.
+        d(s), in the unit of the loss, for :func:`robustness_gap`; has the shape of ``gradient_norm``.
 
     Raises:
-        ValueError: If ``task`` is unknown, ``lipschitz`` or ``cell_diameter`` is not positive, or ``gradient_norm``
+        ValueError: If ``task`` is unknown, ``lipschitz`` or ``cell_diameter`` is not positive, or ``gradient_norm`` is
             negative.
-        TypeError: If an argument is no number.
+        TypeError: If an argument is not a number.
 
     Example:
         >>> robustness_delta(2.0, lipschitz=1.0, cell_diameter=0.5)

@@ -1,4 +1,4 @@
-"""Checks of arguments: the error names the argument, what was expected and what came, before anything is computed."""
+"""Checks of arguments. Each error names the argument, what was expected, and what was given."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 
 def check_integer(name: str, value: object, minimum: int, *, below: int | None = None, none: str | None = None) -> None:
-    """Refuse what is no integer of at least ``minimum``.
+    """Raise unless ``value`` is an integer >= ``minimum``.
 
     Args:
-        name: Of the argument.
-        value: What came. Truth values are no integers here: they come from a slip in a config.
-        minimum: The least that is accepted.
-        below: The least that is too large; None: there is none.
-        none: What None means; without it None is refused.
+        name: Name of the argument.
+        value: Value of the argument. True and False do not count as integers, because they are mistakes in a config.
+        minimum: Smallest accepted value.
+        below: Exclusive upper bound, or None.
+        none: Meaning of None, for the error message. If it is not given, None raises.
 
     Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is out of the range.
+        TypeError: If ``value`` is not an integer.
+        ValueError: If ``value`` is out of range.
     """
     if value is None and none is not None:
         return
@@ -39,22 +39,22 @@ def check_integer(name: str, value: object, minimum: int, *, below: int | None =
 
 
 def check_seed(name: str, value: object) -> None:
-    """Refuse what is no integer from 0 to 2^32 - 1: what every random generator takes."""
+    """Raise unless ``value`` is an integer from 0 to 2^32 - 1, the range that NumPy and torch both accept."""
     check_integer(name, value, 0, below=2**32)
 
 
 def check_number(name: str, value: object, expected: str, accepts: Callable[[float], bool]) -> None:
-    """Refuse what is no real number, or one that ``accepts`` does not take.
+    """Raise unless ``value`` is a real number that ``accepts`` returns True for.
 
     Args:
-        name: Of the argument.
-        value: What came.
-        expected: The range in words.
-        accepts: The range; false for NaN.
+        name: Name of the argument.
+        value: Value of the argument.
+        expected: The accepted range in words.
+        accepts: Whether a number is in the range. It must return False for NaN to make NaN raise.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is out of the range.
+        TypeError: If ``value`` is not a number.
+        ValueError: If ``value`` is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
@@ -63,7 +63,7 @@ def check_number(name: str, value: object, expected: str, accepts: Callable[[flo
 
 
 def check_type(name: str, value: object, types: Any, expected: str) -> None:
-    """Raise ``TypeError`` unless ``value`` is of one of ``types``, which ``expected`` puts in words."""
+    """Raise ``TypeError`` unless ``value`` is an instance of ``types``; ``expected`` describes them in the message."""
     if not isinstance(value, types):
         raise TypeError(f"{name}: expected {expected}, got {_describe(value)}")
 
@@ -82,12 +82,12 @@ def check_floating_tensor(name: str, value: object, hint: str = "") -> None:
 
 
 def holds_integers(tensor: Tensor) -> bool:
-    """Whether the elements are integers, truth values not among them."""
+    """Whether the dtype of ``tensor`` is an integer type; bool is not one."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def check_class_numbers(name: str, labels: Tensor, num_classes: int) -> None:
-    """Raise ``ValueError`` unless all ``labels`` are classes, 0 to ``num_classes - 1``; waits for the device."""
+    """Raise ``ValueError`` unless all ``labels`` are within 0..``num_classes - 1``. Synchronizes with the device."""
     if labels.numel():
         low, high = (bound.item() for bound in labels.aminmax())
         if low < 0 or high >= num_classes:

@@ -1,4 +1,8 @@
-"""The epsilon-shifted L2 regularizer (Li et al., arXiv:1911.05920): decay of a scale-free weight gets a minimum."""
+"""The epsilon-shifted L2 regularizer (Li et al., arXiv:1911.05920), and how strongly weight decay acts in a run.
+
+ENC layers are scale-invariant in W, so plain weight decay drives W towards 0. The shifted regularizer has its minimum
+at the norm or standard deviation ``eps`` instead.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,21 @@ from .checks import check_number
 from .grouped import computed, factors, normalized
 from .weights import check_variant, check_weight, enc_weight, is_centered, is_whole_layer, num_rows
 
-# By whether the layer is taken as a whole and whether means are removed: the equation that divides by the same norms.
+# (whole layer, centered) -> the variant that divides by the same norms.
 _DIVISIONS = {(False, False): "wn", (True, False): "fro", (False, True): "ws", (True, True): "centered_fro"}
 
 
 def shift_direction(weight: Tensor, variant: str) -> Tensor:
-    r"""Direction U along which the shift pushes the weight outwards.
+    r"""Direction U along which the shift increases the norm (or the standard deviation) of the weight.
 
-    Row j of the norm variants is :math:`W_j / \lVert W_j \rVert`, of the centered ones
-    :math:`(W_j - \bar W_j) / \mathrm{std}\, W_j`: in both, the ENC weight with another ``alpha``. It is the
-    gradient of :math:`\sum_j \lVert W_j \rVert`, and of :math:`n \sum_j \mathrm{std}\, W_j`.
+    For ``'fro'`` and ``'wn'``, row j of U is :math:`W_j / \lVert W_j \rVert`, the gradient of
+    :math:`\sum_j \lVert W_j \rVert`. For ``'ws'`` and ``'centered_fro'`` it is
+    :math:`(W_j - \bar W_j) / \mathrm{std}\, W_j`, the gradient of :math:`n \sum_j \mathrm{std}\, W_j`. Both are the
+    effective weight of ENC with another ``alpha``.
 
     Args:
         weight: Free weight W, as in :func:`enc_weight`.
-        variant: As in :func:`enc_weight`; the whole-layer variants use the layer's own norm or standard deviation.
+        variant: As in :func:`enc_weight`. For ``'fro'`` and ``'centered_fro'`` the whole layer counts as one row.
 
     Returns:
         Tensor of the shape, dtype and device of ``weight``.
@@ -43,13 +48,13 @@ def _alpha_of_direction(weight: Tensor, variant: str) -> float:
 
 
 def shift_directions(weights: Sequence[Tensor], variant: str) -> list[Tensor]:
-    """:func:`shift_direction` of weights of one group (:func:`~enc_plugin.functional.grouped.groups_of`) at once."""
+    """:func:`shift_direction` of all weights of a group (:func:`~enc_plugin.functional.grouped.groups_of`)."""
     variant = _division(variant)
     first, is_alone = weights[0], len(weights) == 1
     if torch.is_grad_enabled() or (is_alone and is_whole_layer(variant)):
         return [shift_direction(weight, variant) for weight in weights]
     if is_alone and first.ndim == 2 and first.is_contiguous() and first.dtype in (torch.float32, torch.float64):
-        return [normalized(first, variant, first.new_ones(len(first)))[0]]  # as below, for small pieces of a weight
+        return [normalized(first, variant, first.new_ones(len(first)))[0]]  # same result as below, with less overhead
     scale = factors(weights, variant, [_alpha_of_direction(weight, variant) for weight in weights])
     return computed(weights, variant, scale)[0]
 
@@ -66,19 +71,19 @@ def shifted_l2_grad(weight: Tensor, variant: str, eps: float) -> Tensor:
                                 (W_j-\bar W_j) + \bar W_j`           - \epsilon)^2 + \bar W_j^2]`
     ==========================  ====================================  ===========================================
 
-    Both read :math:`W - \epsilon\, U` with U the :func:`shift_direction`; ``eps = 0`` is plain decay.
+    Both equal :math:`W - \epsilon\, U` with U the :func:`shift_direction`; ``eps = 0`` is plain weight decay.
 
     Args:
         weight: Free weight W, as in :func:`enc_weight`.
         variant: As in :func:`enc_weight`.
-        eps: Length towards which rows (norm variants: their norm, centered ones: their standard deviation) are
-            drawn, in units of W, not negative.
+        eps: Target of the rows' norm (``'fro'``, ``'wn'``) or standard deviation (``'ws'``, ``'centered_fro'``), in
+            units of W, >= 0.
 
     Returns:
         Tensor of the shape, dtype and device of ``weight``.
 
     Raises:
-        ValueError: If ``eps`` is negative, or as in :func:`enc_weight`.
+        ValueError: If ``eps`` is negative, and as :func:`enc_weight`.
 
     Example:
         >>> import torch
@@ -92,27 +97,28 @@ def shifted_l2_grad(weight: Tensor, variant: str, eps: float) -> Tensor:
 def decay_efolds(
     learning_rates: Iterable[float], weight_decay: float, momentum: float = 0.0, dampening: float = 0.0
 ) -> float:
-    r"""How much weight decay acts in a run: the e-folds by which it lowers :math:`\lVert W \rVert^2`.
+    r"""How strongly weight decay acts in a run, in e-folds of :math:`\lVert W \rVert^2`.
 
-    SGD with momentum :math:`\mu` adds :math:`\lambda W` to the gradient. Each such term enters the velocity once, with
-    the factor :math:`1 - d` of dampening, and leaves it as a geometric series, so a step of learning rate
-    :math:`\eta_t` shrinks W by :math:`\eta_t \lambda (1 - d) / (1 - \mu)` in all:
+    SGD with momentum :math:`\mu` and dampening d adds :math:`\lambda W` to the gradient. Each such term enters the
+    momentum buffer with the factor :math:`1 - d` and decays there as a geometric series, so a step with learning rate
+    :math:`\eta_t` shrinks W by :math:`\eta_t \lambda (1 - d) / (1 - \mu)` in total:
 
     .. math:: \Delta \log \lVert W \rVert^2 = -\frac{2 \lambda (1 - d)}{1 - \mu} \sum_t \eta_t
 
-    to first order in :math:`\eta\lambda`. This is the part of decay alone. Where a batch norm makes W scale-invariant,
-    the loss's gradient is orthogonal to W and only adds to its norm; after a few e-folds the two balance, and the norm
-    no longer depends on how it started.
+    to first order in :math:`\eta\lambda`. This is the effect of weight decay alone. If a batch norm makes W
+    scale-invariant, the gradient of the loss is orthogonal to W and increases its norm. The two effects balance after
+    a few e-folds, and then the norm does not depend on its initial value.
 
     Args:
-        learning_rates: Of every optimizer step of the run.
-        weight_decay: Lambda, not negative.
-        momentum: Of SGD, 0 to 1 (Nesterov's too). For decoupled decay (AdamW), which bypasses the momentum: 0.
-        dampening: Of SGD's momentum.
+        learning_rates: Learning rates of all optimizer steps of the run.
+        weight_decay: Lambda, >= 0.
+        momentum: Momentum of SGD (with or without Nesterov), in [0, 1). For decoupled weight decay (AdamW), which
+            bypasses the momentum: 0.
+        dampening: Dampening of SGD's momentum.
 
     Returns:
-        E-folds, not negative: 1 means that decay alone would divide :math:`\lVert W \rVert^2` by e. The paper's
-        ImageNet recipe has 33.
+        Number of e-folds, >= 0. One e-fold means that weight decay alone would divide :math:`\lVert W \rVert^2` by e.
+        The paper's ImageNet recipe has 33.
 
     Raises:
         ValueError: If ``momentum`` is not in [0, 1), or ``weight_decay`` is negative.
@@ -129,6 +135,5 @@ def decay_efolds(
 
 
 def check_shift_eps(eps: float, name: str = "eps") -> None:
-    """Refuse what is no finite number that is not negative; ``name`` is what the argument is called."""
-    expected = "a finite number >= 0 (0 turns the shift off)"
-    check_number(name, eps, expected, lambda value: 0 <= value < float("inf"))
+    """Raise unless ``eps`` is a finite number >= 0; ``name`` is the argument's name in the message."""
+    check_number(name, eps, "a finite number >= 0 (0 turns the shift off)", lambda value: 0 <= value < float("inf"))

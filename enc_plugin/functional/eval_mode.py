@@ -1,4 +1,4 @@
-"""Guard of the measurements: a network is attacked and differentiated as it is used, in eval mode."""
+"""The check that a network is in eval mode, for attacks and measurements."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 def require_eval_mode(forward: Callable) -> Iterator[None]:
     """Raise ``ValueError`` if a module of ``forward`` runs in train mode within the block.
 
-    In train mode each image's output depends on its batch (batch norm) or on chance (dropout), and running changes
-    the model. A module is checked at once; of any other callable, each module is as it is called.
+    In train mode each image's output depends on its batch (batch norm) or is random (dropout), and a forward pass
+    changes running statistics. If ``forward`` is a module, all of it is checked on entry. If it is another callable,
+    each module is checked when it is called.
     """
     model = module_of(forward)
     if model is not None:
@@ -31,11 +32,11 @@ def require_eval_mode(forward: Callable) -> Iterator[None]:
 
 
 def module_of(forward: Callable) -> nn.Module | None:
-    """The module that ``forward`` is, or is a method of; None for another callable."""
+    """The module that ``forward`` is or is a method of, or None."""
     while isinstance(forward, functools.partial):
         forward = forward.func
     forward = getattr(forward, "__self__", forward)
-    # What torch.compile made of a module has, in some versions of torch, a mode of its own that means nothing.
+    # The wrapper that torch.compile returns has its own `training` flag, which some versions of torch do not update.
     forward = getattr(forward, "_orig_mod", forward)
     return forward if isinstance(forward, nn.Module) else None
 

@@ -1,8 +1,8 @@
-"""The ENC reparameterizations of many layers at once (eq. 20-23): layers with rows of one length are one matrix.
+"""The ENC reparameterizations of many layers in one batch of operations.
 
-A layer computes its weight by a handful of operations. On a GPU each of them costs the host as much as it would for all
-layers together, so a network of small layers waits for the host. Here the number of operations depends on how many
-lengths of rows there are, not on how many layers.
+Computing a layer's weight takes several operations. On a GPU, launching them costs the host the same time for one layer
+as for all layers, so a network of small layers is limited by the host. Here, layers whose rows have the same length
+form a *group*, which is computed as one matrix. So the number of operations depends on the number of different lengths.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .weights import enc_weight, is_centered, is_whole_layer, num_rows
 
-# The variants whose equations this module has for matrices of many layers; others are computed layer by layer.
+# The variants that this module implements for groups. Any other variant is computed layer by layer.
 GROUPED = ("fro", "wn", "ws", "centered_fro")
 
 
@@ -25,20 +25,20 @@ def enc_weights(
 ) -> list[Tensor]:
     """:func:`~enc_plugin.functional.enc_weight` of many layers, equal to it up to rounding.
 
-    Statistics do not depend on the order of the elements within a row, so weights in channels_last are not copied into
-    another order, and their effective weights are in channels_last too.
+    Weights in channels_last format are not copied to contiguous format, because the statistics do not depend on the
+    order of elements within a row.
 
     Args:
-        weights: Free weights on one device and of one floating point dtype, each as in ``enc_weight``.
-        variant: ``'fro'``, ``'wn'``, ``'ws'`` or ``'centered_fro'``, for all of them.
+        weights: Free weights with the same device and floating point dtype, each as in ``enc_weight``.
+        variant: Variant of all layers, as in ``enc_weight``.
         alphas: Squared norm of each effective weight: numbers, or tensors of one element (learnable alphas).
-        dtype: Of the results; None: that of the weights. A cast to the dtype of autocast is one operation here, where
-            the layers would each cast their own.
+        dtype: Dtype of the results; None: that of the weights. Casting to the dtype of autocast here takes one
+            operation instead of one for each layer.
 
     Returns:
-        The effective weights, each with the shape and memory format of its free weight. They are views of common
-        memory. Differentiable in weights and alphas, any number of times. The weights must not change before the
-        backward pass.
+        The effective weights, each with the shape and memory format of its free weight. They are views of shared
+        memory. They are differentiable with respect to weights and alphas, any number of times. The weights must not
+        change before the backward pass.
     """
     if variant not in GROUPED:
         pairs = zip(weights, alphas, strict=True)
@@ -52,7 +52,7 @@ def enc_weights(
 
 
 def groups_of(weights: Sequence[Tensor], variant: str) -> list[list[int]]:
-    """Indices of the weights that can be computed together: of one row length, or of one shape for whole layers."""
+    """Indices of the weights of each group: same row length, or same shape for the whole-layer variants."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, weight in enumerate(weights):
         shape = matrix_shape(weight)
@@ -61,18 +61,18 @@ def groups_of(weights: Sequence[Tensor], variant: str) -> list[list[int]]:
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:
-    """Rows and elements of a row."""
+    """Number of rows, and of elements in a row."""
     return len(weight), weight.numel() // len(weight)
 
 
 def rows_of(weight: Tensor) -> Tensor:
-    """``(out, n)`` view with the elements of each row in the order of memory; a copy if the rows are in pieces."""
+    """``(out, n)`` view with the elements of each row in memory order; a copy if rows are not contiguous in memory."""
     m, n = matrix_shape(weight)
     return weight.as_strided((m, n), (n, 1)) if has_whole_rows(weight) else weight.reshape(m, n).contiguous()
 
 
 def has_whole_rows(tensor: Tensor) -> bool:
-    """Whether the tensor is dense, row after row: contiguous, or channels last."""
+    """Whether the rows are stored one after the other without gaps: in contiguous or channels_last format."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return tensor.is_contiguous() or (
         tensor.ndim in formats and tensor.is_contiguous(memory_format=formats[tensor.ndim])
@@ -80,7 +80,7 @@ def has_whole_rows(tensor: Tensor) -> bool:
 
 
 def rows_of_gradient(grad: Tensor | None, weight: Tensor) -> Tensor:
-    """The gradient's elements in the places that :func:`rows_of` gives to the weight's; zeros for None."""
+    """The gradient as rows with the same order of elements as :func:`rows_of` the weight; zeros for None."""
     if grad is None:
         return weight.new_zeros(matrix_shape(weight))
     if not has_whole_rows(weight):
@@ -91,7 +91,7 @@ def rows_of_gradient(grad: Tensor | None, weight: Tensor) -> Tensor:
 
 
 def in_layouts_of(weights: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-    """Views of ``rows``, which holds the rows of all weights one after the other, each in the layout of its weight."""
+    """Split ``rows``, the concatenated rows of all weights, into views with the shape and strides of each weight."""
     views, start = [], 0
     for weight in weights:
         part = rows.as_strided((weight.numel(),), (1,), start)
@@ -102,14 +102,14 @@ def in_layouts_of(weights: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
 
 
 def gathered(rows: Sequence[Tensor], variant: str) -> Tensor:
-    """Rows of a group as one matrix, or whole layers ``(layers, m, n)``, in float32 at least."""
+    """Rows of a group as one matrix, or ``(layers, m, n)`` for the whole-layer variants; float32 or float64."""
     x = torch.cat(list(rows)) if len(rows) > 1 else rows[0]
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     return x.reshape(len(rows), *rows[0].shape) if is_whole_layer(variant) else x
 
 
 def factors(weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Tensor]) -> Tensor:
-    """What a row of unit variance or norm (whole-layer variants: a layer of unit norm) is multiplied by."""
+    """Factors of the normalised rows (whole-layer variants: layers) that give each layer its squared norm."""
     like = weights[0]
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     rows = tuple(num_rows(weight, variant) for weight in weights)
@@ -118,31 +118,31 @@ def factors(weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Te
         tensors = [a if isinstance(a, Tensor) else like.new_full((), a, dtype=dtype) for a in alphas]
         return torch.cat([(a.to(dtype) / c).sqrt().expand(m) for a, c, m in zip(tensors, counts, rows, strict=True)])
     values = tuple(float((alpha / count) ** 0.5) for alpha, count in zip(alphas, counts, strict=True))
-    # What is made while a CUDA graph is captured has values only when the graph runs, and must not be kept.
+    # A tensor made while a CUDA graph is captured has no values until the graph runs, so it must not be cached.
     is_captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
     return (_filled if is_captured else _kept)(values, rows, dtype, like.device)
 
 
 def _divisor(weight: Tensor, variant: str) -> int:
-    """Squared norm of the layer if each row (of whole-layer variants: the layer) has unit variance or norm."""
+    """Squared norm of a layer whose rows have unit norm (``'wn'``) or variance (``'ws'``); 1 for whole layers."""
     if is_whole_layer(variant):
         return 1
     return weight.numel() if is_centered(variant) else len(weight)
 
 
 def _filled(values: tuple[float, ...], repeats: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Not by torch.tensor, which would wait for a copy from the host.
+    # torch.full and not torch.tensor, which would synchronize to copy from the host.
     return torch.cat([torch.full((m,), v, dtype=dtype, device=device) for v, m in zip(values, repeats, strict=True)])
 
 
 @lru_cache(maxsize=512)
 def _kept(*args: Any) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():  # autograd will save it
+    with torch.inference_mode(False), torch.no_grad():  # autograd cannot save inference tensors
         return _filled(*args)
 
 
 def normalized(x: Tensor, variant: str, scale: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Effective rows, or layers, of the free ones ``x`` (:func:`gathered`), and the statistics for the backward pass.
+    """Effective weights of the free weights ``x`` (:func:`gathered`), and statistics for the backward pass.
 
     Args:
         x: ``(rows, n)``, or ``(layers, m, n)`` for the whole-layer variants; float32 or float64.
@@ -166,7 +166,7 @@ def normalized(x: Tensor, variant: str, scale: Tensor) -> tuple[Tensor, tuple[Te
 def pulled_back(
     grad: Tensor, x: Tensor, variant: str, scale: Tensor, stats: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and ``scale`` from that of :func:`normalized` ``(x, variant, scale)``."""
+    """Backward pass of :func:`normalized`: gradients with respect to ``x`` and ``scale``."""
     if variant == "ws":
         d_x, d_scale, _ = torch.ops.aten.native_group_norm_backward(
             grad[None], x[None], *stats, scale, 1, *x.shape, len(x), [True, True, False]
@@ -187,13 +187,13 @@ def pulled_back(
 def computed(
     weights: Sequence[Tensor], variant: str, scale: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """:func:`enc_weights` of one group, without a gradient, and the statistics of its rows."""
+    """:func:`enc_weights` of one group without autograd, and the statistics for the backward pass."""
     what, stats = normalized(gathered([rows_of(weight) for weight in weights], variant), variant, scale)
     return in_layouts_of(weights, what.to(dtype or weights[0].dtype)), stats
 
 
 class _Group(torch.autograd.Function):
-    """Effective weights of layers that :func:`groups_of` has put together."""
+    """Autograd function of :func:`enc_weights` for one group."""
 
     @staticmethod
     def forward(ctx: Any, variant: str, dtype: torch.dtype, scale: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -217,10 +217,10 @@ class _Group(torch.autograd.Function):
 def keep_for_backward(
     ctx: Any, variant: str, scale: Tensor, weights: Sequence[Tensor], stats: tuple[Tensor, ...]
 ) -> None:
-    """Keep what the backward pass of a group needs.
+    """Store tensors for the backward pass of a group as attributes of ``ctx``.
 
-    Not by save_for_backward. Two outputs of a network that have no layer in common may have a backward pass each, of
-    which the first would free what the second needs.
+    ``save_for_backward`` is not used, because the first backward pass frees what it saved. If two outputs of a network
+    use different layers of a group, each output may have its own backward pass.
     """
     ctx.set_materialize_grads(False)
     ctx.variant, ctx.scale, ctx.weights, ctx.stats = variant, scale, weights, stats
@@ -228,23 +228,23 @@ def keep_for_backward(
 
 
 def needs_own_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> bool:
-    """Whether the backward pass is to be differentiated, or mapped over batched gradients.
+    """Whether the backward pass needs :func:`own_gradients`: if it is differentiated, or runs under ``torch.func``.
 
     Raises:
-        RuntimeError: If a weight with a gradient has changed in place since the forward pass. Torch raises it for its
-            own operations.
+        RuntimeError: If a weight with a gradient was changed in place after the forward pass, as torch's own
+            operations raise.
     """
     for weight, version, grad in zip(ctx.weights, ctx.versions, grads, strict=True):
         if grad is not None and version is not None and weight._version != version:
             raise RuntimeError(
                 f"a weight of shape {tuple(weight.shape)} that is needed for gradient computation has been modified by "
-                "an inplace operation between the forward pass and its backward pass; run the backward pass first"
+                "an inplace operation between forward and backward pass; run the backward pass before changing weights"
             )
     return torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None
 
 
 def own_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of ``scale`` and the weights by the layers' own formula, differentiable themselves."""
+    """Gradients of ``scale`` and the weights, computed layer by layer and differentiable."""
     create_graph = torch.is_grad_enabled()
     of_scale: Tensor | None = None
     of_weights: list[Tensor | None] = []
@@ -255,7 +255,7 @@ def own_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | Non
             of_weights.append(None)
             continue
         with torch.enable_grad():
-            # Of factor 1, so that all rows share the one factor, which may be learnable.
+            # This alpha makes the factor of the rows 1. They are then multiplied by `factor`, which may be learnable.
             unit = enc_weight(weight, ctx.variant, float(_divisor(weight, ctx.variant)))
             what = (unit * factor).to(grad.dtype)
         inputs = [x for x in (weight, ctx.scale) if x.requires_grad]

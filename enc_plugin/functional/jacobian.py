@@ -1,4 +1,4 @@
-r"""The Generalization Bound Regularizer (GBR), eq. 2 and 18: squared norm of a network's input-output Jacobian."""
+"""The Generalization Bound Regularizer (GBR, eq. 2 and 18): squared norm of a network's input-output Jacobian."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .checks import check_class_numbers, check_floating_tensor, check_integer, c
 from .reading import reading, refuse_random
 
 OUTPUTS = {
-    "logits": "what forward returns",
-    "probs": "its softmax",
+    "logits": "the output of forward",
+    "probs": "the softmax of the logits",
     "label_prob": "the softmax of the true class, A_s(x) in the paper",
 }
 
@@ -29,40 +29,39 @@ def gbr(
     seeds: Tensor | None = None,
     batch_size: int = 32,
 ) -> Tensor:
-    r"""Squared Frobenius norm of the input-output Jacobian of every sample; its mean is the GBR (eq. 18).
+    r"""Squared Frobenius norm of the input-output Jacobian of each sample; its mean is the GBR (eq. 18).
 
     .. math:: \lVert \partial f(x) / \partial x \rVert_F^2
         = \mathbb E \, \frac CP \sum_{p=1}^{P} \lVert v_p^\top \, \partial f(x) / \partial x \rVert^2
 
-    for C outputs and P random orthonormal directions v. Exact computation takes one forward and C backward passes,
-    a projected one P backward passes; both differentiate with respect to the inputs alone. Nothing but the returned
-    tensor changes: gradients of parameters, ``requires_grad``, modes, buffers and torch's random state stay as they
-    were; it works within ``torch.no_grad()`` and ``torch.inference_mode()``. Float32 computes without TensorFloat-32.
+    for C outputs and P random orthonormal directions v. The exact value takes one forward and C backward passes, an
+    estimate P backward passes, with respect to the inputs only. The call has no side effects: gradients of parameters,
+    ``requires_grad``, modes, buffers and random states do not change. It also works within ``torch.no_grad()`` and
+    ``torch.inference_mode()``. Float32 is computed without TensorFloat-32.
 
     Args:
-        forward: Maps inputs ``(N, ...)`` to outputs ``(N, C)`` (other shapes are flattened to that), each sample on
-            its own and without chance: a model in eval mode, or any callable. What ``torch.compile`` made runs
-            uncompiled, because its backward pass runs once only.
-        inputs: Samples x, ``(N, ...)``, floating point; their unit is what the result is relative to.
-        output: What is differentiated: ``'logits'`` (what ``forward`` returns), ``'probs'`` (its softmax) or
+        forward: Maps inputs ``(N, ...)`` to outputs ``(N, C)`` (other shapes are flattened): a model in eval mode or
+            any callable. It must be deterministic, and samples must not depend on each other. A compiled model runs
+            uncompiled, because a compiled backward pass can run only once.
+        inputs: Samples x, ``(N, ...)``, floating point. The result is per squared unit of ``inputs``.
+        output: The function to differentiate: ``'logits'`` (the output of ``forward``), ``'probs'`` (its softmax) or
             ``'label_prob'`` (the softmax of the true class).
-        labels: True classes, ``(N,)`` integers; for ``'label_prob'``.
-        projections: Number P of random orthonormal directions for each sample: unbiased, and exact from C on. None:
-            exact.
-        generator: Source of the directions. None: they follow from torch's global random state, which stays as it is,
-            so that calls in a row draw the same directions.
-        seeds: ``(N,)`` integers in 0..2^32-1, in place of ``generator``: each sample's directions follow from its own
-            seed, however samples are split into calls or processes.
-        batch_size: Samples differentiated at a time, which bounds the memory; does not change the result.
+        labels: True classes, ``(N,)`` integers; required for ``'label_prob'``.
+        projections: Number P of random orthonormal directions for each sample: an unbiased estimate, and exact if
+            P >= C. None: exact.
+        generator: Generator of the directions. None: the directions are derived from torch's global random state, which
+            does not change, so successive calls use the same directions.
+        seeds: One seed for each sample, ``(N,)`` integers in 0..2^32-1, instead of ``generator``. The directions of a
+            sample then do not depend on how samples are split into calls or processes.
+        batch_size: Samples per forward pass. It limits the memory and does not change the result.
 
     Returns:
-        ``(N,)``, in float32 at least; not halved, no mean taken.
+        ``(N,)``, float32 or float64. Neither halved nor averaged.
 
     Raises:
-        ValueError: If ``output`` is unknown or lacks its labels, a batch norm uses the statistics of the batch, the
-            output is random (dropout, stochastic depth and the like in train mode), or one sample's output depends on
-            another sample.
-        TypeError: If ``inputs`` are integers or ``forward`` returns no tensor.
+        ValueError: If ``output`` is unknown or lacks its labels, a batch norm uses batch statistics, the output is
+            random (dropout or stochastic depth in train mode), or one sample's output depends on another sample.
+        TypeError: If ``inputs`` are integers or ``forward`` does not return a tensor.
 
     Example:
         >>> weight = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
@@ -94,25 +93,25 @@ def gbr(
 def gbr_penalty(
     inputs: Tensor, outputs: Tensor, *, projections: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
-    r"""Estimate of the batch's mean GBR that can be differentiated with respect to the parameters.
+    r"""Estimate of the mean GBR of a batch, differentiable with respect to the parameters.
 
-    Adding it to the loss optimises eq. 2 directly, which the paper calls too costly: every projection is a backward
-    pass that is differentiated itself. A batch norm in train mode couples the samples of a batch; the estimate then is
-    of the gradient of all outputs of the batch, as training sees it.
+    Adding it to the loss optimises the GBR (eq. 2) directly. The paper calls that too costly, because each projection
+    is a backward pass that is itself differentiated. A batch norm in train mode makes samples depend on each other; the
+    estimate is then of the Jacobian of all outputs of the batch.
 
     Args:
-        inputs: Samples x, ``(N, ...)``, that require grad and that ``outputs`` were computed from.
+        inputs: Samples x, ``(N, ...)``, from which ``outputs`` were computed; they require grad.
         outputs: ``(N, C)``, with their graph.
         projections: Number of random orthonormal directions for each sample.
-        generator: Source of the directions, on any device; None: torch's global one of the device of ``outputs``, which
-            advances. One on a GPU draws there, so that the host waits for nothing.
+        generator: Generator of the directions, on any device. None: torch's global one of the device of ``outputs``. A
+            generator on a GPU avoids a synchronization.
 
     Returns:
-        Scalar with a graph, not halved, in float32 at least.
+        Scalar with a graph, float32 or float64. Not halved.
 
     Raises:
-        ValueError: If ``inputs`` or ``outputs`` hold no sample or have no graph, or ``projections`` is below 1.
-        TypeError: If an argument is of another type.
+        ValueError: If ``inputs`` or ``outputs`` are empty or have no graph, or ``projections`` is below 1.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> x, weight = torch.zeros(3, 2, requires_grad=True), torch.tensor([[1.0, 2.0]], requires_grad=True)
@@ -122,7 +121,7 @@ def gbr_penalty(
     for name, tensor in (("inputs", inputs), ("outputs", outputs)):
         check_floating_tensor(name, tensor)
         if not tensor.requires_grad:
-            raise ValueError(f"{name}: expected a tensor that requires grad, or its gradient is none")
+            raise ValueError(f"{name}: expected a tensor that requires grad, got one that does not")
         if tensor.ndim == 0 or not len(tensor):
             raise ValueError(f"{name}: expected at least one sample, got shape {tuple(tensor.shape)}")
     check_integer("projections", projections, 1)
@@ -147,12 +146,12 @@ def gbr_penalty(
 def check_forward(
     forward: Callable[[Tensor], Tensor], inputs: Tensor, output: str = "logits", labels: Tensor | None = None
 ) -> None:
-    """Raise unless :func:`gbr` can be taken of ``forward``: as it checks its first batch itself, on a few samples.
+    """Raise if ``forward`` is random or its samples depend on each other, as :func:`gbr` does in its first batch.
 
-    For measurements that come in many calls of :func:`squared_norms` and need one check.
+    Call it once before many calls of :func:`squared_norms`, which do not check.
 
     Args:
-        forward, inputs, output, labels: As in :func:`gbr`; with fewer than three samples not every dependence shows.
+        forward, inputs, output, labels: As in :func:`gbr`. With fewer than three samples, a dependence may be missed.
 
     Raises:
         ValueError: As :func:`gbr`.
@@ -170,7 +169,7 @@ def squared_norms(
     projections: int | None = None,
     seeds: Tensor | None = None,
 ) -> Tensor:
-    """:func:`gbr` of one batch, without the check of :func:`check_forward`; arguments and result are the same."""
+    """:func:`gbr` of one batch, without the checks of :func:`check_forward`."""
     with reading(inputs.device):
         given = None if seeds is None else seeds.tolist()
         return _squared_norms(forward, inputs.detach(), output, labels, projections, given, check=False)
@@ -185,7 +184,7 @@ def _squared_norms(
     seeds: list[int] | None,
     check: bool,
 ) -> Tensor:
-    """:func:`gbr` of one chunk; ``check`` looks for chance, and for samples that depend on each other."""
+    """:func:`gbr` of one batch; ``check`` as in :func:`check_forward`."""
     if check:
         with refuse_random(forward, inputs):
             x, out = _graph(forward, inputs, output, labels)
@@ -216,15 +215,15 @@ def _checked_gradient(
 ) -> Tensor:
     """Gradient along ``direction``. Also checks, almost for free, that no sample's output depends on another sample.
 
-    The outputs of one sample in the middle are left out of the sum. Its input then gets a gradient of exactly zero,
-    unless it reaches another sample's outputs. Its own gradient is taken alone.
+    The outputs of the sample in the middle are left out of the sum. The gradient of its input is then exactly zero,
+    unless other samples' outputs depend on it. Its own gradient is computed separately.
     """
     index = len(x) // 2
     middle = slice(index, index + 1)
     others = direction.clone()
     others[middle] = 0
     gradient = _input_gradient(out, x, others, keep)
-    # Zero times the NaN or Inf of a network that has diverged is NaN, and no sign of mixing.
+    # In a diverged network, zero times Inf gives NaN, which is not a sign of a dependence.
     if gradient[middle].nan_to_num(0, 0, 0).any():
         raise ValueError(
             "forward: expected each sample's output to depend on that sample alone, but it depends on other samples of "
@@ -236,7 +235,7 @@ def _checked_gradient(
 
 
 def _input_gradient(out: Tensor, x: Tensor, direction: Tensor, keep: bool = False) -> Tensor:
-    """Gradient of ``(direction * out).sum()``; ``keep`` leaves the graph for the next direction."""
+    """Gradient of ``(direction * out).sum()``; ``keep`` retains the graph for the next direction."""
     gradient = (
         torch.autograd.grad(out, x, direction, retain_graph=keep, allow_unused=True)[0] if out.requires_grad else None
     )
@@ -251,14 +250,14 @@ def _input_gradient(out: Tensor, x: Tensor, direction: Tensor, keep: bool = Fals
 def _graph(
     forward: Callable[[Tensor], Tensor], inputs: Tensor, output: str, labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Leaf with the values of ``inputs``, and the outputs ``(N, C)`` to differentiate, with their graph."""
+    """A leaf tensor with the values of ``inputs``, and the outputs ``(N, C)`` to differentiate, with their graph."""
     x, out = _leaf_and_output(forward, inputs)
     if len(x) == 1 and isinstance(out, Tensor) and (out.ndim == 0 or len(out) != 1):
-        # A network that squeezes takes a batch of one for no batch at all.
+        # A network that calls squeeze() loses the batch dimension of a batch of one.
         x, out = _leaf_and_output(forward, inputs, copies=2)
         out = out[:1] if out.ndim and len(out) == 2 else out
     if not isinstance(out, Tensor):
-        raise TypeError(f"forward: expected it to return a tensor (N, C), got {type(out).__name__}")
+        raise TypeError(f"forward: expected a callable that returns a tensor (N, C), got {type(out).__name__}")
     if out.ndim == 0 or len(out) != len(x):
         raise ValueError(f"forward: expected outputs of shape ({len(x)}, C), got {tuple(out.shape)}")
     out = out.reshape(len(x), -1)
@@ -271,16 +270,16 @@ def _graph(
 
 
 def _leaf_and_output(forward: Callable[[Tensor], Tensor], inputs: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
-    """Leaf with the values of ``inputs``, and what ``forward`` returns for ``copies`` of it, one behind the other."""
+    """A leaf with the values of ``inputs``, and the output of ``forward`` for ``copies`` of it, concatenated."""
 
     def feed(x: Tensor) -> Tensor:
         return forward(torch.cat([x] * copies) if copies > 1 else x.clone())
 
-    # A copy, and one more in feed: some networks begin with an in-place operation, which a leaf does not allow.
+    # feed() copies once more, because some networks start with an in-place operation, which a leaf does not allow.
     x = inputs.clone()
     channels_last = x.ndim == 4 and x.device.type == "cpu"
     if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)  # 5 to 25 % faster: convolutions need no reordering
+        x = x.contiguous(memory_format=torch.channels_last)  # makes convolutions 5 to 25 % faster
     x.requires_grad_()
     try:
         return x, feed(x)
@@ -294,7 +293,10 @@ def _leaf_and_output(forward: Callable[[Tensor], Tensor], inputs: Tensor, copies
 def _directions(
     size: int, projections: int | None, seeds: list[int] | None, like: Tensor
 ) -> tuple[_UnitVectors | Tensor, float]:
-    """Output directions ``(P, N, C)`` and the factor of the sum of squares: all unit vectors, or random frames."""
+    """Output directions ``(P, N, C)`` and the factor of the sum of squares.
+
+    The directions are all C unit vectors, or ``projections`` random orthonormal vectors for each sample.
+    """
     if projections is None or projections >= size:
         return _UnitVectors(like), 1.0
     frames = torch.stack([_orthonormal(size, projections, seed) for seed in seeds or ()], 1)
@@ -302,7 +304,7 @@ def _directions(
 
 
 def _orthonormal(size: int, count: int, seed: int) -> Tensor:
-    """Uniformly random ``count`` orthonormal rows of length ``size``, in float64 on the CPU."""
+    """``count`` uniformly random orthonormal vectors, ``(count, size)``, in float64 on the CPU."""
     gaussian = torch.randn(size, count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     if count == 1:
         return (gaussian / gaussian.norm()).T
@@ -310,14 +312,14 @@ def _orthonormal(size: int, count: int, seed: int) -> Tensor:
 
 
 def _drawn_frames(like: Tensor, projections: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Uniformly random frames as :func:`_directions` has them, of one draw for the whole batch on ``device``."""
+    """Random directions as in :func:`_directions`, drawn for the whole batch at once on ``device``."""
     gaussian = torch.randn(*like.shape, projections, generator=generator, device=device)
     frames = nn.functional.normalize(gaussian, dim=1) if projections == 1 else torch.linalg.qr(gaussian)[0]
     return frames.movedim(-1, 0).to(like)
 
 
 class _UnitVectors:
-    """The unit vectors of ``(N, C)`` outputs, for all samples alike, made one at a time."""
+    """The C unit vectors of ``(N, C)`` outputs, the same for all samples, created one at a time to save memory."""
 
     def __init__(self, like: Tensor):
         self.like = like.detach()
@@ -366,11 +368,11 @@ def _check_gbr(
 
 
 def check_output(output: str) -> None:
-    """Raise ``ValueError`` unless ``output`` names something that :func:`gbr` differentiates."""
+    """Raise ``ValueError`` unless ``output`` is one of ``OUTPUTS``."""
     if not isinstance(output, str) or output not in OUTPUTS:
         raise ValueError(f"output: expected one of {', '.join(map(repr, OUTPUTS))}, got {output!r}")
 
 
 def check_projections(projections: int | None) -> None:
-    """Refuse what is neither None (exact) nor a positive integer."""
+    """Raise unless ``projections`` is None (exact) or a positive integer."""
     check_integer("projections", projections, 1, none="exact")

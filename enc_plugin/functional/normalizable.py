@@ -1,4 +1,4 @@
-"""Which weights an ENC equation can normalise: one rule for conversion, folding, loading and training."""
+"""Checks that an ENC variant can normalise a weight, for conversion, folding, loading and training."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from .weights import imprecise_rows, is_centered, min_elements, num_rows
 
 
 def check_row_length(weight: Tensor, variant: str) -> None:
-    """Raise ``ValueError`` if the rows of ``weight`` are so short that ``variant`` keeps nothing but signs of them."""
+    """Raise ``ValueError`` if the rows of ``weight`` are too short for ``variant`` (see :func:`min_elements`)."""
     elements = weight.numel() // num_rows(weight, variant)
     if elements < min_elements(variant):
-        raise ValueError(f"weight: {_short_rows(weight, variant)}; {_way_out(weight, variant)} or leave it out of ENC")
+        raise ValueError(f"weight: {_short_rows(weight, variant)}; {_way_out(weight, variant)}leave it out of ENC")
 
 
 def _short_rows(weight: Tensor, variant: str) -> str:
     elements = weight.numel() // num_rows(weight, variant)
     count = "one element" if elements == 1 else f"{elements} elements"
-    becomes = "0 / 0" if is_centered(variant) and elements == 1 else "mere signs, which cannot train"
+    becomes = "0 / 0" if is_centered(variant) and elements == 1 else "signs, which cannot be trained"
     return f"shape {tuple(weight.shape)} has rows of {count}, which {variant!r} turns into {becomes}"
 
 
 def _way_out(weight: Tensor, variant: str) -> str:
     fitting = [v for v in ("wn", "fro") if weight.numel() // num_rows(weight, v) >= min_elements(v)]
-    return f"convert it with variant={fitting[0]!r}," if fitting else "no variant can train it:"
+    return f"convert it with variant={fitting[0]!r}, or " if fitting else "no variant can train it, so "
 
 
 def check_normalizable(name: str, weight: Tensor, variant: str, kept: Tensor | None = None) -> None:
     """Raise ``ValueError``, naming the layer and the way out, if ``variant`` cannot normalise ``weight``.
 
-    It is the one rule of :func:`enc_plugin.to_enc`, ``fold``, loading and the runner. It waits for the device.
+    Synchronizes with the device.
 
     Args:
-        name: Of the layer.
-        weight: Free weight, ``(out, in / groups, *kernel)``; of one on the meta device, the shape alone is checked.
+        name: Name of the layer.
+        weight: Free weight, ``(out, in / groups, *kernel)``. On the meta device, only its shape is checked.
         variant: As in :func:`enc_plugin.functional.enc_weight`.
         kept: Pruning mask shaped like ``weight``, or None.
     """
     exclude = f"leave it plain with exclude=[{name!r}]"
     weight, rows = weight.detach(), num_rows(weight, variant)
     if weight.numel() // rows < min_elements(variant):
-        raise ValueError(f"layer {name!r}: {_short_rows(weight, variant)}; {_way_out(weight, variant)} or {exclude}")
+        raise ValueError(f"layer {name!r}: {_short_rows(weight, variant)}; {_way_out(weight, variant)}{exclude}")
     if weight.is_meta:
-        return  # its values are not known yet
+        return
     if not weight.isfinite().all():
         raise ValueError(
             f"layer {name!r}: its weight holds NaN or Inf; start from a finite checkpoint or initialisation"
@@ -64,7 +64,7 @@ def check_normalizable(name: str, weight: Tensor, variant: str, kept: Tensor | N
 
 
 def check_all_normalizable(weights: Mapping[str, Tensor], variant: str) -> None:
-    """:func:`check_normalizable` of several layers by name; one error for all that it refuses."""
+    """:func:`check_normalizable` for several layers by name; one error names all that cannot be normalised."""
     refused = {}
     for name, weight in weights.items():
         try:
@@ -77,13 +77,13 @@ def check_all_normalizable(weights: Mapping[str, Tensor], variant: str) -> None:
     if len(refused) == 1:
         raise first
     raise ValueError(
-        f"{len(refused)} layers cannot be ENC. The first: {first}. To leave all of them plain: "
+        f"{len(refused)} layers cannot be ENC layers. The first: {first}. To leave all of them plain, use "
         f"exclude={_patterns(refused, weights)}"
     ) from first
 
 
 def _patterns(chosen: Collection[str], names: Collection[str]) -> list[str]:
-    """Few patterns that match all of ``chosen`` and nothing else of ``names``: numbers become ``*`` where they may."""
+    """Wildcard patterns that match exactly the names ``chosen`` among ``names``: numbers become ``*`` if possible."""
     patterns = []
     for name in chosen:
         pattern = re.sub(r"\d+", "*", name)
@@ -104,7 +104,7 @@ def _why_imprecise(rows: Tensor, variant: str) -> str:
 
 
 def _check_kept(name: str, kept: Tensor, variant: str) -> None:
-    """Refuse a pruning mask that leaves rows too short, or nothing at all."""
+    """Raise if a pruning mask keeps nothing, or so little of a row that ``variant`` leaves only signs."""
     rows = num_rows(kept, variant)
     count = kept.reshape(rows, -1).bool().sum(1)
     short = ((count > 0) & (count < min_elements(variant))).sum().item()
@@ -112,6 +112,6 @@ def _check_kept(name: str, kept: Tensor, variant: str) -> None:
     what = what if count.any() else "keeps nothing"
     if short or not count.any():
         raise ValueError(
-            f"layer {name!r}: its pruning mask {what}, so that {variant!r} has at most signs to normalise; prune less "
-            "of this layer, prune whole rows (prune.ln_structured), or undo it with prune.remove"
+            f"layer {name!r}: its pruning mask {what}, of which {variant!r} leaves only signs; prune less of this "
+            "layer, prune whole rows (prune.ln_structured), or make the pruning permanent with prune.remove"
         )

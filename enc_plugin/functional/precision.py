@@ -1,4 +1,4 @@
-"""Float32 that means float32: measurements compute without TensorFloat-32, whatever a run has allowed."""
+"""Full float32 precision for measurements: TensorFloat-32 is off, whatever the run has set."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Block in which products and convolutions of float32 keep all its digits, on a GPU and on a CPU.
+    """Compute float32 matrix products and convolutions at full precision within the block, on GPU and CPU.
 
-    TensorFloat-32, which cuDNN uses for convolutions by default, keeps 10 bits of a factor, bfloat16 keeps 7. Both are
-    off within the block. All settings of before it are restored after it, also if it raises.
+    TensorFloat-32, which cuDNN uses for convolutions by default, rounds inputs to 10 mantissa bits, and bfloat16 to 7.
+    The block turns both off. On exit, also after an exception, all settings are restored.
     """
     products = _readable(torch.get_float32_matmul_precision)
     convolutions = _readable(lambda: torch.backends.cudnn.allow_tf32)
     general, single = _settings()
-    # The general ones first: a single one that is not set would be read as the general one.
+    # General settings are read and cleared first, because an unset setting of an operator returns the general one.
     before = []
     for setting in general:
         before.append((setting, setting.fp32_precision))
@@ -40,8 +40,8 @@ def full_float32() -> Iterator[None]:
 
 
 def float32_formats() -> dict[str, str]:
-    """Format to which a GPU rounds the factors of float32 products and convolutions: ``'float32'`` or ``'tf32'``."""
-    backends: Any = torch.backends  # of which torch declares a part
+    """Format to which a GPU rounds the inputs of float32 products and convolutions: ``'float32'`` or ``'tf32'``."""
+    backends: Any = torch.backends  # Any, because torch's type stubs are incomplete here
     matmul, cudnn = backends.cuda.matmul, backends.cudnn
     if hasattr(torch.backends, "fp32_precision"):
         found = {"products": matmul.fp32_precision, "convolutions": cudnn.conv.fp32_precision}
@@ -51,7 +51,7 @@ def float32_formats() -> dict[str, str]:
 
 
 def _settings() -> tuple[list[Any], list[Any]]:
-    """Where torch from 2.9 on keeps the precision of float32: for all operators of a backend, and for single ones."""
+    """The objects that hold the float32 precision in torch >= 2.9: general ones, and those of single operators."""
     backends: Any = torch.backends
     if not hasattr(backends, "fp32_precision"):
         return [], []
@@ -61,7 +61,7 @@ def _settings() -> tuple[list[Any], list[Any]]:
 
 
 def _readable(read: Callable[[], T]) -> T | None:
-    """The value of an older switch; None if it cannot be read, because the newer settings contradict it."""
+    """The value of a setting of torch < 2.9, or None if reading it raises because newer settings contradict it."""
     try:
         return read()
     except RuntimeError:
@@ -69,9 +69,9 @@ def _readable(read: Callable[[], T]) -> T | None:
 
 
 def _set_legacy(products: str | None, convolutions: bool | None) -> None:
-    """Set the older switches, but for None: torch.compile reads them, and raises where the two kinds differ."""
+    """Set the settings of torch < 2.9 that are not None, because torch.compile raises if old and new ones differ."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some versions of torch ask for the newer ones
+        warnings.simplefilter("ignore")  # some versions of torch warn that these settings are deprecated
         if products is not None:
             torch.set_float32_matmul_precision(products)
         if convolutions is not None:

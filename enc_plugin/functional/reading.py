@@ -1,4 +1,4 @@
-"""What reading a network's derivative needs: eval mode, no chance, and nothing changed afterwards."""
+"""The context in which a network's input gradient is measured: deterministic, in eval mode, without side effects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from .rng import kept_random_states
 
 @contextmanager
 def reading(device: torch.device) -> Iterator[None]:
-    """Block with gradients on, compilation and TF32 off; restores random states, refuses batch norm in train mode."""
+    """Enable gradients, disable compilation and TensorFloat-32, and restore random states on exit.
+
+    Within the block, a batch norm that uses batch statistics, or a dropout in train mode, raises ``ValueError``.
+    """
     handle = register_module_forward_pre_hook(_refuse_module)
     try:
         rng = kept_random_states([device])
@@ -33,16 +36,16 @@ def reading(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def refuse_random(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Iterator[None]:
-    """Block in which ``forward`` runs on ``inputs``; raise ``ValueError`` after it if its output is random.
+    """Raise ``ValueError`` after the block, which runs ``forward`` on ``inputs``, if the output is random.
 
-    Random is a network that draws random numbers while a module that draws them is in train mode, whatever its class,
-    or whose output is another one with other numbers.
+    The output counts as random in two cases: a module in train mode draws random numbers, or two forward passes with
+    different random numbers give different outputs.
     """
     before = _random_states(inputs.device)
     yield
     if _random_states(inputs.device) == before:
         return
-    drawing: list[nn.Module] = []  # the innermost module that draws comes first
+    drawing: list[nn.Module] = []  # modules that draw random numbers, innermost first
     states: dict[int, tuple] = {}
     handles = [
         register_module_forward_pre_hook(lambda module, _: states.update({id(module): _random_states(inputs.device)})),
@@ -56,7 +59,7 @@ def refuse_random(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
-    source = drawing[0] if drawing else module_of(forward)  # the hooks see no module whose method is called directly
+    source = drawing[0] if drawing else module_of(forward)  # hooks do not fire if a method is called directly
     name = "network" if source is None else type(source).__name__
     if source is not None and source.training:
         raise ValueError(
@@ -84,7 +87,7 @@ def _refuse_module(module: nn.Module, _: tuple) -> None:
 
 
 def _random_states(device: torch.device) -> tuple:
-    """States of the generators that a forward pass may draw from: Python's, torch's and the device's."""
+    """States of the generators that a forward pass may use: Python's, torch's and the device's."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
@@ -92,7 +95,7 @@ def _random_states(device: torch.device) -> tuple:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Block in which compiled functions run as they were written."""
-    # A compiled backward pass frees its buffers, whatever retain_graph says. Nothing is compiled without this module,
-    # and importing it takes a second.
+    """Run compiled functions uncompiled within the block."""
+    # A compiled backward pass frees its buffers even with retain_graph=True. If torch._dynamo is not imported yet,
+    # nothing is compiled, and importing it would take a second.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -1,4 +1,4 @@
-"""The bound on the GBR of a residual network: the product of eq. 17 over all layers is none there."""
+"""An upper bound on the GBR of a residual network, for which the product of eq. 17 is not a bound."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def residual_log_bound(
 
     A block's Jacobian is :math:`D\,(S_b + W_b^k D_{k-1} \cdots W_b^1)` with slopes D of at most 1, so its spectral norm
     is at most that of the shortcut plus the product of the branch's norms; the Frobenius norm of a product is at most
-    one factor's Frobenius norm times the others' spectral norms. All maps are those of test time: batch norms folded
-    in, convolutions as the linear maps that they are (:func:`conv_map_sq_norm`). An average pooling in front of the
-    classifier has a spectral norm of at most 1 and is left out.
+    one factor's Frobenius norm times the others' spectral norms. All norms are of the linear maps in eval mode, with
+    batch norms folded in (for a convolution see :func:`conv_map_sq_norm`). An average pooling in front of the
+    classifier is left out, because its spectral norm is at most 1.
 
     Args:
         classifier_sq_norm: Squared Frobenius norm of the classifier's weight.
         stem_norm: Spectral norm of the stem (:func:`map_spectral_norm`).
-        blocks: For each block the spectral norm of its shortcut (1 for the identity) and the Frobenius norms of its
-            branch's layers.
+        blocks: For each block, the spectral norm of its shortcut (1 for the identity) and the Frobenius norms of the
+            layers of its branch.
 
     Returns:
         Natural logarithm of the bound; -inf where a factor is 0.
@@ -58,17 +58,18 @@ def map_spectral_norm(
 ) -> float:
     r"""Spectral norm :math:`\lVert A \rVert_2` of an affine map :math:`x \mapsto A x + b`, such as a convolution.
 
-    Power iteration on :math:`A^\top A`, by the map's own forward and backward pass. It approaches the norm from below.
+    Computed by power iteration on :math:`A^\top A`, with the map's forward and backward pass. The estimate approaches
+    the norm from below.
 
     Args:
-        function: The map of one sample or batch, differentiable; a batch norm in it must be in eval mode. On a batch
-            whose samples do not mix, the norm is that of one sample's map.
-        like: An input: shape, dtype and device are read.
-        max_iterations: Iterations at most.
-        tolerance: Relative change of the estimate at which the iteration ends.
+        function: Differentiable map of one sample or batch; a batch norm in it must be in eval mode. If the samples
+            of a batch do not depend on each other, the norm is that of one sample's map.
+        like: Example input; only its shape, dtype and device are used.
+        max_iterations: Maximum number of iterations.
+        tolerance: Relative change of the estimate below which the iteration stops.
 
     Returns:
-        The norm, 0 for a map that is constant.
+        The norm; 0 for a constant map.
 
     Raises:
         ValueError: If the map is not affine, or an option is out of range.
@@ -79,21 +80,22 @@ def map_spectral_norm(
     """
     check_type("like", like, Tensor, "a floating point tensor")
     check_integer("max_iterations", max_iterations, 1)
-    generator = torch.Generator(like.device).manual_seed(0)  # leaves the global random state alone
+    generator = torch.Generator(like.device).manual_seed(0)  # does not change the global random state
     x = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device).requires_grad_()
     with torch.no_grad():
         offset = function(torch.zeros_like(like))
         once, turned = function(x) - offset, function(-2 * x) - offset
         if not torch.allclose(turned, -2 * once, rtol=1e-3, atol=1e-3 * once.abs().max().item()):
-            raise ValueError("function: expected an affine map, x -> A x + b; an activation or a batch norm is in it")
+            raise ValueError(
+                "function: expected an affine map x -> A x + b, got one that is not; leave out activations, and set "
+                "batch norms to eval mode"
+            )
     norm = 0.0
     for _ in range(max_iterations):
         y = function(x) - offset
         (back,) = torch.autograd.grad(y, x, y.detach())  # A^T A x
-        before, norm = (
-            norm,
-            math.sqrt((back.double() * x.detach().double()).sum().item() / x.double().square().sum().item()),
-        )
+        before = norm
+        norm = math.sqrt((back.double() * x.detach().double()).sum().item() / x.double().square().sum().item())
         if norm == 0 or abs(norm - before) <= tolerance * norm:
             break
         x = (back / back.norm()).detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Random states of Python, NumPy and torch, given back as they were."""
+"""Saving and restoring the random states of Python, NumPy and torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import nn
 
 @contextmanager
 def kept_random_states(devices: Iterable[torch.device] = (), model: nn.Module | None = None) -> Iterator[None]:
-    """Block after which the global generators of Python, NumPy and torch are in the state from before.
+    """On exit, restore the global random generators of Python, NumPy and torch to their state on entry.
 
     Args:
-        devices: Accelerators whose generators are kept, too. The CPU's always is.
-        model: A network whose own generators of torch, attributes of its modules, are kept, too.
+        devices: Accelerators whose generators are restored too. The CPU's generator always is.
+        model: Network whose ``torch.Generator`` objects (attributes of its modules) are restored too.
     """
     modules = [] if model is None else model.modules()
     own = [value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator)]

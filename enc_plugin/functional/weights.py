@@ -1,4 +1,7 @@
-"""The ENC reparameterizations, eq. 20-23: free weight in, effective weight out."""
+"""The four ENC reparameterizations (eq. 20 to 23): they map a free weight W to the effective weight of a layer.
+
+A *row* of a weight is ``weight[j]``, flattened: all weights of output channel j.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,27 @@ from torch import Tensor
 from .checks import check_floating_tensor, check_number
 
 VARIANTS = {
-    "fro": "eq. 20: the whole layer over its Frobenius norm",
-    "wn": "eq. 21: every row over its norm (weight normalization)",
-    "ws": "eq. 22: every row standardized (weight standardization)",
-    "centered_fro": "eq. 23: the whole layer, zero mean, over its Frobenius norm",
+    "fro": "the whole layer divided by its Frobenius norm (eq. 20)",
+    "wn": "each row divided by its norm, as weight normalization (eq. 21)",
+    "ws": "each row standardized, as weight standardization (eq. 22)",
+    "centered_fro": "the whole layer minus its mean, divided by its Frobenius norm (eq. 23)",
 }
 
-MAX_ALPHA = 1e30  # its square root still has room in float32
+MAX_ALPHA = 1e30  # far enough from the overflow of float32
 
-# Eq. 20 is eq. 21, and eq. 23 is eq. 22, of a matrix with a single row: two equations serve all four variants.
+# Flattened to one row, 'wn' becomes 'fro' and 'ws' becomes 'centered_fro', so two formulas cover the four variants.
 _WHOLE_LAYER = ("fro", "centered_fro")
 _CENTERED = ("ws", "centered_fro")
 
 
 def check_variant(variant: str) -> None:
-    """Raise ``ValueError`` unless ``variant`` names one of eq. 20-23."""
+    """Raise ``ValueError`` unless ``variant`` is one of ``VARIANTS``."""
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
 
 
 def check_weight(weight: Tensor) -> None:
-    """Refuse what is no floating point tensor with rows."""
+    """Raise unless ``weight`` is a floating point tensor with at least two dimensions and one element."""
     check_floating_tensor("weight", weight)
     if weight.ndim < 2:
         raise ValueError(
@@ -43,30 +46,30 @@ def check_weight(weight: Tensor) -> None:
 
 
 def num_rows(weight: Tensor, variant: str) -> int:
-    """Number of rows that are normalised on their own: 1 for the whole-layer variants, else ``out``."""
+    """Number of rows that are normalised independently: 1 for the whole-layer variants, else ``out``."""
     return 1 if is_whole_layer(variant) else weight.shape[0]
 
 
 def is_whole_layer(variant: str) -> bool:
-    """Whether the layer as a whole is normalised (eq. 20 and 23), and not each row on its own."""
+    """Whether the variant normalises the layer as a whole (``'fro'``, ``'centered_fro'``), not each row."""
     return variant in _WHOLE_LAYER
 
 
 def is_centered(variant: str) -> bool:
-    """Whether the variant removes the mean (eq. 22 and 23)."""
+    """Whether the variant subtracts the mean (``'ws'``, ``'centered_fro'``)."""
     return variant in _CENTERED
 
 
 def min_elements(variant: str) -> int:
-    """Fewest elements of a row (whole-layer variants: of the layer) whose direction can turn.
+    """Smallest number of elements of a row (whole-layer variants: of the layer) that can be trained.
 
-    A row with one element fewer keeps a sign alone: the gradient of its effective weight is zero.
+    With fewer elements, normalisation leaves only signs, and the gradient with respect to W is zero.
     """
     return 3 if is_centered(variant) else 2
 
 
 def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0, kept: Tensor | None = None) -> Tensor:
-    r"""Effective weight of an ENC layer: every layer gets squared Frobenius norm ``alpha`` (eq. 20-23).
+    r"""Effective weight of an ENC layer, which has the squared Frobenius norm ``alpha``.
 
     .. math:: \lVert \hat W \rVert_F^2 = \alpha
 
@@ -78,27 +81,27 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0,
     ==================  ==========================================================================
 
     with m rows (``out``), n columns (``weight[0].numel()``) and the population standard deviation. Statistics are
-    taken in float32 at least; in float32 they hold for weights of magnitude 1e-15 to 1e15
+    computed in float32 or float64. In float32 they are accurate for weights of magnitude 1e-15 to 1e15
     (:func:`imprecise_rows` finds the others).
 
     Args:
-        weight: Free weight W, ``(out, in)`` or ``(out, in / groups, *kernel)``, finite. A row (for the whole-layer
-            variants: the layer) that is constant under the centered variants, or zero under the others, has no
-            direction: the result is NaN there. :func:`enc_plugin.to_enc` refuses such layers, ``audit`` reports them.
+        weight: Free weight W, ``(out, in)`` or ``(out, in / groups, *kernel)``, finite. If a row (whole-layer
+            variants: the layer) is constant under ``'ws'`` or ``'centered_fro'``, or zero under ``'wn'`` or ``'fro'``,
+            its result is NaN. :func:`enc_plugin.to_enc` raises for such layers, and ``audit`` reports them.
         variant: ``'fro'``, ``'wn'``, ``'ws'`` or ``'centered_fro'``.
         alpha: Squared Frobenius norm of the result, positive, below 1e30; a number, or a tensor of one element
             (learnable alpha).
-        kept: Pruning mask, shaped like ``weight``: 1 for the elements that take part, 0 for pruned ones, or None. The
-            result is 0 where ``kept`` is 0. Elsewhere the equation holds for the kept elements of a row, with m the
-            number of rows that keep any.
+        kept: Pruning mask shaped like ``weight``, with 1 for kept and 0 for pruned elements, or None. The result is 0
+            where ``kept`` is 0. Elsewhere the equation holds for the kept elements of a row, and m is the number of
+            rows with at least one kept element.
 
     Returns:
         Tensor of the shape, dtype and device of ``weight``.
 
     Raises:
-        ValueError: If ``variant`` is unknown, ``weight`` is empty or has fewer than two dimensions, or rows of one
-            element under a centered variant, or if the number ``alpha`` is not positive.
-        TypeError: If ``weight`` is no floating point tensor, or ``alpha`` no number.
+        ValueError: If ``variant`` is unknown, ``weight`` is empty, has fewer than two dimensions or (under ``'ws'`` and
+            ``'centered_fro'``) rows of one element, or the number ``alpha`` is out of range.
+        TypeError: If ``weight`` is not a floating point tensor, or ``alpha`` is not a number.
 
     Example:
         >>> enc_weight(torch.tensor([[3.0, 4.0]]), "fro")
@@ -119,7 +122,7 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0,
     elif torch.compiler.is_compiling():
         what = _by_formula(w, variant, alpha)
     elif is_centered(variant):
-        # One fused op: statistics per group of rows, the scale as its affine weight, only W kept for backward.
+        # One fused operation, which saves only W for the backward pass. The scale is its affine weight.
         w = w.reshape(1, weight.shape[0], -1)
         what = F.group_norm(w, rows, _scale(w, alpha, w.numel(), w.shape[1:2]), None, 0.0)
     else:
@@ -128,15 +131,14 @@ def enc_weight(weight: Tensor, variant: str = "ws", alpha: float | Tensor = 1.0,
 
 
 def _by_formula(w: Tensor, variant: str, alpha: float | Tensor) -> Tensor:
-    """:func:`enc_weight` in elementary operations, for compilers to fuse.
+    """:func:`enc_weight` in elementary operations, which a compiler can fuse.
 
-    They cannot fuse the kernels that are fastest on their own: those want rows one after the other in memory, where
-    compiled convolutions want channels last. ``lab/bench/compiled.py`` has the difference, with timm's StdConv2d as
-    such a kernel.
+    The kernels that are fastest in eager mode cannot be fused: they need contiguous rows, but compiled convolutions
+    use channels-last weights. ``lab/bench/compiled.py`` measures the difference.
     """
     columns, rows = tuple(range(1, w.ndim)), num_rows(w, variant)
     if is_centered(variant):
-        # Of a layer in two stages: one float32 sum over millions of elements costs digits.
+        # A layer is summed in two stages: a single float32 sum over millions of elements loses precision.
         sums = w.sum(columns, keepdim=True)
         w = w - (sums.sum(0, keepdim=True) if is_whole_layer(variant) else sums) / (w.numel() // rows)
     scale = _scale(w, alpha, rows, (rows, *(1 for _ in columns)))
@@ -144,13 +146,13 @@ def _by_formula(w: Tensor, variant: str, alpha: float | Tensor) -> Tensor:
 
 
 def _of_kept(w: Tensor, variant: str, alpha: float | Tensor, kept: Tensor) -> Tensor:
-    """:func:`enc_weight` of the elements that ``kept`` marks."""
+    """:func:`enc_weight` of a pruned weight."""
     rows = num_rows(w, variant)
     kept = kept.reshape(rows, -1).to(w.dtype)
     w, count = w.reshape(rows, -1) * kept, kept.sum(1, keepdim=True)
     if is_centered(variant):
         w = (w - w.sum(1, keepdim=True) / count.clamp(min=1)) * kept
-    # A row that is pruned as a whole stays 0, without a division by 0 on the way (its gradient would be NaN).
+    # A fully pruned row stays 0. It is not divided by 0, because that would make its gradient NaN.
     norms = torch.where(count > 0, torch.linalg.vector_norm(w, dim=1, keepdim=True), 1)
     scale = _scale(w, alpha, 1, (1, 1)) / (count > 0).sum().sqrt()
     return w * (scale / norms)
@@ -158,10 +160,10 @@ def _of_kept(w: Tensor, variant: str, alpha: float | Tensor, kept: Tensor) -> Te
 
 @torch.no_grad()
 def imprecise_rows(weight: Tensor, variant: str, kept: Tensor | None = None) -> Tensor:
-    """Find the rows that :func:`enc_weight` cannot normalise in the precision that it computes in.
+    """Find the rows that :func:`enc_weight` cannot normalise accurately at its floating point precision.
 
-    Such rows are constant or zero, nearly so (their differences drown in rounding), or of a magnitude whose square
-    float32 cannot hold. Each row is compared with the equation in float64, for the row divided by its largest element.
+    Such rows are zero, constant, constant up to rounding, or of a magnitude whose square overflows or underflows
+    float32. The result for each row is compared with that of the row divided by its largest element, in float64.
 
     Args:
         weight: Free weight W, as in :func:`enc_weight`, finite.
@@ -169,8 +171,8 @@ def imprecise_rows(weight: Tensor, variant: str, kept: Tensor | None = None) -> 
         kept: As in :func:`enc_weight`.
 
     Returns:
-        Truth values, one for each row (whole-layer variants: one): whether the effective weight is not finite or off by
-        more than 1 %.
+        Boolean tensor, ``(out,)`` (whole-layer variants: ``(1,)``): whether the effective weight of the row is not
+        finite or has an error of more than 1 %.
     """
     rows = num_rows(weight, variant)
     v = weight.double().reshape(rows, -1)
@@ -182,21 +184,21 @@ def imprecise_rows(weight: Tensor, variant: str, kept: Tensor | None = None) -> 
     error = enc_weight(w.reshape(rows, -1), variant, 1.0, kept).double() - exact
     precise = error.norm(dim=1) <= 0.01 * exact.norm(dim=1)  # false for NaN
     if is_centered(variant):
-        # In float64 there is nothing better to compare with: here the differences themselves have to be above rounding.
+        # A float64 weight has no reference of higher precision, so its deviations from the mean must exceed rounding.
         mean = v.mean(1, keepdim=True) if kept is None else v.sum(1, keepdim=True) / kept.sum(1, keepdim=True)
         spread = (v - mean if kept is None else (v - mean) * kept).norm(dim=1)
         precise &= spread > 64 * torch.finfo(w.dtype).eps * v.norm(dim=1)
     if kept is not None:
-        precise |= ~kept.bool().any(1)  # pruned as a whole, on purpose
+        precise |= ~kept.bool().any(1)  # fully pruned rows are zero on purpose
     return ~precise
 
 
 class _UnitRows(torch.autograd.Function):
-    """``g_j v_j / ||v_j||`` for the rows of ``v``, or ``g v / ||v||`` for all of it: keeps v and the norms alone.
+    """``g_j v_j / ||v_j||`` for each row of ``v``, or ``g v / ||v||``; saves only v and the norms for backward.
 
-    Rows take the kernel behind torch's weight_norm. It sums a row in float32 without a second stage, which costs digits
-    where the row is a whole layer (1e-3 at 4096 x 4096), so there the norm is that of the row norms. And
-    ``torch._weight_norm`` itself takes the norms as constants in its second derivative, which is therefore wrong.
+    Rows are computed by the kernel behind torch's weight_norm. It sums a row in one stage, which loses precision if the
+    row is a whole layer (relative error 1e-3 at 4096 x 4096). So the norm of a layer is computed as the norm of the row
+    norms. ``torch._weight_norm`` is not used, because its second derivative is wrong: it treats the norms as constants.
     """
 
     generate_vmap_rule = True
@@ -217,7 +219,7 @@ class _UnitRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         v, g, norms = ctx.saved_tensors
         if torch.is_grad_enabled():
-            norms = _norms(v, g)  # once more, as a function of v
+            norms = _norms(v, g)  # recomputed, to be differentiable in v
         elif len(g) == len(v):
             return torch.ops.aten._weight_norm_interface_backward(grad.contiguous(), v, g, norms, 0)
         grad_g = (grad * v).sum(1 if len(g) == len(v) else (0, 1), keepdim=True) / norms
@@ -225,14 +227,17 @@ class _UnitRows(torch.autograd.Function):
 
 
 def _norms(v: Tensor, g: Tensor) -> Tensor:
-    """Norms that go with the factors ``g``, ``(m, 1, ...)`` of the rows or ``(1, 1, ...)`` of all of ``v``."""
-    # Not roots of sums of squares: the gradient of a norm keeps its range for very small and large weights.
+    """Norms of the rows of ``v`` if ``g`` has a factor for each, ``(m, 1, ...)``; else the norm of ``v``."""
+    # vector_norm and not the root of a sum of squares, whose gradient would overflow or underflow earlier.
     norms = torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
     return norms if len(g) == len(v) else torch.linalg.vector_norm(norms, dim=0, keepdim=True)
 
 
 def check_alpha(alpha: float | Tensor) -> None:
-    """Raise ``ValueError`` for a number that is not positive; a tensor is not read (that would wait for the device)."""
+    """Raise unless ``alpha`` is a positive number or a tensor of one element.
+
+    The value of a tensor is not checked, because that would synchronize with the device.
+    """
     if isinstance(alpha, Tensor):
         if alpha.numel() != 1:
             raise ValueError(f"alpha: expected a number or a tensor of one element, got shape {tuple(alpha.shape)}")
@@ -241,7 +246,7 @@ def check_alpha(alpha: float | Tensor) -> None:
 
 
 def check_alpha_option(alpha: float | str) -> None:
-    """Refuse what is neither a positive number nor ``'learnable'``: a layer's alpha, which is no tensor."""
+    """Raise unless ``alpha``, as an option of a layer, is a positive number or ``'learnable'``."""
     if isinstance(alpha, str) and alpha == "learnable":
         return
     expected = "a positive finite number or 'learnable'"
@@ -251,7 +256,7 @@ def check_alpha_option(alpha: float | str) -> None:
 
 
 def _scale(like: Tensor, alpha: float | Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
-    """``sqrt(alpha / count)`` as a tensor of ``shape``: the factor of a unit row, or of a row of unit variance."""
+    """``sqrt(alpha / count)`` as a tensor of ``shape``, with the dtype and device of ``like``."""
     if isinstance(alpha, Tensor):
         return (alpha.to(like.dtype) / count).sqrt().expand(shape).contiguous()
     return like.new_full(shape, (alpha / count) ** 0.5)

@@ -1,11 +1,14 @@
-"""ENC layers: the stock layers with the same keys, computing with the effective weight of eq. 20-23.
+"""ENC layers: torch's convolutions and linear layer, computing with the effective weight instead of ``weight``.
 
-They are subclasses of the stock layers and not parametrizations (``torch.nn.utils.parametrize``), for three reasons:
+They are subclasses of torch's layers and not parametrizations (``torch.nn.utils.parametrize``), for three reasons:
 
 - Initialisers (mmengine's Kaiming finds layers by class name) fill ``layer.weight`` in place. In a parametrized layer
-  that is a computed tensor, so W stays as it was.
-- The key ``weight`` becomes ``parametrizations.weight.original``, so checkpoints of stock layers do not load.
-- torch refuses to pickle parametrized layers: whole models could not be saved or sent to other processes.
+  that is a computed tensor, so the free weight W would not be initialised.
+- A parametrization renames the key ``weight`` to ``parametrizations.weight.original``, so checkpoints of plain layers
+  would not load.
+- torch does not pickle parametrized layers, so whole models could not be saved or sent to other processes.
+
+A *stock* layer or class is torch's own, or a subclass of it from another library; a *plain* layer is one without ENC.
 """
 
 from .attributes import lacks_attribute

@@ -1,4 +1,4 @@
-"""Names that ENC layers and the subclasses of stock layers both use: the subclass's own attribute comes first."""
+"""Attribute names that both ENC layers and subclasses of stock layers may use; the subclass takes precedence."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 class YieldingAttribute:
-    """Public name of one of an ENC layer's own attributes: a subclass's attribute of the same name comes first.
+    """Public alias of an attribute of ENC layers. An attribute of a subclass with the same name takes precedence.
 
-    Python itself looks into the instance's ``__dict__`` first, because this descriptor defines no ``__set__``.
+    Entries of the instance's ``__dict__`` also take precedence, because this descriptor has no ``__set__``.
     """
 
     def __init__(self, own: str, doc: str):
@@ -29,6 +29,6 @@ class YieldingAttribute:
 
 
 def lacks_attribute(layer: nn.Module, name: str) -> bool:
-    """Whether a layer, stock or ENC, has no attribute ``name`` except the one that ENC layers define."""
+    """Whether ``layer`` has no attribute ``name``, apart from the one that ENC layers define."""
     stores = (layer.__dict__, layer._parameters, layer._buffers, layer._modules)
     return not any(name in store for store in stores) and not hasattr(getattr(layer, "plain_class", type(layer)), name)

@@ -1,4 +1,4 @@
-"""What an ENC layer computes with: the effective weight of its free weight, and a batch norm behind it."""
+"""The forward pass of ENC layers: settings, effective weight and post-norm (a batch norm that the layer owns)."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from .attributes import YieldingAttribute, lacks_attribute
 from .origin import Settings
 from .reparametrized import free_weights
 
-# torch.fx is to record a call of this function, and not to look inside.
+# torch.fx records a call of this function instead of tracing into it.
 torch.fx.wrap("enc_weight")
 
-# Name of the post-norm among the submodules: the first that a subclass has not taken.
+# Possible names of the post-norm among the submodules; the first one that a subclass does not use is taken.
 POST_NORM_KEYS = ("norm", "post_norm")
 
 
 class EffectiveWeightLayer(nn.Module):
-    """Base of :class:`ENCLayer`: settings, effective weight and post-norm of a layer, in front of its stock class."""
+    """Base of :class:`ENCLayer`, to be inherited before a stock class."""
 
-    # The stock class that fold() goes back to, and the batch norm that fits its output: set by each subclass.
+    # Set by each subclass: the class of a folded layer, and the batch norm for its output.
     plain_class: type[nn.Module]
     norm_class: type[_BatchNorm]
-    # Of the stock class, which comes behind this one among the bases.
+    # Defined by the stock class.
     weight: Tensor
     bias: Tensor | None
 
-    # Own attributes have names that no subclass of the stock layers uses. Internal code reads these, not the public
-    # names below, which may be a subclass's own.
+    # No subclass of the stock layers uses these names. Internal code reads them and not the public aliases below, which
+    # a subclass may define for something else.
     enc_variant: str
     _enc_alpha: float | None = None  # None: learnable
     _enc_norm_name: str | None = None  # key of the post-norm among the submodules
-    _enc_norm_frozen = False  # because the layer was, when it got the norm
-    # Whether the optimizer holds the free weight on the constraint set, so that it is the effective one.
+    _enc_norm_frozen = False  # whether the post-norm was frozen because the layer was
+    # Whether the optimizer projects the free weight onto the constraint, so that it equals the effective weight.
     enc_is_projected = False
 
     variant = YieldingAttribute("enc_variant", "Variant of the ENC equation: ``'ws'``, ``'wn'``, ...")
     alpha = YieldingAttribute("enc_alpha", "Squared Frobenius norm of the effective weight: a number or a tensor.")
     log_alpha = YieldingAttribute("enc_log_alpha", "Logarithm of a learnable alpha, or None.")
-    norm = YieldingAttribute("enc_norm", "The layer's own batch norm, or None.")
-    settings = YieldingAttribute("enc_settings", "``variant``, ``alpha`` and ``post_norm``, as the constructor takes.")
+    norm = YieldingAttribute("enc_norm", "The post-norm, or None.")
+    settings = YieldingAttribute("enc_settings", "The constructor arguments ``variant``, ``alpha`` and ``post_norm``.")
 
     def __init__(
         self, *args: Any, variant: str = "ws", alpha: float | str = 1.0, post_norm: bool = False, **kwargs: Any
@@ -55,7 +55,7 @@ class EffectiveWeightLayer(nn.Module):
         self._init_enc(variant, alpha, post_norm)
 
     def _init_enc(self, variant: str, alpha: float | str, post_norm: bool) -> None:
-        """Turn an initialised stock layer into an ENC layer; consumes no random numbers and keeps every parameter."""
+        """Turn an initialised stock layer into an ENC layer. Uses no random numbers and keeps all parameters."""
         check_variant(variant)
         check_alpha_option(alpha)
         check_type("post_norm", post_norm, bool, "True or False")
@@ -64,18 +64,18 @@ class EffectiveWeightLayer(nn.Module):
         self._enc_alpha = None if alpha == "learnable" else float(alpha)
         if alpha == "learnable":
             start = self.weight.new_zeros((), dtype=self._stat_dtype())
-            # Not by setattr, which takes the public name above for an attribute that is in the way.
+            # setattr would raise, because the alias `log_alpha` above exists.
             self._parameters["log_alpha"] = nn.Parameter(start, requires_grad=self._is_trained())
         if post_norm:
             self.add_post_norm()
 
     def _stat_dtype(self) -> torch.dtype:
-        # Half precision is for the arithmetic: batch norm statistics and a learnable alpha stay in float32.
+        # Batch norm statistics and a learnable alpha stay in float32 if the weight is in half precision.
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
     @property
     def enc_alpha(self) -> float | Tensor:
-        """Squared Frobenius norm of the effective weight: a number, or a scalar tensor when it is learnable."""
+        """Squared Frobenius norm of the effective weight: a number, or a scalar tensor if it is learnable."""
         return self._own_parameter("log_alpha").exp() if self._enc_alpha is None else self._enc_alpha
 
     @property
@@ -84,47 +84,47 @@ class EffectiveWeightLayer(nn.Module):
         return self._own_parameter("log_alpha") if self._enc_alpha is None else None
 
     def _own_parameter(self, key: str) -> nn.Parameter:
-        # Not by getattr, which may find a subclass's attribute.
+        # getattr might find an attribute of a subclass.
         return cast(nn.Parameter, self._parameters[key])
 
     @property
     def enc_settings(self) -> Settings:
-        """``variant``, ``alpha`` (a number or ``'learnable'``) and ``post_norm``, as the constructor takes them."""
+        """The constructor arguments ``variant``, ``alpha`` (a number or ``'learnable'``) and ``post_norm``."""
         alpha: float | Literal["learnable"] = "learnable" if self._enc_alpha is None else self._enc_alpha
         return {"variant": self.enc_variant, "alpha": alpha, "post_norm": self.enc_norm is not None}
 
     @property
     def enc_kept(self) -> Tensor | None:
-        """Mask of ``torch.nn.utils.prune`` on the weight, 1 for what is kept; None for a layer that is not pruned."""
+        """Mask of ``torch.nn.utils.prune`` for the weight, 1 for kept elements; None if the layer is not pruned."""
         return self._buffers.get("weight_mask")
 
     @property
     def enc_free_weight(self) -> Tensor:
-        """The weight that is optimised, as it is now: ``weight``, or ``weight_orig`` of a pruned layer.
+        """The current weight that is optimised: ``weight``, or ``weight_orig`` of a pruned layer.
 
-        Pruning renews ``weight`` in forward passes alone, so that it is out of date after a step of the optimizer.
+        Pruning updates ``weight`` only in forward passes, so ``weight`` is out of date after an optimizer step.
         """
         return self.weight if self.enc_kept is None else self._own_parameter("weight_orig")
 
     @property
     def effective_weight(self) -> Tensor:
-        """The weight that the layer computes with, shaped like ``weight`` (differentiable).
+        """The weight that the layer computes with, shaped like ``weight`` and differentiable.
 
-        Of a pruned layer (``torch.nn.utils.prune``), pruned elements stay 0, and the equation holds for the others.
+        In a pruned layer (``torch.nn.utils.prune``), pruned elements are 0, and the variant normalises the others.
         """
         if self.enc_is_projected:
             return self.enc_free_weight
         return enc_weight(self.enc_free_weight, self.enc_variant, self.enc_alpha, self.enc_kept)
 
     def _weight(self) -> Tensor:
-        """The effective weight for this call: computed for the whole forward pass in advance, or here."""
+        """The effective weight for this call. It may have been computed in advance, together with other layers."""
         weight = None if self.enc_is_projected else weight_in_pass(self)
         return self.effective_weight if weight is None else weight
 
     def free_weights(self) -> list[nn.Parameter]:
-        """The tensors that an optimizer owns in the place of the effective weight: ``[weight]`` of an ordinary layer.
+        """The parameters from which the weight is computed: ``[weight]``, unless the layer is pruned or parametrized.
 
-        Of a pruned or parametrized layer see :func:`enc_plugin.layers.reparametrized.free_weights`.
+        See :func:`enc_plugin.layers.reparametrized.free_weights`.
         """
         return free_weights(self)
 
@@ -133,13 +133,13 @@ class EffectiveWeightLayer(nn.Module):
 
     @property
     def enc_norm(self) -> _BatchNorm | None:
-        """The layer's own batch norm (post-norm), or None."""
+        """The post-norm, or None."""
         return None if self._enc_norm_name is None else cast(_BatchNorm, self._modules[self._enc_norm_name])
 
     def add_post_norm(self) -> None:
-        """Append a fresh batch norm (weight 1, bias 0), frozen if the layer is; its keys join the state dict.
+        """Append a new batch norm (weight 1, bias 0), frozen if the layer is.
 
-        The keys are ``norm.*``, or ``post_norm.*`` where a subclass has an attribute ``norm`` of its own.
+        Its keys in the state dict are ``norm.*``, or ``post_norm.*`` if a subclass already has an attribute ``norm``.
         """
         self._enc_norm_name = next(key for key in POST_NORM_KEYS if lacks_attribute(self, key))
         norm = self.norm_class(self.weight.shape[0], device=self.weight.device, dtype=self._stat_dtype())
@@ -149,7 +149,7 @@ class EffectiveWeightLayer(nn.Module):
         self._set_norm_mode(norm)
 
     def train(self, mode: bool = True) -> EffectiveWeightLayer:
-        """Set the mode. The post-norm of a frozen layer stays in eval mode, so that its outputs do not change."""
+        """Set the mode. The post-norm of a frozen layer stays in eval mode, so the layer's outputs do not change."""
         super().train(mode)
         if self.enc_norm is not None:
             self._set_norm_mode(self.enc_norm)
@@ -157,23 +157,23 @@ class EffectiveWeightLayer(nn.Module):
 
     def _set_norm_mode(self, norm: _BatchNorm) -> None:
         is_trained = self._is_trained()
-        if is_trained and self._enc_norm_frozen:  # someone has unfrozen the layer's weight alone
+        if is_trained and self._enc_norm_frozen:  # the user has unfrozen the weight, but not the post-norm
             norm.requires_grad_(True)
             self._enc_norm_frozen = False
-        # Training nothing but batch norms is a recipe too: then this one is not frozen.
+        # If only batch norms are trained, this one is trained too.
         norm.train(self.training and (is_trained or any(p.requires_grad for p in norm.parameters())))
 
     def _post_norm(self, out: Tensor) -> Tensor:
         norm = self.enc_norm
         if norm is None:
             return out
-        # Not of a proxy (torch.fx), which has no values yet. SyncBatchNorm has the values of other processes too.
+        # A torch.fx proxy has no values yet. SyncBatchNorm also sees the values of other processes.
         is_single = isinstance(out, Tensor) and norm.training and out.numel() == out.shape[1]
         if is_single and not isinstance(norm, nn.SyncBatchNorm):
             raise ValueError(
-                f"input: this {type(self).__name__} has a batch norm of its own (post_norm), which in train mode needs "
-                f"more than one value for each output, got an output of shape {tuple(out.shape)}: use batches of at "
-                "least two samples (drop_last=True leaves out a last batch of one), post_norm=False, or model.eval()"
+                f"input: this {type(self).__name__} has a post-norm (a batch norm that the layer owns), which in train "
+                f"mode needs more than one value per channel, got an output of shape {tuple(out.shape)}; use batches "
+                "of at least two samples (drop_last=True), post_norm=False, or model.eval()"
             )
         return norm(out)
 

@@ -1,4 +1,4 @@
-"""What an ENC layer does when it is saved, loaded, moved, assigned to, or made plain."""
+"""ENC layers when they are saved, loaded, moved, assigned to, or folded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .merged_norms import RefusesRescaledRows, batch_norm_affine
 from .origin import KEY, UNKNOWN, Settings, read_settings, warn_of_origin, write_settings
 from .reparametrized import WEIGHT_KEYS, remove_reparametrizations
 
-# Attributes of ENC layers that users read, and all that an ENC layer keeps in its own ``__dict__``.
+# The public aliases, and the entries that ENC adds to the ``__dict__`` of a layer.
 PUBLIC = tuple(name for name, value in vars(EffectiveWeightLayer).items() if isinstance(value, YieldingAttribute))
 _OWN_STATE = (
     *("enc_variant", "_enc_alpha", "_enc_norm_name", "_enc_norm_frozen"),
@@ -26,33 +26,35 @@ _OWN_STATE = (
 
 
 class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
-    r"""What the ENC layers share: a free weight ``W`` that is optimised, and the effective weight used in its place.
+    r"""Base of the ENC layers. The optimizer updates the free weight W; the layer computes with the effective weight.
 
-    Every layer computes with :math:`\hat W`, :math:`\lVert\hat W\rVert_F^2 = \alpha`
-    (:func:`enc_plugin.functional.enc_weight`). The parameters keep their stock names and shapes, so that stock
-    checkpoints load. ``post_norm=True`` appends a batch norm (keys ``norm.*``) between the layer and whatever follows
-    it; a checkpoint without those keys leaves the batch norm as it is. ``alpha='learnable'`` owns one more parameter,
-    ``log_alpha`` (a scalar, 0 at the start), so that alpha stays positive.
+    The effective weight :math:`\hat W` has :math:`\lVert\hat W\rVert_F^2 = \alpha`
+    (:func:`enc_plugin.functional.enc_weight`). The parameters have the same names and shapes as in the stock layer, so
+    checkpoints of plain layers load. ``post_norm=True`` appends a batch norm to the layer (the *post-norm*, with the
+    keys ``norm.*``); a checkpoint without these keys does not change it. ``alpha='learnable'`` adds a scalar parameter
+    ``log_alpha``, initially 0; its exponential is alpha, which therefore stays positive.
 
-    State dicts hold the settings of each layer beside its tensors (:meth:`get_extra_state`). Loading those of another
-    layer warns. Stock checkpoints load into ENC layers, strictly too; the other way round, the settings are a key that
-    stock layers do not expect, because they would compute with W.
+    State dicts hold the settings of each layer beside its tensors (:meth:`get_extra_state`). Loading a state dict with
+    other settings warns. Checkpoints of plain layers load into ENC layers with ``strict=True``. A checkpoint of ENC
+    layers does not load strictly into plain layers, because these would compute with W: its settings are unexpected
+    keys.
 
     The arguments are those of :class:`~enc_plugin.ENCConv2d`.
     """
 
-    # Settings of the layer that the weights were last loaded from: {} for a plain one, None before anything is loaded.
+    # Settings in the checkpoint that was loaded last: {} for a plain layer, None if nothing was loaded.
     loaded_settings: Settings | None = None
-    # Whether the function of plain weights is kept after loading (preserve), so that no warning is due.
+    # Whether loading weights of a plain network keeps its function (preserve=True), so that no warning is needed.
     keeps_function = False
 
     _instead = "Call enc_plugin.fold(model) first and fuse the plain model that it returns"
 
     def fuse(self) -> nn.Module:
-        """The stock layer that computes the same in eval mode, as timm's ``reparameterize_model`` asks for it.
+        """The plain layer with the same output in eval mode; the method that timm's ``reparameterize_model`` calls.
 
         Returns:
-            A new layer of the stock class: the effective weight, with the post-norm merged into weight and bias.
+            A new layer of the stock class, whose weight is the effective weight. The post-norm is merged into weight
+            and bias.
         """
         plain = copy.deepcopy(self)
         plain.become_plain()
@@ -60,7 +62,7 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
 
     @torch.no_grad()
     def become_plain(self) -> None:
-        """Turn into the stock layer of :meth:`fuse`, in place; hooks and references stay valid."""
+        """Turn into the plain layer of :meth:`fuse`, in place; hooks and references stay valid."""
         like, is_trained = self.weight, self._is_trained()
         weight: Tensor = self.effective_weight
         bias: Tensor | None = self.bias
@@ -74,13 +76,13 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
         is_new_bias = bias is not self.bias
         remove_reparametrizations(self)
         self.become_stock()
-        # New parameters: a weight that is tied to another layer's must not change there.
+        # A new parameter, because another layer may share the old one.
         self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=is_trained)
         if is_new_bias and bias is not None:
             self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=is_trained)
 
     def become_stock(self) -> None:
-        """Turn into the stock layer with the free weight, in place; for layers without a norm or a learnable alpha."""
+        """Turn into the plain layer with the free weight, in place; only without post-norm and learnable alpha."""
         for name in _OWN_STATE:
             self.__dict__.pop(name, None)
         layer: nn.Module = self
@@ -89,27 +91,26 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ENCLayer:
         norm_was_meta, alpha_was_meta = _is_meta(self.enc_norm), _is_meta(self.enc_log_alpha)
         super()._apply(fn, recurse)
-        # Off the meta device (to_empty) tensors hold whatever the memory held. A checkpoint of a plain network has no
-        # values for these, and nothing else would set them.
-        norm, log_alpha = self.enc_norm, self.enc_log_alpha  # others than before
+        # Moving off the meta device (to_empty) leaves tensors uninitialised. A checkpoint of a plain network has no
+        # values for the post-norm and log_alpha, so they are initialised here.
+        norm, log_alpha = self.enc_norm, self.enc_log_alpha  # _apply may have replaced them
         if norm is not None and norm_was_meta and not _is_meta(norm):
             norm.reset_parameters()
         if log_alpha is not None and alpha_was_meta and not _is_meta(log_alpha):
             nn.init.zeros_(log_alpha)
         return self
 
-    # The settings have to stand in the file, and layer by layer: without them an ENC checkpoint passes for a plain one,
-    # whose outputs are others. State dicts become plain dicts on the way (safetensors, averages, the prefix of a
-    # backbone), which loses torch's _metadata, and a config beside the file gets lost. A buffer would survive too, but
-    # averages, all-reduces, exported graphs and to_empty() would each have to treat it right. An extra state is made
-    # from the layer each time it is saved, so it cannot be wrong.
+    # Each layer's settings are part of the checkpoint. Without them an ENC checkpoint would look like a plain one,
+    # which gives other outputs. torch's _metadata would not survive, because safetensors, averages and backbone
+    # prefixes turn state dicts into plain dicts. A buffer would survive, but averages, all-reduces, exported graphs and
+    # to_empty() could change it. An extra state is created from the layer at each save, so it is always right.
 
     def get_extra_state(self) -> Tensor:
-        """The layer's settings for the checkpoint: the entry ``<layer>._extra_state`` of state dicts."""
+        """The layer's settings for the checkpoint, saved under the key ``<layer>._extra_state``."""
         return write_settings(self.enc_settings)
 
     def set_extra_state(self, state: Tensor | None) -> None:
-        """Change nothing: a layer keeps its own settings, and loading compares them with those of the checkpoint."""
+        """Do nothing. A layer keeps its settings; loading compares them with those of the checkpoint."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         entry, weights = f"{prefix}{KEY}", [state_dict.get(f"{prefix}{key}") for key in WEIGHT_KEYS]
@@ -121,7 +122,7 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
             saved = read_settings(state_dict[entry]) if entry in state_dict else unsaved
             warn_of_origin(saved, self.enc_settings, self.keeps_function)
             self.loaded_settings = saved
-            # Where the checkpoint has no post-norm or no learnable alpha, ours stays and no key is reported missing.
+            # If the checkpoint has no post-norm or learnable alpha, the layer keeps its own, and no key is missing.
             if not has_norm and not saved.get("post_norm"):
                 state_dict.update(own)
             alpha = saved.get("alpha")
@@ -133,14 +134,14 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
         state_dict.setdefault(entry, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if has_weight:
-            errors = args[-1]  # torch raises them once all layers are loaded
+            errors = args[-1]  # torch raises these after all layers are loaded
             try:
                 check_normalizable(prefix[:-1], self.weight, self.enc_variant, self.enc_kept)
             except ValueError as error:
                 errors.append(str(error))
 
     def _norm_state(self, prefix: str) -> dict[str, Tensor]:
-        """State of the post-norm under its keys in a checkpoint; the initial one where it is on the meta device."""
+        """State of the post-norm with its keys in a checkpoint; its initial state if it is on the meta device."""
         norm = self.enc_norm
         if norm is None:
             return {}
@@ -154,14 +155,14 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in PUBLIC and name != "norm" and self._normalises_rows() and lacks_attribute(self, name):
             raise AttributeError(
-                f"{name}: the settings of an ENC layer are fixed when it is made, got {value!r}; make a new "
+                f"{name}: the settings of an ENC layer are fixed when it is created, got {value!r}; create a new "
                 f"{type(self).__name__}, or fold the model and convert it with other options"
             )
         super().__setattr__(name, value)
 
 
 def enc_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer]]:
-    """The ENC layers of ``model`` with their qualified names, each once, in module order."""
+    """Iterate over the ENC layers of ``model`` with their qualified names, each once, in module order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ENCLayer))
 
 

@@ -1,4 +1,4 @@
-"""Batch norms merged into weights: the gain and shift that one is, and whether a weight has had one merged into it."""
+"""Merging of batch norms into weights: a batch norm's gain and shift, and a check against merging into ENC layers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def batch_norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Gain and shift, each ``(C,)`` in float64, of a batch norm in eval mode: ``y = gain * x + shift``.
 
     Raises:
-        ValueError: If the batch norm keeps no running statistics and so has no fixed gain.
+        ValueError: If the batch norm has no running statistics and so no fixed gain.
     """
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(
-            "norm: a batch norm without running statistics normalises each batch by its own and cannot be merged; "
-            "train with track_running_stats=True"
+            "norm: expected a batch norm with running statistics, got one without running statistics, which cannot be "
+            "merged into weights; train with track_running_stats=True"
         )
     gain = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -31,20 +31,20 @@ def batch_norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def rows_are_rescaled(old: Tensor | None, new: Tensor) -> bool:
-    """Whether each row of ``new`` is a multiple of ``old``'s, with factors that are not all 1.
+    """Whether each row of ``new`` is a multiple of the row of ``old``, with factors that are not all 1.
 
-    mmcv's and torch's ``fuse_conv_bn`` assign such weights to a layer. Initialisation and casts give no such weights.
+    mmcv's and torch's ``fuse_conv_bn`` assign such weights to a layer. Initialisation and casts do not.
 
     Args:
         old: Weight of the layer, ``(out, ...)``, or None.
-        new: Weight that is to take its place.
+        new: Weight that replaces it.
     """
-    # Sharded (DTensor) and meta weights cannot be read here; rows of one element are always multiples of each other.
+    # Sharded (DTensor) and meta weights cannot be read here. Rows of one element are always multiples of each other.
     if old is None or new is old or type(old.data) is not type(new.data) or old.is_meta:
         return False
     if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device) or old[0].numel() == 1:
         return False
-    tolerance = max(1e-5, 4 * torch.finfo(old.dtype).eps)  # what rounding the rescaled rows leaves
+    tolerance = max(1e-5, 4 * torch.finfo(old.dtype).eps)  # rounding error of rescaled rows
     w, v = old.double().flatten(1), new.double().flatten(1)
     factor = (w * v).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
     is_multiple = (v - factor * w).norm() <= tolerance * v.norm()
@@ -52,16 +52,16 @@ def rows_are_rescaled(old: Tensor | None, new: Tensor) -> bool:
 
 
 class RefusesRescaledRows(nn.Module):
-    """Base of layers that normalise the rows of their weight: a weight that is the old one rescaled is an error.
+    """Base of layers that normalise the rows of their weight. Assigning the old weight with rescaled rows raises.
 
-    Whoever assigns such a weight has fused a batch norm into the layer, which would normalise its scale away. Loading
-    (``assign=True``) may set any weight, and so may a layer that is being made.
+    Such an assignment comes from fusing a batch norm into the layer, and the layer would normalise the new scale away.
+    Loading with ``assign=True`` and the constructor may set any weight.
     """
 
-    _instead = ""  # what to do, for the error
+    _instead = ""  # advice at the end of the error message
 
     def _normalises_rows(self) -> bool:
-        """Whether the layer is made."""
+        """Whether the layer has been constructed and normalises its weight."""
         return True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +76,7 @@ class RefusesRescaledRows(nn.Module):
         if is_new and self._normalises_rows() and rows_are_rescaled(self._parameters.get("weight"), value):
             raise ValueError(
                 "weight: the new value is the old one with rescaled rows, as when a batch norm is fused into the "
-                f"layer; {type(self).__name__} would normalise the scale away. {self._instead} (to set the weight, "
-                "copy into weight.data)"
+                f"layer; {type(self).__name__} would normalise the scale away. {self._instead} (to set the weight "
+                "anyway, copy the values into weight.data)"
             )
         super().__setattr__(name, value)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its ENC layers: their settings, written beside the tensors of each layer."""
+"""The settings of ENC layers in checkpoints: writing, reading and comparing them."""
 
 from __future__ import annotations
 
@@ -19,39 +19,40 @@ class Settings(TypedDict, total=False):
     post_norm: bool
 
 
-# The key of a layer's settings in state dicts, behind the layer's name: the one that torch has for what is no tensor.
+# Key of a layer's settings in state dicts, after the layer's name; torch uses it for the result of get_extra_state.
 KEY = "_extra_state"
 
-# Of an ENC layer whose entry cannot be read, or was taken out of the checkpoint: they fit no layer.
+# Settings of an ENC layer whose entry cannot be read or was removed from the checkpoint. They differ from all others.
 UNKNOWN: Settings = {"variant": "unknown"}
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was saved under other settings than those of the layers that load it."""
+    """A checkpoint was saved with other ENC settings than those of the layers that load it."""
 
 
 def write_settings(settings: Settings) -> Tensor:
-    """``settings`` as the bytes of a JSON text.
+    """``settings`` as JSON, encoded as a tensor of bytes.
 
-    A tensor, because safetensors takes nothing else; int32, so that sums of checkpoints do not overflow.
+    It is a tensor because safetensors stores nothing else, and int32 so that sums of checkpoints do not overflow.
     """
     return torch.frombuffer(bytearray(json.dumps(settings), "ascii"), dtype=torch.uint8).int()
 
 
 def read_settings(entry: Tensor) -> Settings:
-    """The settings that :func:`write_settings` wrote, also from a cast or an average of its result."""
+    """Inverse of :func:`write_settings`; also reads its result after a cast or after averaging equal checkpoints."""
     try:
         settings: Settings = json.loads(bytes(map(round, entry.tolist())))
         return settings if "variant" in settings else UNKNOWN
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # another module's, or on meta
+    # Raised if the entry is of another kind of module, or is on the meta device.
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return UNKNOWN
 
 
 def saved_settings(state_dict: Mapping[str, Tensor]) -> dict[str, Settings]:
-    """What the ENC layers of a checkpoint were, by the layers' names in it; empty for a plain network.
+    """Settings of the ENC layers in a checkpoint, by layer name; empty for a plain network.
 
     Args:
-        state_dict: As of :meth:`torch.nn.Module.state_dict`, or any mapping with its keys.
+        state_dict: State dict, or any mapping with its keys.
     """
     found = {key: read_settings(value) for key, value in state_dict.items() if key.split(".")[-1] == KEY}
     return {
@@ -62,8 +63,8 @@ def saved_settings(state_dict: Mapping[str, Tensor]) -> dict[str, Settings]:
 
 
 def differing_settings(saved: Settings, own: Settings) -> list[str]:
-    """Names of the settings by which layers with equal weights compute something else."""
-    # A learnable alpha takes up any value.
+    """Names of the settings that make layers with equal weights give different outputs."""
+    # A learnable alpha is set to the value in the checkpoint.
     return [
         key
         for key, value in saved.items()
@@ -72,11 +73,15 @@ def differing_settings(saved: Settings, own: Settings) -> list[str]:
 
 
 def warn_of_origin(saved: Settings, own: Settings, keeps_function: bool) -> None:
-    """Warn if a checkpoint comes from other settings; one text for all layers, so that Python shows it once."""
+    """Warn if a checkpoint was saved with other settings.
+
+    The text does not name the layer, so Python shows it once for all layers with the same settings.
+    """
     if not saved and not keeps_function:
         warnings.warn(
-            "the checkpoint is of a plain network: ENC layers normalise its weights, so the outputs differ until "
-            "the network is trained; to_enc(model, preserve=True) keeps them, enc=dict(preserve=True) in a config",
+            "the checkpoint is of a plain network: ENC layers normalise its weights, so the outputs differ until the "
+            "network is trained; to keep the outputs, use to_enc(model, preserve=True), or enc=dict(preserve=True) in "
+            "a config",
             CheckpointWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Layers whose weight ``torch.nn.utils`` has replaced: pruning, parametrizations, weight norm and spectral norm."""
+"""Layers whose weight ``torch.nn.utils`` recomputes: pruning, parametrizations, weight norm and spectral norm."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-# Keys of a weight in a state dict: its own, and those that torch.nn.utils gives it.
+# Possible keys of a weight in a state dict: `weight`, and those that torch.nn.utils uses instead.
 WEIGHT_KEYS = ("weight", "weight_orig", "weight_v", *(f"parametrizations.weight.original{i}" for i in ("", "0", "1")))
 
 
 def free_weights(layer: nn.Module) -> list[nn.Parameter]:
-    """The tensors that an optimizer owns in the place of ``layer.weight``, shaped like it.
+    """The parameters from which ``layer.weight`` is computed and that have its shape.
 
-    It is ``[weight]``, but for ``torch.nn.utils``: pruning and the old spectral norm keep ``weight_orig``, the old
-    weight norm ``weight_v``, a parametrization ``parametrizations.weight.original`` (or ``original0``, ...).
+    That is ``[weight]`` for an ordinary layer. Pruning and the old spectral norm use ``weight_orig``, the old weight
+    norm ``weight_v``, a parametrization ``parametrizations.weight.original`` (or ``original0``, ...).
     """
     found = [layer._parameters.get(key) for key in ("weight", "weight_orig", "weight_v")]
     if parametrize.is_parametrized(layer, "weight"):
@@ -28,7 +28,7 @@ def free_weights(layer: nn.Module) -> list[nn.Parameter]:
 
 
 def remove_reparametrizations(layer: nn.Module) -> None:
-    """Make the weight a parameter again where ``torch.nn.utils`` has replaced it, with the values that it has."""
+    """Turn a weight that ``torch.nn.utils`` recomputes into a parameter with its current values."""
     if parametrize.is_parametrized(layer):
         _remove_parametrizations(layer)
     for hook in list(layer._forward_pre_hooks.values()):
@@ -40,13 +40,13 @@ def remove_reparametrizations(layer: nn.Module) -> None:
             remove_spectral_norm(layer, hook.name)
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         raise ValueError(
-            f"the weight of this {type(layer).__name__} is no parameter, and not made by torch.nn.utils (prune, "
-            "parametrize, weight_norm, spectral_norm); make it a parameter before you fold the model"
+            f"the weight of this {type(layer).__name__} is not a parameter, and torch.nn.utils (prune, parametrize, "
+            "weight_norm, spectral_norm) does not compute it; make it a parameter before you fold the model"
         )
 
 
 def _remove_parametrizations(layer: nn.Module) -> None:
-    # Not by torch's remove_parametrizations: it changes the class, which a copied layer shares with its original.
+    # torch's remove_parametrizations changes the class, which a copied layer shares with the original.
     owners = dict(layer.get_submodule("parametrizations").named_children())
     values = {name: owner().detach().clone() for name, owner in owners.items()}
     del layer._modules["parametrizations"]
@@ -59,9 +59,9 @@ def _remove_parametrizations(layer: nn.Module) -> None:
 
 
 def copies_of_results(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
-    """A memo for ``copy.deepcopy``: copies of the weights that a forward pass has left behind as results.
+    """A memo for ``copy.deepcopy`` with detached copies of all non-leaf tensors among the modules' attributes.
 
-    Pruning and the old weight and spectral norm set ``weight`` to a result of autograd, which torch refuses to copy.
+    Pruning and the old weight and spectral norm set ``weight`` to a non-leaf tensor, which torch cannot deepcopy.
     """
     results = (value for module in modules for value in vars(module).values() if isinstance(value, Tensor))
     return {id(value): value.detach().clone() for value in results if not value.is_leaf}

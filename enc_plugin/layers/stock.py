@@ -1,4 +1,4 @@
-"""The ENC layers of torch's own convolutions and linear layer."""
+"""The ENC layers of torch's convolutions and linear layer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from .enc_layer import ENCLayer
 
-# The stock class is a *direct* base of each layer: mmengine's initialisers find layers by class name or direct base.
+# The stock class is a *direct* base of each layer, because mmengine's initialisers check the name of the class and of
+# its direct bases only.
 
 
 class _ENCConv(ENCLayer):
-    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # the stock class's
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # defined by the stock class
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the effective weight, then apply the post-norm if there is one."""
@@ -30,14 +31,15 @@ class ENCConv2d(_ENCConv, nn.Conv2d):
     """:class:`torch.nn.Conv2d` with an ENC weight: input ``(N, C_in, H, W)``, output ``(N, C_out, H', W')``.
 
     Args:
-        *args, **kwargs: As for the stock layer: channels, kernel_size, stride, padding, dilation, groups, bias,
+        *args, **kwargs: Arguments of the stock layer: channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype.
-        variant: ``'ws'`` (eq. 22, default), ``'wn'`` (21), ``'fro'`` (20) or ``'centered_fro'`` (23).
+        variant: ``'ws'``, ``'wn'``, ``'fro'`` or ``'centered_fro'``, see :func:`enc_plugin.functional.enc_weight`.
         alpha: Squared Frobenius norm of the effective weight: a positive number, or ``'learnable'``.
-        post_norm: Append a batch norm of the layer's own (keys ``norm.*``).
+        post_norm: Whether to append a batch norm to the layer (keys ``norm.*``).
 
     Raises:
-        ValueError: If ``variant`` is unknown, ``alpha`` is not positive, or rows of one element meet ``'ws'``.
+        ValueError: If ``variant`` is unknown, ``alpha`` is not positive, or the rows of the weight are too short for
+            ``variant``.
 
     Example:
         >>> layer = ENCConv2d(16, 32, kernel_size=3, padding=1)
@@ -57,7 +59,7 @@ class ENCConv3d(_ENCConv, nn.Conv3d):
 
 
 class LinearPostNorm(ENCLayer):
-    """An ENC layer of outputs ``(*, out)``, while batch norms take ``(N, out)``."""
+    """ENC layer with outputs ``(*, out)``, which are reshaped to ``(N, out)`` for the post-norm."""
 
     def _post_norm(self, out: Tensor) -> Tensor:
         if self.enc_norm is None:
@@ -73,15 +75,15 @@ def _to_shape_of(out: Tensor, rows: Tensor) -> Tensor:
     return rows if out.ndim == 2 else rows.view_as(out)
 
 
-# torch.fx is to record a call of each of these functions, and not to look inside.
+# torch.fx records a call of each of these functions instead of tracing into it.
 torch.fx.wrap("_to_rows")
 torch.fx.wrap("_to_shape_of")
 
 
-class ENCLinear(LinearPostNorm, nn.Linear):  # type: ignore[misc]  # torch declares that linear layers have a bias
+class ENCLinear(LinearPostNorm, nn.Linear):  # type: ignore[misc]  # torch declares `bias` without None
     """:class:`torch.nn.Linear` with an ENC weight: input ``(*, in)``, output ``(*, out)``. See :class:`ENCConv2d`.
 
-    The batch norm of ``post_norm`` normalises each output feature over all leading dimensions.
+    The post-norm normalises each output feature over all leading dimensions.
     """
 
     plain_class, norm_class = nn.Linear, nn.BatchNorm1d

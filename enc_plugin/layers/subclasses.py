@@ -1,4 +1,4 @@
-"""ENC classes of the subclasses of torch's layers (mmcv's wrappers, timm's ``Conv2dSame``, ...), made at run time."""
+"""ENC classes of subclasses of torch's layers (mmcv's wrappers, timm's ``Conv2dSame``, ...), created at run time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .attributes import lacks_attribute
 from .enc_layer import PUBLIC, ENCLayer
 from .stock import ENC_LAYERS, LinearPostNorm
 
-# ENC layers have another name for each of these, for themselves.
+# Names that a subclass may use for something else. Internal code uses another name for each of them.
 _YIELDING = (*PUBLIC, "fuse")
 
 
@@ -20,13 +20,13 @@ class _ENCSubclass(ENCLayer):
     """Base of the ENC classes that :func:`enc_class` derives from subclasses of the stock layers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the stock class's own forward on the effective weight, then the post-norm if there is one."""
+        """Run the forward of the stock class with the effective weight, then the post-norm if there is one."""
         return self._post_norm(self.forward_with(self._weight(), *args, **kwargs))
 
     def forward_with(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The stock class's own forward with ``weight`` in the place of the layer's."""
-        # The stock forward sees this module as it will be after fold: its class, its attributes, another weight. (A
-        # pruned layer has its own weight among its attributes.)
+        """Run the forward of the stock class with ``weight`` instead of the layer's weight."""
+        # The stock forward gets the module that fold() would return: an object of the stock class with the same
+        # attributes and another weight. (In a pruned layer, `weight` is an entry of __dict__.)
         state = {key: value for key, value in self.__dict__.items() if key != "weight"}
         state["_parameters"] = {**self._parameters, "weight": weight}
         state["_modules"] = {key: value for key, value in self._modules.items() if key != self._enc_norm_name}
@@ -39,7 +39,7 @@ class _ENCSubclass(ENCLayer):
         return out
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Pickle cannot import a class that was made at run time; it is made again from the stock class.
+        # Pickle cannot import a class created at run time, so the class is created again from the stock class.
         return _new_subclass_layer, (self.plain_class,), self.__dict__
 
 
@@ -48,16 +48,16 @@ class _ENCSubclassLinear(_ENCSubclass, LinearPostNorm):
 
 
 def enc_class(plain_class: type[nn.Module]) -> type[ENCLayer] | None:
-    """The ENC class of a stock layer class or of a subclass of one; None for classes that are neither.
+    """The ENC class of a stock layer class or of a subclass of one; None for other classes.
 
-    Subclasses (mmcv's wrappers, timm's ``Conv2dSame``, ...) keep their own forward, which sees the effective weight.
+    A subclass (mmcv's wrappers, timm's ``Conv2dSame``, ...) keeps its forward, which runs with the effective weight.
     """
-    cls: Any = plain_class  # mypy takes no type[nn.Module] for hashable
+    cls: Any = plain_class  # mypy does not treat type[nn.Module] as hashable
     return ENC_LAYERS.get(cls) or _derive_enc_class(cls)
 
 
 def reserved_attributes(layer: nn.Module) -> list[str]:
-    """Attributes of a subclass of a stock layer whose names the ENC class needs and has no other name for."""
+    """Attributes of ``layer`` with names that the ENC class needs, and for which it has no alternative name."""
     own = [cls for cls in _ENCSubclass.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     defined = (name for cls in reversed(own) for name in vars(cls) if not hasattr(nn.Module, name))
     taken = [name for name in defined if name not in _YIELDING and not lacks_attribute(layer, name)]
@@ -71,9 +71,9 @@ def _derive_enc_class(plain_class: type[Any]) -> type[ENCLayer] | None:
     if stock is None or issubclass(plain_class, ENCLayer):
         return None
     own = _ENCSubclassLinear if stock is nn.Linear else _ENCSubclass
-    # Public names that the subclass uses for something else keep its meaning.
+    # Public names that the subclass defines keep the subclass's meaning.
     kept = {name: inspect.getattr_static(plain_class, name) for name in _YIELDING if hasattr(plain_class, name)}
-    # The bases of the stock class are direct bases too, for mmengine's initialisers.
+    # The bases of the subclass become direct bases too, for mmengine's initialisers (see stock.py).
     return type(
         f"ENC{plain_class.__name__}",
         (own, plain_class, *plain_class.__bases__),

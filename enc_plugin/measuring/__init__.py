@@ -1,1 +1,1 @@
-"""Measurements of mmpretrain's models that leave no trace: samples, GBR, attacks."""
+"""Measurements of mmpretrain models without side effects: samples, GBR, attacks."""

@@ -1,4 +1,4 @@
-"""Trials before training: whether a batch of one can be normalised, and the gradient penalty be differentiated."""
+"""Checks before training on one batch: batch norms with batches of one, and second derivatives for the GBR penalty."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .untouched import recomputed, untouched
 
 
 def check_batches(loader: DataLoader, model: nn.Module, steps: int | None = None) -> None:
-    """Refuse a training loader without a batch, or with a batch of one where a batch norm gets one value per channel.
+    """Raise if a training loader has no batch, or a batch of one for which a batch norm gets one value per channel.
 
-    A training sample runs through the network to find these batch norms. Every rank has to call it.
+    One training sample runs through the network to find these batch norms. All ranks must call it.
 
     Args:
-        loader: Of the training data.
+        loader: Training data loader.
         model: The model, not wrapped.
-        steps: How many batches will be drawn; None: whole epochs.
+        steps: Number of batches that will be drawn; None: whole epochs.
 
     Raises:
         ValueError: If there is such a batch on any rank.
     """
-    # Samplers may leave the ranks with different numbers of samples.
+    # With some samplers, the ranks have different numbers of samples.
     found = [pair for pair in all_gather_object(_samples_and_size(loader)) if pair is not None]
     drop_last = getattr(loader.batch_sampler, "drop_last", False)
     for count, size in found:
         if drop_last and count < size:
             raise ValueError(
-                f"batch_size: expected at most the {count} samples that a process has, got {size}; with drop_last=True "
-                "there is no batch to train on"
+                f"batch_size: expected at most {count}, the number of samples of a process, got {size}; with "
+                "drop_last=True no batch is left, so use a smaller batch_size or drop_last=False"
             )
     for count, size in found:
         reaches_end = steps is None or steps * size >= count
@@ -53,7 +53,7 @@ def check_batches(loader: DataLoader, model: nn.Module, steps: int | None = None
 
 
 def norms_of_single_values(loader: DataLoader, model: nn.Module) -> list[str]:
-    """Names of the batch norms that get one value per channel when they train on a batch of one."""
+    """Names of the batch norms that get one value per channel when training with a batch of one."""
     names, found = {}, []
 
     def look(norm: nn.Module, args: tuple) -> None:
@@ -61,17 +61,17 @@ def norms_of_single_values(loader: DataLoader, model: nn.Module) -> list[str]:
             found.append(names[norm])
 
     with untouched(model):
-        model.train()  # those of frozen stages stay in eval mode
+        model.train()  # batch norms of frozen stages stay in eval mode
         for name, module in model.named_modules():
             alone = not isinstance(module, nn.SyncBatchNorm) or get_world_size() == 1
             if isinstance(module, _BatchNorm) and module.training and alone:
                 names[module] = name
         handles = [norm.register_forward_pre_hook(look) for norm in names]
         for norm in names:
-            norm.eval()  # it takes a single value then
+            norm.eval()  # in train mode, a single value would raise
         try:
-            model.forward(**_batch(loader, model, 1), mode="loss")  # no step yet for hooks of the whole
-        except Exception:  # the norms that it reached count; what else is wrong is not the matter here
+            model.forward(**_batch(loader, model, 1), mode="loss")  # not model(...), which would run its hooks
+        except Exception:  # other errors are reported elsewhere; the norms that ran before count
             pass
         finally:
             for handle in handles:
@@ -80,26 +80,28 @@ def norms_of_single_values(loader: DataLoader, model: nn.Module) -> list[str]:
 
 
 def check_penalty(loader: DataLoader, model: nn.Module, compiles: bool) -> None:
-    """Raise if gradients cannot be differentiated, which a GBR penalty does; a trial on two training samples tells.
+    """Raise if a model with a GBR penalty cannot differentiate its gradients, tested on two training samples.
+
+    All ranks must call it.
 
     Args:
-        loader: Of the training data.
-        model: The model, not wrapped; without ``gbr_penalty`` nothing is tried. Every rank has to call it.
+        loader: Training data loader.
+        model: The model, not wrapped; without ``gbr_penalty`` nothing is tested.
         compiles: Whether the run compiles the model.
 
     Raises:
-        ValueError: If it cannot train; the other option at fault is named.
+        ValueError: If the model cannot be trained with the penalty; names the option that is in the way.
     """
     penalty = getattr(model, "gbr_penalty", None)
     if penalty is None:
         return
     start = "gbr_penalty: the penalty differentiates gradients, which"
     if compiles:
-        raise ValueError(f"{start} torch.compile cannot; leave compile out of the config, or gbr_penalty")
+        raise ValueError(f"{start} torch.compile does not support; leave compile or gbr_penalty out of the config")
     names = recomputed(model)
     if names:
         raise ValueError(
-            f"{start} activation checkpointing cannot; turn it off in {names[0] or 'the model'!r} (with_cp, "
+            f"{start} activation checkpointing does not support; turn it off in {names[0] or 'the model'!r} (with_cp, "
             "grad_checkpointing, activation_checkpointing), or leave gbr_penalty out"
         )
     with untouched(model), torch.enable_grad():
@@ -109,7 +111,7 @@ def check_penalty(loader: DataLoader, model: nn.Module, compiles: bool) -> None:
             batch = _batch(loader, model, 2)
             model.gbr_penalty = None
             model.forward(**batch, mode="loss")
-        except Exception:  # not for the penalty's sake
+        except Exception:  # it fails without the penalty too, which is reported elsewhere
             return
         finally:
             model.gbr_penalty = penalty
@@ -120,21 +122,21 @@ def check_penalty(loader: DataLoader, model: nn.Module, compiles: bool) -> None:
             error = caught
     if error is not None:
         raise ValueError(
-            f"{start} a part of this model cannot ({str(error).splitlines()[0]}); in modules of your own, leave out "
-            "torch.utils.checkpoint (or set use_reentrant=False) and torch.compile, or leave gbr_penalty out"
+            f"{start} a part of this model does not support ({str(error).splitlines()[0]}); do not use torch.compile "
+            "or torch.utils.checkpoint (without use_reentrant=False) in your modules, or leave gbr_penalty out"
         ) from error
 
 
 def _samples_and_size(loader: DataLoader) -> tuple[int, int] | None:
-    """Samples of this process in an epoch, and the batch size; None where samplers do not tell."""
+    """Number of samples of this process in an epoch, and the batch size; None if the samplers do not tell."""
     size = getattr(loader.batch_sampler, "batch_size", None)
     try:
         count = len(loader.sampler)
-    except TypeError:  # a dataset that is a stream
+    except TypeError:  # an iterable dataset
         return None
     if size is None or not count:
         return None
-    # An endless sampler has no last batch, and so batches of one size.
+    # An infinite sampler has no incomplete last batch.
     return (count * size if isinstance(loader.sampler, InfiniteSampler) else count), size
 
 
@@ -142,7 +144,7 @@ def _cannot_normalise(norms: list[str], model: nn.Module) -> str:
     own = {f"{name}.norm" if name else "norm": name for name, layer in enc_layers(model) if layer.enc_norm is not None}
     more = f" (and {len(norms) - 1} more)" if len(norms) > 1 else ""
     if norms[0] in own:
-        return f"{own[norms[0]]!r}{more} cannot normalise (an ENC layer that has a batch norm of its own, post_norm)"
+        return f"{own[norms[0]]!r}{more} cannot normalise (an ENC layer with an added batch norm, post_norm)"
     return f"batch norm {norms[0]!r}{more} cannot normalise (one value per channel)"
 
 
@@ -152,12 +154,12 @@ def _batch(loader: DataLoader, model: nn.Module, size: int) -> dict[str, Any]:
 
 
 def learns_nothing(head: nn.Module) -> bool:
-    """Whether the loss of a head of one output gives it no gradient, as the softmax of one output does."""
+    """Whether the loss of a head with one output has no gradient, as the softmax of one output has none."""
     logits = torch.tensor([[0.0], [2.0]], requires_grad=True)
     try:
         with torch.enable_grad():
             loss = head.loss_module(logits, torch.zeros(2, dtype=torch.long))
             (gradient,) = torch.autograd.grad(loss.sum(), logits)
-    except Exception:  # a head or a loss of another kind
+    except Exception:  # another kind of head or loss
         return False
     return isinstance(gradient, Tensor) and not gradient.any()

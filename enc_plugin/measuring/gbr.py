@@ -1,4 +1,4 @@
-"""GBR of an mmpretrain classifier on fixed training samples (eq. 18)."""
+"""GBR of an mmpretrain classifier on fixed samples (eq. 18)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .samples import FixedSamples
 from .untouched import untouched
 
 SPACES = {
-    "normalized": "what the network receives, after the data_preprocessor",
+    "normalized": "the network's input, after the data_preprocessor",
     "pixel": "pixels in 0..255, before the data_preprocessor",
 }
 
-# Of the first batch; three are the least with which a dependence on earlier and on later samples shows.
+# Samples for check_forward, which needs at least three to find dependences on earlier and on later samples.
 FEW_SAMPLES = 8
-BATCH_SIZE = 32  # as fast as larger ones on a CPU
+BATCH_SIZE = 32  # larger batches are not faster on a CPU
 
 
 @dataclass(frozen=True)
 class GBREstimate:
-    r"""Mean of :math:`\lVert \partial f(x) / \partial x \rVert_F^2` over samples, and what it rests on.
+    r"""Values of :math:`\lVert \partial f(x) / \partial x \rVert_F^2` for each sample, and their statistics.
 
-    The unit is that of f squared over that of x squared: logits or probabilities over standard deviations of the
-    ``data_preprocessor`` (``space='normalized'``) or over 1/255 of the pixel range (``'pixel'``).
+    The unit is squared logits or probabilities per squared unit of x. The unit of x is one standard deviation of the
+    ``data_preprocessor`` (``space='normalized'``) or 1/255 of the pixel range (``'pixel'``).
     """
 
     values: Tensor  # (N,) float64, in the order of the samples
@@ -48,17 +48,17 @@ class GBREstimate:
 
     @property
     def sem(self) -> float:
-        """Standard error of the mean, over samples and probes: each sample has its own, so one deviation has both."""
+        """Standard error of the mean, over samples and random directions (each sample has its own directions)."""
         return (self.values.std() / math.sqrt(len(self.values))).item()
 
     @property
     def median(self) -> float:
-        """Median over the samples, which a heavy tail does not move; NaN if any value is."""
+        """Median over the samples, which is robust against a heavy tail; NaN if any value is."""
         return self.values.quantile(0.5).item()
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of the mean, over samples and probes."""
+        """95 % bootstrap interval of the mean, over samples and random directions."""
         return bootstrap_interval(self.values)
 
     @property
@@ -77,26 +77,26 @@ def measure_gbr(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> GBREstimate:
-    """Squared Jacobian norms of ``model`` in eval mode and float32; the run around it does not notice.
+    """Measure the squared Jacobian norms of ``model`` in eval mode and float32, without side effects on a run.
 
-    In a distributed run every rank has to call it. The ranks share out whole batches and join their values in one
-    reduction, so that any number of ranks gives the same result. With equal seeds, the same sample meets the same
-    probes in every measurement, so that what moves between two measurements is the network.
+    In a distributed run all ranks must call it. The batches are divided among the ranks, and the result does not depend
+    on the number of ranks. With the same seed, a sample gets the same random directions in each measurement, so
+    differences between two measurements come from the network.
 
     Args:
         model: Classifier of mmpretrain, not wrapped.
-        samples: What is measured on.
+        samples: The samples to measure on.
         output: ``'logits'``, ``'probs'`` or ``'label_prob'``, see :func:`enc_plugin.functional.gbr`.
-        projections: Random orthonormal output directions for each sample; None: exact.
-        space: What x is: ``'normalized'`` (what the network receives) or ``'pixel'`` (0..255, before normalisation).
-        seed: Of the directions.
+        projections: Number of random orthonormal output directions for each sample; None: exact.
+        space: What x is: ``'normalized'`` (the network's input) or ``'pixel'`` (0..255, before normalisation).
+        seed: Seed of the directions.
         progress: Called with the number of samples after each batch of this rank.
 
     Returns:
         The estimate, equal on all ranks.
 
     Raises:
-        ValueError: If ``space`` is unknown, or the head predicts no probabilities where ``output`` asks for them.
+        ValueError: If ``space`` is unknown, or ``output`` needs probabilities and the head does not predict any.
     """
     check_space(space)
     check_seed("seed", seed)
@@ -131,14 +131,14 @@ def measure_gbr(
 
 
 def pick_batch_size(device: torch.device, trained_with: int | None) -> int:
-    """Samples to differentiate at a time: 32, on a GPU as many as the training batch has, if that is more.
+    """Batch size of a measurement: 32, or on a GPU the batch size of training if that is larger.
 
-    A measurement needs no more memory than a training step of as many pictures, because it keeps no gradients of
-    weights; what is too much all the same (training in half precision) is split.
+    A measurement needs less memory than a training step with the same batch size, because it has no gradients of
+    weights. If the memory is still too small (after training in half precision), batches are split.
 
     Args:
-        device: Of the model.
-        trained_with: Batch size of the training data loader; None: not known.
+        device: Device of the model.
+        trained_with: Batch size of the training data loader; None: unknown.
     """
     return BATCH_SIZE if device.type == "cpu" else max(BATCH_SIZE, trained_with or 0)
 
@@ -151,13 +151,13 @@ def _as_memory_allows(
     projections: int | None,
     seeds: Tensor,
 ) -> Tensor:
-    """:func:`squared_norms` of a batch, or of its halves, quarters, ... where the device has too little memory."""
+    """:func:`squared_norms` of a batch, which is halved as long as the device has too little memory."""
     try:
         return squared_norms(forward, x, output, labels, projections, seeds)
     except torch.OutOfMemoryError:
         if len(x) == 1:
             raise
-    half = len(x) // 2  # out of the handler, because the exception holds the tensors that filled the memory
+    half = len(x) // 2  # outside of the except block, where the exception would keep the tensors alive
     parts = [
         _as_memory_allows(forward, x[part], output, None if labels is None else labels[part], projections, seeds[part])
         for part in (slice(half), slice(half, None))
@@ -166,7 +166,7 @@ def _as_memory_allows(
 
 
 def input_unit(model: BaseModel, space: str) -> str:
-    """The unit of a GBR's x in words, which depends on whether the model normalises."""
+    """The unit of x in words, which depends on whether the model normalises its input."""
     if space == "pixel":
         return "per squared gray level, 1/255 of the pixel range"
     if getattr(model.data_preprocessor, "_enable_normalize", True):
@@ -175,9 +175,9 @@ def input_unit(model: BaseModel, space: str) -> str:
 
 
 def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
-    """What is differentiated for ``output``, as ``forward`` and ``output`` of :func:`enc_plugin.functional.gbr`.
+    """The arguments ``forward`` and ``output`` of :func:`enc_plugin.functional.gbr` to measure ``output``.
 
-    Probabilities are those that the head predicts for ``x``, and not a softmax by assumption.
+    Probabilities are the scores that the head predicts. They need not be the softmax of the logits.
     """
 
     def run(mode: str) -> Callable[[Tensor], Tensor | list]:
@@ -194,7 +194,7 @@ def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Cal
         predicted = scores(x)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f"output: {output!r} needs a head that predicts scores for each picture, which {head} does not "
+            f"output: {output!r} needs a head that predicts scores for each image, but {head} does not "
             f"({type(error).__name__}: {error}); measure 'logits'"
         ) from error
     given = logits(x)
@@ -205,21 +205,21 @@ def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Cal
         return logits, output
     if output == "label_prob":
         raise ValueError(
-            f"output: 'label_prob' is the softmax of the true class, but {head} predicts other scores than the softmax "
-            "of its logits; measure 'probs' (the scores that it predicts) or 'logits'"
+            f"output: 'label_prob' is the softmax of the true class, but the scores of {head} are not the softmax of "
+            "its logits; measure 'probs' (the scores that it predicts) or 'logits'"
         )
     return scores, "logits"
 
 
 def check_options(output: str, projections: int | None, space: str, num_samples: int | None) -> None:
-    """Raise ``ValueError`` that names the option if a measurement could not be made with these."""
+    """Raise ``ValueError`` if an option of a measurement is not valid."""
     check_output(output)
     check_projections(projections)
     check_space(space)
-    check_integer("num_samples", num_samples, 2, none="all")  # two have a standard error
+    check_integer("num_samples", num_samples, 2, none="all")  # a standard error needs two
 
 
 def check_space(space: str) -> None:
-    """Raise ``ValueError`` unless ``space`` names what x is."""
+    """Raise ``ValueError`` unless ``space`` is one of ``SPACES``."""
     if not isinstance(space, str) or space not in SPACES:
         raise ValueError(f"space: expected one of {', '.join(map(repr, SPACES))}, got {space!r}")

@@ -1,4 +1,4 @@
-"""Which steps of a pipeline load a sample, found by watching them: the others do something to a picture."""
+"""Finds the steps of a pipeline that load a sample, by recording what each step reads and writes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 
 def without_loading(steps: Sequence[Callable], results: dict, picture: str) -> list[Callable]:
-    """Those of ``steps`` that do something to a picture: all but those that load one, or a label.
+    """The ``steps`` that process an image, without the steps that load an image or a label.
 
-    Each step runs on one loaded sample. A step loads if it makes a picture or a label without having read the picture,
-    or if it fails before any step has read the picture, because it may look for a file that is not there.
+    Each step runs on one loaded sample. A step loads if it writes an image or a label without having read the image. A
+    step that fails before any step has read the image loads too, because it probably looks for a file.
+
+    Args:
+        steps: Transforms of a pipeline.
+        results: A sample with the image.
+        picture: Key of the image in ``results``.
     """
     kept: list[Callable] = []
     begun = False
@@ -36,7 +41,7 @@ def without_loading(steps: Sequence[Callable], results: dict, picture: str) -> l
 
 
 class _Notes:
-    """What a step did to a watched sample: it read the picture that was there, it made another, it wrote a label."""
+    """What a step did with a sample: it read the image, replaced the image, or wrote a label."""
 
     read = False
     made = False
@@ -48,7 +53,7 @@ class _Notes:
 
 
 class _Watched(dict):
-    """A sample that takes notes of what a step reads and writes, in its copies too."""
+    """A sample that records what a step reads and writes. Copies record to the same notes."""
 
     def __init__(self, values: dict, picture: str, notes: _Notes):
         super().__init__(values)
@@ -73,10 +78,10 @@ class _Watched(dict):
     def __deepcopy__(self, memo):
         return _Watched(copy.deepcopy(dict(super().items()), memo), self.picture, self.notes)
 
-    # These go through __getitem__ and __setitem__; dict's own do not.
+    # These call __getitem__ and __setitem__; the methods of dict do not.
     get, items, values = Mapping.get, Mapping.items, Mapping.values
     pop, update = MutableMapping.pop, MutableMapping.update
 
     def copy(self):
-        """As of a dict, with the same notes."""
+        """Shallow copy with the same notes."""
         return self.__copy__()

@@ -1,4 +1,4 @@
-"""The pipelines of a dataset within any wrappers: how a sample is read without augmentation or replacement."""
+"""Reading a sample of a dataset, inside of any wrappers, without augmentation and without replacement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch.utils.data import Dataset
 
 
 class _Stop(BaseException):
-    """Leaves a dataset with what its pipeline was given; no ``except Exception`` that takes another sample holds it."""
+    """Leaves a dataset's ``__getitem__`` with the argument of its pipeline.
+
+    A ``BaseException``, because datasets catch ``Exception`` to draw another sample.
+    """
 
     def __init__(self, dataset: object, info: dict | None):
         super().__init__()
@@ -20,11 +23,11 @@ class _Stop(BaseException):
 
 
 class WithoutReplacement(Dataset):
-    """A dataset whose unreadable samples are None, where mmengine's datasets take another sample by chance.
+    """A dataset that returns None for a sample that cannot be read, instead of a random replacement.
 
     mmengine's datasets draw a replacement if the pipeline returns None (``LoadImageFromFile(ignore_empty=True)`` does
-    for a missing picture), other datasets if it fails. A measurement would count the replacement twice, and depend on
-    the random state. A dataset that lets its pipeline fail fails here too.
+    for a missing image), other datasets if the pipeline raises. A measurement would then count another sample twice and
+    depend on the random state. If a dataset does not handle an exception of its pipeline, it is raised here too.
     """
 
     def __init__(self, dataset: Dataset):
@@ -34,15 +37,14 @@ class WithoutReplacement(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict | None:
-        """The sample under the dataset's own pipeline, or None."""
-
+        """The sample after the dataset's pipeline, or None."""
         calls = 0
 
         def guarded(leaf: object, own: Callable[[dict], dict | None]) -> Callable[[dict], dict]:
             def run(info: dict) -> dict:
                 nonlocal calls
                 calls += 1
-                sample = own(info) if calls == 1 else None  # a second call is for the replacement
+                sample = own(info) if calls == 1 else None  # a second call would be for a replacement
                 if sample is None:
                     raise _Stop(leaf, None)
                 return sample
@@ -57,7 +59,7 @@ class WithoutReplacement(Dataset):
 
 
 def find_pipeline(dataset) -> list | None:
-    """The pipeline of a dataset or its config, looked for within wrappers; None if there is none."""
+    """The pipeline of a dataset or its config, also inside of wrappers; None if there is none."""
     while dataset is not None:
         get = dataset.get if isinstance(dataset, dict) else lambda key, of=dataset: getattr(of, key, None)
         pipeline = get("pipeline")
@@ -69,18 +71,18 @@ def find_pipeline(dataset) -> list | None:
 
 
 def sample_of(dataset: Dataset, index: int) -> Any:
-    """A sample as training gets it, by a copy of the transforms: some own a random generator."""
+    """A sample as in training, by copies of the transforms, because some transforms have a random generator."""
     steps = find_pipeline(dataset)
     if steps is None or not hasattr(dataset, "get_data_info"):
         return dataset[index]
     sample = Compose(copy.deepcopy(steps))(dataset.get_data_info(index))
-    return dataset[index] if sample is None else sample  # it takes another one for a picture that is damaged
+    return dataset[index] if sample is None else sample  # the dataset replaces a damaged image by another sample
 
 
 def locate(dataset: Dataset, index: int) -> tuple[object, dict]:
-    """The dataset within all wrappers that holds a sample, and what it gives to its pipeline.
+    """The innermost dataset of a sample, inside of all wrappers, and the argument that it passes to its pipeline.
 
-    The wrappers are asked for the sample, and it is taken where the pipeline would begin.
+    The wrappers are indexed as usual, and the sample is intercepted at the start of the pipeline.
     """
 
     def stop(leaf: object, own: Callable) -> Callable[[dict], dict]:
@@ -97,13 +99,13 @@ def locate(dataset: Dataset, index: int) -> tuple[object, dict]:
     except _Stop as found:
         return found.dataset, found.info
     raise TypeError(
-        f"dataset: {type(dataset).__name__} does not run the pipelines of the datasets within it, so that its samples "
+        f"dataset: {type(dataset).__name__} does not run the pipelines of the datasets inside of it, so its samples "
         "cannot be read without augmentation; derive it from mmpretrain's BaseDataset"
     )
 
 
 def leaves(dataset: object) -> list:
-    """The datasets that have a pipeline, within any wrappers, each once."""
+    """The datasets with a pipeline, inside of any wrappers, each once."""
     if getattr(dataset, "pipeline", None) is not None:
         return [dataset]
     inner = [*(getattr(dataset, "datasets", None) or []), getattr(dataset, "dataset", None)]
@@ -113,7 +115,7 @@ def leaves(dataset: object) -> list:
 
 @contextmanager
 def _pipelines(dataset: Dataset, replace: Callable[[object, Callable], Callable]) -> Iterator[None]:
-    """Block in which each dataset's pipeline is what ``replace(dataset, pipeline)`` makes of it."""
+    """Within the context, replace the pipeline of each dataset by ``replace(dataset, pipeline)``."""
     own = [(leaf, leaf.pipeline) for leaf in leaves(dataset)]
     try:
         for leaf, pipeline in own:
@@ -125,7 +127,7 @@ def _pipelines(dataset: Dataset, replace: Callable[[object, Callable], Callable]
 
 
 def load(leaf: object, info: dict, picture: str) -> dict | None:
-    """What the dataset's own steps make of ``info`` until the picture is there; None if it cannot be read."""
+    """Run the dataset's pipeline on ``info`` until the key ``picture`` exists; None if a step returns None."""
     pipeline = getattr(leaf, "pipeline", None)
     results: dict | None = info
     for step in getattr(pipeline, "transforms", pipeline) or []:

@@ -1,4 +1,4 @@
-"""Pictures of a measurement: packed samples as one batch, the pixel space 0..255, and the network behind it."""
+"""Images of a measurement: collating samples, checking their pixel range, and classifying pixels in 0..255."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ PIXEL_MAX = 255.0
 
 
 def stack(packed: Sequence[dict]) -> tuple[Tensor, Tensor | None]:
-    """Pixels ``(N, C, H, W)`` in their own dtype, and labels ``(N,)``, None unless each packed sample has one.
+    """Stack packed samples to pixels ``(N, C, H, W)`` and labels ``(N,)`` (None unless each sample has one label).
 
     Raises:
-        ValueError: If sizes differ, or a sample has no picture.
+        ValueError: If sizes differ, or a sample has no image.
     """
     if any("inputs" not in sample for sample in packed):
         raise ValueError(
-            "pipeline: there is no picture to pack; end it with PackInputs, and begin it with a loading step, such as "
-            "LoadImageFromFile, if it is to take the place of the dataset's own loading"
+            "pipeline: expected packed samples with an image, got one without; end the pipeline with PackInputs, and "
+            "begin it with a loading step such as LoadImageFromFile if it replaces the loading steps of the dataset"
         )
     shapes = {tuple(sample["inputs"].shape) for sample in packed}
     if len(shapes) > 1:
@@ -34,10 +34,10 @@ def stack(packed: Sequence[dict]) -> tuple[Tensor, Tensor | None]:
 
 
 def collate_pixels(samples: Sequence[dict | None]) -> tuple[Tensor, Tensor]:
-    """:func:`stack` of the samples that are not None, for an attack: it needs pixels in 0..255 and true labels.
+    """:func:`stack` the samples that are not None, for an attack, which needs pixels in 0..255 and true labels.
 
     Raises:
-        ValueError: If sizes differ, a pixel is out of the range, or a sample has no single label.
+        ValueError: If sizes differ, a pixel is out of range, or a sample does not have exactly one label.
     """
     samples = [sample for sample in samples if sample is not None]
     if not samples:
@@ -51,7 +51,7 @@ def collate_pixels(samples: Sequence[dict | None]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PixelSpan:
-    """Smallest and largest of many pixels, and whether they are floating point."""
+    """Smallest and largest value of pixels, and whether they are floating point."""
 
     low: float = 0.0
     high: float = 0.0
@@ -59,7 +59,7 @@ class PixelSpan:
 
     @classmethod
     def of(cls, pixels: Tensor) -> PixelSpan:
-        """That of a tensor."""
+        """The span of a tensor."""
         if not pixels.numel():
             return cls()
         low, high = (bound.item() for bound in pixels.aminmax())
@@ -67,7 +67,7 @@ class PixelSpan:
 
     @classmethod
     def join(cls, spans: Sequence[PixelSpan]) -> PixelSpan:
-        """That of all together."""
+        """The span of several spans together."""
         spans = [*spans] or [cls()]
         return cls(min(s.low for s in spans), max(s.high for s in spans), any(s.floating for s in spans))
 
@@ -75,39 +75,38 @@ class PixelSpan:
         """Raise ``ValueError`` unless the range is 0..255.
 
         Args:
-            whole: These are all pixels. Of a part, 0..1 says nothing: it may be a dark picture.
+            whole: Whether the span is of all pixels. In a part of them, 0..1 may be a dark image and does not raise.
         """
         if not 0 <= self.low <= self.high <= PIXEL_MAX or (whole and self.floating and 0 < self.high <= 1):
             raise ValueError(
-                f"dataset: expected pixels in 0..255, got {self.low:g}..{self.high:g}; the unit is 1/255 of that "
-                "range, so leave scaling and normalisation to the model's data_preprocessor (mean, std) and not to the "
-                "pipeline"
+                f"dataset: expected pixels in 0..255, got {self.low:g}..{self.high:g}; move scaling and normalisation "
+                "from the pipeline to the model's data_preprocessor (mean, std)"
             )
 
 
 def preprocess(model: nn.Module, pixels: Tensor) -> Tensor:
-    """What the network receives for ``pixels``: its ``data_preprocessor`` applies mean, std and channel order."""
+    """Apply the model's ``data_preprocessor`` (mean, std, channel order) to ``pixels``."""
     return model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
 
 
 class PixelClassifier(nn.Module):
-    """Logits of a classifier as a function of pixels: its ``data_preprocessor`` (mean, std, channel order) lies within.
+    """Logits of a classifier as a function of pixels, including its ``data_preprocessor`` (mean, std, channel order).
 
-    Runs in float32 whatever autocast is active around it, as mmengine's validation does.
+    Runs without autocast, as mmengine's validation does.
 
     Args:
         model: Classifier of mmpretrain: ``ENCImageClassifier``, ``ImageClassifier``, ``TimmClassifier``.
 
     Shape:
-        ``(N, C, H, W)`` pixels in 0..255, as the pipeline's ``PackInputs`` delivers them -> ``(N, classes)`` logits.
+        ``(N, C, H, W)`` pixels in 0..255, as from ``PackInputs`` -> ``(N, classes)`` logits.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.training = model.training  # train() would reach into the model and wake frozen layers
+        self.training = model.training  # train() would change the model, including its frozen layers
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalise as the model's data preprocessor does, then classify."""
+        """Normalise and classify."""
         with torch.autocast(pixels.device.type, enabled=False):
             return self.model(preprocess(self.model, pixels), mode="tensor")

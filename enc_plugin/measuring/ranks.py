@@ -1,4 +1,4 @@
-"""Work that the processes of a distributed run share out."""
+"""Work that is divided among the ranks of a distributed run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def on_all_ranks(check: Callable[[], T]) -> T:
-    """Run ``check`` on every rank; where it fails on one, all raise, so that none waits for the others for ever.
+    """Run ``check`` on every rank. If it fails on one rank, all ranks raise, so that none waits forever.
 
     Raises:
         ValueError: With the message of a rank on which the check failed.
@@ -34,11 +34,11 @@ def on_all_ranks(check: Callable[[], T]) -> T:
 
 
 def joined(own: list[T]) -> list[T]:
-    """The lists of all ranks as one, in the order of the ranks. Every rank has to call it."""
+    """Concatenate the lists of all ranks, in the order of the ranks. All ranks must call it."""
     return [item for part in all_gather_object(own) for item in part]
 
 
 def own_share(count: int) -> range:
-    """Which of ``count`` batches this rank measures: every n-th one of n ranks."""
+    """Which of ``count`` batches this rank measures: with n ranks, every n-th one."""
     rank, world_size = get_dist_info()
     return range(rank, count, world_size)

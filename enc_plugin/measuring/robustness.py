@@ -1,4 +1,4 @@
-"""White-box robustness of an mmpretrain classifier, attacked in pixel units."""
+"""White-box robustness of an mmpretrain classifier, attacked in pixel space."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from .samples import in_batches
 from .spread import spread
 from .untouched import untouched
 
-ZERO_GRAD_LIMIT = 0.01  # share of samples without any gradient above which the attack says little
+ZERO_GRAD_LIMIT = 0.01  # share of samples with an all-zero gradient above which a warning is given
 CHECKED_SAMPLES = 64
-PGD_MARGIN = 10.0  # percentage points that FGSM may leave above PGD
+PGD_MARGIN = 10.0  # percentage points by which the accuracy under FGSM may exceed that under PGD without a warning
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """Top-1 accuracies in percent, per eps in 1/255 of the pixel range."""
+    """Top-1 accuracies in percent, by eps in 1/255 of the pixel range."""
 
     num_samples: int
     clean: float
     fgsm: dict[float, float]
     pgd: dict[float, float]
     pgd_steps: int
-    zero_grad: float  # share of the samples whose gradient is zero at every pixel
+    zero_grad: float  # share of the samples with an all-zero gradient
     seconds: float
-    left_out: int = 0  # samples that could not be read, beside num_samples
+    left_out: int = 0  # samples that could not be read; not in num_samples
 
     @property
     def warnings(self) -> list[str]:
-        """Reasons why the accuracies may not show robustness, each with its usual cause."""
+        """Reasons why the accuracies may not measure robustness, each with its usual cause."""
         found = [f"eps: {other_unit(eps)}" for eps in self.fgsm if eps < LEAST_EPS][:1]
         if self.left_out:
             found.append(
                 f"{self.left_out} of {self.left_out + self.num_samples} samples cannot be read and are left out (the "
-                "dataset would take others by chance)"
+                "dataset would replace them by random ones)"
             )
         if self.clean == 0:
             found.append(
                 "clean accuracy is 0 %: the labels, the channel order or mean and std do not fit the checkpoint, or "
-                "it was not loaded; no attack says anything about such a model"
+                "the checkpoint was not loaded; attacks on such a model are meaningless"
             )
         for attack, accuracies in (("FGSM", self.fgsm), (f"PGD-{self.pgd_steps}", self.pgd)):
             above = {eps: accuracy for eps, accuracy in accuracies.items() if accuracy > self.clean}
@@ -65,7 +65,7 @@ class Robustness:
                 )
         if self.zero_grad > ZERO_GRAD_LIMIT:
             found.append(
-                f"{self.zero_grad:.1%} of the samples have an all-zero gradient, so the attack leaves them as they are "
+                f"{self.zero_grad:.1%} of the samples have an all-zero gradient, so the attack does not change them "
                 "(saturated softmax or masked gradients): this accuracy overestimates the robustness"
             )
         both = [eps for eps in self.fgsm if eps in self.pgd]
@@ -91,25 +91,25 @@ def measure_robustness(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Robustness:
-    """Top-1 accuracy of ``model`` clean, under FGSM and, if asked for, under PGD, attacked in pixel space.
+    """Measure the top-1 accuracy of ``model`` on clean images, under FGSM and optionally under PGD.
 
-    The attack is untargeted and uses the true labels. It moves pixels before the ``data_preprocessor`` normalises them,
-    and keeps them within 0..255; adversarial pixels are not rounded to integers. A run around it does not notice it.
+    The attack is untargeted and uses the true labels. It changes pixels before the ``data_preprocessor`` normalises
+    them and keeps them within 0..255; adversarial pixels are not rounded to integers. It has no side effects on a run.
 
-    In a distributed run every rank has to call it. The ranks share out whole batches, because arithmetic can depend on
-    the shape of a batch: so any number of ranks gives the same result to the last bit.
+    In a distributed run all ranks must call it. Whole batches are divided among the ranks, because the rounding of a
+    result can depend on the batch size. So the result is bit-for-bit the same for any number of ranks.
 
     Args:
         model: Classifier of mmpretrain, not wrapped.
-        dataset: Yields ``dict(inputs=..., data_samples=...)`` as ``PackInputs`` makes it: pixels ``(C, H, W)`` in
-            0..255, and a ``gt_label``. Samples that it cannot read, and would replace by others, are left out.
-        eps: Budgets in 1/255 of the pixel range, above 0 and up to 255.
-        num_samples: How many samples, spread evenly over the dataset; None: all.
+        dataset: Returns ``dict(inputs=..., data_samples=...)`` as ``PackInputs`` does: pixels ``(C, H, W)`` in
+            0..255, and a ``gt_label``. Samples that cannot be read are left out and not replaced.
+        eps: Attack budgets in 1/255 of the pixel range, above 0 and up to 255.
+        num_samples: Number of samples, spread evenly over the dataset; None: all.
         batch_size: Samples per batch.
-        num_workers: Number of processes that load.
-        pgd_steps: Steps of PGD for each eps (:func:`enc_plugin.functional.pgd`, random start); 0: FGSM alone.
+        num_workers: Number of data loading processes.
+        pgd_steps: Number of PGD steps for each eps (:func:`enc_plugin.functional.pgd`, random start); 0: only FGSM.
         seed: Seed of PGD's random starts.
-        progress: Called after each batch with the number of batches that this rank has done, and of all its batches.
+        progress: Called after each batch with the number of finished batches and of all batches of this rank.
 
     Returns:
         The accuracies, equal on all ranks.
@@ -130,13 +130,13 @@ def measure_robustness(
         batch_sampler=[batches[i] for i in own],
         num_workers=num_workers,
         collate_fn=collate_pixels,
-        generator=torch.Generator(),  # else the loader would draw from the global one
+        generator=torch.Generator(),  # otherwise the loader would use the global random state
     )
     classify = PixelClassifier(model)
     device = next(model.parameters()).device
 
-    # Rows: whether it was read, label, zero gradient, clean prediction, prediction per attack. Each rank fills its
-    # columns, others stay 0.
+    # One column per sample: whether it was read, label, zero gradient, clean prediction, prediction for each attack.
+    # Each rank fills its columns; the others stay 0 until the reduction.
     attacks = len(eps) * (2 if pgd_steps else 1)
     table = torch.zeros(4 + attacks, len(indices), dtype=torch.int64)
     spans = []
@@ -145,12 +145,12 @@ def measure_robustness(
         gradient, logits = input_gradient(classify, pixels, labels)
         adversarial = [sign_step(pixels, gradient, e, lower=0.0, upper=PIXEL_MAX) for e in eps]
         if pgd_steps:
-            # Seeded by the batch and not carried on, so that the ranks draw what a single process would.
+            # A new generator for each batch, so that the random starts do not depend on the number of ranks.
             for e in eps:
                 generator = torch.Generator(device).manual_seed(int(seed) * len(batches) + number)
                 options = dict(steps=pgd_steps, generator=generator, upper=PIXEL_MAX)
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "eps: .*half a grey level")  # it is among the result's warnings
+                    warnings.filterwarnings("ignore", "eps: .*half a grey level")  # Robustness.warnings has it
                     adversarial.append(pgd(classify, pixels, labels, e, **options))
         read = torch.ones_like(labels)
         rows = [read, labels, ~_nonzero(gradient), logits.argmax(1), *(classify(x).argmax(1) for x in adversarial)]
@@ -185,7 +185,7 @@ def measure_robustness(
 
 
 def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:
-    """``eps`` as a list; an error unless it holds different numbers above 0 and up to 255."""
+    """Return ``eps`` as a list; raise unless it contains different numbers above 0 and up to 255."""
     expected = "different numbers above 0, in 1/255 of the pixel range"
     if isinstance(eps, (str, bytes)) or not isinstance(eps, (Real, Sequence)):
         raise TypeError(f"eps: expected {expected}, got {eps!r}")
@@ -198,9 +198,9 @@ def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:
 
 
 def check_dataset(dataset: Dataset, num_samples: int | None) -> None:
-    """Raise ``ValueError`` if samples show that they cannot be attacked: at most 64, spread over the dataset.
+    """Raise ``ValueError`` if samples of ``dataset`` cannot be attacked.
 
-    One picture is not enough, because a black one does not show the range.
+    Up to 64 samples, spread over the dataset, are checked. One is not enough, because a black image has no range.
     """
     chosen = spread(len(dataset), num_samples)
     looked_at = [chosen[i] for i in spread(len(chosen), CHECKED_SAMPLES)]
@@ -210,12 +210,12 @@ def check_dataset(dataset: Dataset, num_samples: int | None) -> None:
 
 
 def _nonzero(gradient: Tensor) -> Tensor:
-    """Whether each sample's gradient moves any pixel, ``(N,)``; NaN moves none."""
+    """Whether each sample's gradient has a nonzero element, ``(N,)``; NaN counts as zero."""
     return (gradient.nan_to_num(nan=0.0) != 0).flatten(1).any(1)
 
 
 def _accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent, as mmpretrain's metric computes it."""
-    from mmpretrain.evaluation import Accuracy  # here: the hooks register with mmengine alone
+    from mmpretrain.evaluation import Accuracy  # not at the top, because hooks are imported without mmpretrain
 
     return Accuracy.calculate(predicted, labels).item()

@@ -1,4 +1,4 @@
-"""The samples of a measurement: which images, the same ones through a whole run, read once and without augmentation."""
+"""The samples of a measurement: chosen once, read once, and without augmentation."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .ranks import joined, on_all_ranks, own_share
 
 
 class FixedSamples:
-    """The same samples of a dataset without augmentation, in batches, read once.
+    """Fixed samples of a dataset without augmentation, in batches, read once.
 
-    The dataset's own steps load a sample, up to the step that makes the picture. Then come the steps of ``pipeline``,
-    without those that load. Each rank reads and keeps the batches that it will measure; batches are the same for any
-    number of ranks.
+    The steps of the dataset's pipeline load a sample, up to the step that produces the image. Then the steps of
+    ``pipeline`` run, except those that load. Each rank reads and keeps the batches that it will measure. The batches do
+    not depend on the number of ranks.
 
     Args:
-        dataset: Dataset of mmengine or mmpretrain, within any wrappers (repeated, concatenated, balanced, folds,
-            subsets); or one that returns packed samples and has no pipeline, if it returns the same sample each time.
+        dataset: Dataset of mmengine or mmpretrain, inside of any wrappers (repeated, concatenated, balanced, folds,
+            subsets). Or a dataset without a pipeline that returns packed samples, the same ones each time.
         pipeline: Transforms that end in ``PackInputs``, usually the test pipeline: configs or callables.
-        indices: Which samples, in this order.
+        indices: Indices of the samples, in this order.
         batch_size: Samples per batch.
-        own_loading: Whether the dataset loads; False: ``pipeline`` does, from the first step to the last.
+        own_loading: Whether the dataset's steps load. False: all steps of ``pipeline`` run, and load.
 
     Raises:
-        TypeError: If the dataset cannot hand out a sample without augmentation.
+        TypeError: If the dataset cannot return a sample without augmentation.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class FixedSamples:
         self.left_out: list[int] = []
         self._steps = Compose(_own_copy(Compose(list(pipeline)).transforms))
         self._own_loading = own_loading
-        self._kept: dict[int, Compose] = {}  # by dataset within the wrappers
+        self._kept: dict[int, Compose] = {}  # id of the innermost dataset -> steps after loading
         self._packed = _has_no_pipeline(dataset)
         if self._packed and len(indices):
             _check_packed(dataset, indices[0])
@@ -64,7 +64,7 @@ class FixedSamples:
 
     @property
     def indices(self) -> list[int]:
-        """Which samples, in the order of the batches."""
+        """Indices of the samples, in the order of the batches."""
         return [index for batch in self.batches for index in batch]
 
     @property
@@ -73,7 +73,7 @@ class FixedSamples:
         return own_share(len(self.batches))
 
     def read(self) -> FixedSamples:
-        """Read this rank's batches now, and leave out samples that cannot be read. Every rank has to call it.
+        """Read this rank's batches now, and leave out samples that cannot be read. All ranks must call it.
 
         Raises:
             ValueError: If fewer than two samples are left.
@@ -85,26 +85,26 @@ class FixedSamples:
             self.batches = [[index for index in batch if index not in missing] for batch in self.batches]
             if len(self) < 2:
                 raise ValueError(
-                    f"dataset: {len(missing)} of {len(missing) + len(self)} chosen samples cannot be read, and two are "
-                    "the least for a standard error"
+                    f"dataset: {len(missing)} of {len(missing) + len(self)} chosen samples cannot be read, but a "
+                    "standard error needs at least two; check the paths of the dataset"
                 )
         return self
 
     def _read_batch(self, number: int) -> list[int]:
-        """Read a batch and keep it without what cannot be read, whose indices are returned."""
+        """Read and keep a batch, and return the indices of the samples that cannot be read."""
         samples = {index: self._sample(index) for index in self.batches[number]}
         found = [sample for sample in samples.values() if sample is not None]
         self._read[number] = stack(found) if found else (torch.zeros(0), None)
         return [index for index, sample in samples.items() if sample is None]
 
     def batch(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """Pixels ``(N, C, H, W)`` as the pipeline delivers them, and labels ``(N,)`` (None if there are none)."""
+        """Pixels ``(N, C, H, W)`` as returned by the pipeline, and labels ``(N,)`` or None."""
         if number not in self._read:
             self._read[number] = stack([self._sample(index) for index in self.batches[number]])
         return self._read[number]
 
     def check_pixels(self) -> None:
-        """Raise ``ValueError`` unless the pixels of all ranks are in 0..255. Every rank has to call it."""
+        """Raise ``ValueError`` unless the pixels of all ranks are in 0..255. All ranks must call it."""
         spans = [PixelSpan.of(self.batch(number)[0]) for number in self.own]
         PixelSpan.join(joined(spans)).check()
 
@@ -119,7 +119,7 @@ class FixedSamples:
         try:
             results = load(leaf, info, picture)
         except Exception:
-            if WithoutReplacement(self.dataset)[index] is not None:  # fails too, unless the dataset would replace it
+            if WithoutReplacement(self.dataset)[index] is not None:  # raises unless the dataset replaces it
                 raise
             return None
         if results is None:
@@ -130,18 +130,18 @@ class FixedSamples:
 
 
 def in_batches(indices: Sequence[int], batch_size: int) -> list[list[int]]:
-    """``indices`` in lists of ``batch_size``, the last one with the rest."""
+    """Split ``indices`` into lists of ``batch_size``; the last one may be shorter."""
     check_integer("batch_size", batch_size, 1)
     return [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
 
 
 def choose_samples(dataset: Dataset | int, num_samples: int | None, seed: int) -> list[int]:
-    """Indices of ``num_samples`` different samples (None, or more than there are: all), by ``seed``, ascending.
+    """Choose ``num_samples`` different samples at random; returns their indices in ascending order.
 
     Args:
-        dataset: A dataset, of which no sample is taken twice however often it is repeated; or a number of samples.
-        num_samples: How many.
-        seed: Of the choice.
+        dataset: A dataset, or its number of samples. If a dataset repeats a sample, the sample is chosen only once.
+        num_samples: Number of samples. None, or more than there are: all.
+        seed: Seed of the choice.
     """
     length = dataset if isinstance(dataset, int) else len(dataset)
     if length < 1:
@@ -160,13 +160,14 @@ def choose_samples(dataset: Dataset | int, num_samples: int | None, seed: int) -
 
 
 def _identity(dataset: Dataset, index: int) -> object:
-    """A key that two indices share exactly if they stand for the same sample."""
+    """A key that is equal for two indices exactly if they refer to the same sample."""
     if _has_no_pipeline(dataset):
         return index
     leaf, info = locate(dataset, index)
     info = dict(info)
     place = info.pop("sample_idx", None)
-    # Two names of one file are one sample. Two equal pictures in memory are two, unless one dataset was built twice.
+    # Two entries for one file are one sample. Two equal images in memory are two samples, unless their index in the
+    # innermost dataset is equal, because the dataset was built twice.
     in_memory = any(isinstance(value, (np.ndarray, Tensor)) for value in info.values())
     try:
         content: object = hashlib.sha256(pickle.dumps(info)).digest()
@@ -176,20 +177,20 @@ def _identity(dataset: Dataset, index: int) -> object:
 
 
 def _has_no_pipeline(dataset: Dataset) -> bool:
-    """Whether a dataset hands out packed samples and has no steps that could be left out."""
+    """Whether a dataset has no pipeline, and so must return packed samples."""
     return not leaves(dataset) and not hasattr(dataset, "get_data_info")
 
 
 def _own_copy(steps: list[Callable]) -> list[Callable]:
-    """Copies of ``steps``, because those of a dataset may have random states that the run goes on with."""
+    """Copies of ``steps``, because transforms may have a random state that the run uses."""
     try:
         return copy.deepcopy(steps)
-    except Exception:  # open files, locks: any transform can hold them
+    except Exception:  # a transform may hold open files or locks
         return steps
 
 
 def _check_packed(dataset: Dataset, index: int) -> None:
-    """Raise ``TypeError`` unless a dataset without a pipeline returns packed samples, the same each time."""
+    """Raise ``TypeError`` unless a dataset without a pipeline returns packed samples, the same ones each time."""
     name = type(dataset).__name__
     state = torch.get_rng_state()
     try:
@@ -198,11 +199,11 @@ def _check_packed(dataset: Dataset, index: int) -> None:
         torch.set_rng_state(state)
     if not isinstance(first, dict) or "inputs" not in first:
         raise TypeError(
-            f"dataset: {name} has no get_data_info(index) and no pipeline, which mmengine's datasets have, so that its "
-            "samples cannot be read without augmentation; derive it from mmpretrain's BaseDataset"
+            f"dataset: {name} has no get_data_info(index) and no pipeline, so its samples cannot be read without "
+            "augmentation; derive it from mmpretrain's BaseDataset"
         )
     if not torch.equal(first["inputs"], second["inputs"]):
         raise TypeError(
-            f"dataset: {name} has no pipeline and returns another picture each time, so that its samples cannot be "
-            "read without augmentation; derive it from mmpretrain's BaseDataset"
+            f"dataset: {name} has no pipeline and returns another image each time, so its samples cannot be read "
+            "without augmentation; derive it from mmpretrain's BaseDataset"
         )

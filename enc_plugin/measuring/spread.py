@@ -6,14 +6,14 @@ from ..functional.checks import check_integer
 
 
 def spread(length: int, num_samples: int | None) -> list[int]:
-    """Evenly spaced indices into a dataset: the first ones would be a single class where the dataset is sorted.
+    """Evenly spaced indices of a dataset. (The first ones could all be of one class, if the dataset is sorted.)
 
     Args:
-        length: Of the dataset, at least 1.
-        num_samples: How many; None, or more than there are: all.
+        length: Length of the dataset, at least 1.
+        num_samples: Number of indices; None, or more than ``length``: all.
 
     Returns:
-        Different indices, ascending from 0; the gaps between them, and to ``length``, differ by at most one.
+        Different indices, ascending from 0. The gaps between them, and to ``length``, differ by at most one.
     """
     if length == 0:
         raise ValueError("dataset: expected at least one sample, got none")

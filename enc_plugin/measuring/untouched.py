@@ -1,4 +1,4 @@
-"""Measurements within a training run: they see one model on all ranks, and leave it as they found it."""
+"""The context of a measurement in a training run: the same model on all ranks, restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from torch import nn
 from ..functional.rng import kept_random_states
 from ..surgery.startup_average import unfit_statistics
 
-# Flags of activation checkpointing (mmpretrain's and timm's): where it is reentrant, autograd.grad refuses it.
+# Flags of activation checkpointing in mmpretrain and timm. The reentrant kind does not work with autograd.grad.
 _CHECKPOINTING = ("with_cp", "grad_checkpointing")
-# mmengine's option ``activation_checkpointing`` sets no flag: it wraps the ``forward`` of modules, reentrant too.
+# mmengine's option ``activation_checkpointing`` sets no flag. It wraps the ``forward`` of modules, reentrant too.
 _WRAPPER = turn_on_activation_checkpointing.__module__
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Block in which ``model`` is in eval mode and equal on all ranks, and which the run around it does not notice.
+    """Within the context, ``model`` is in eval mode and equal on all ranks. All ranks must enter it.
 
-    Restored are the mode of every module, the buffers, and the random states of Python, NumPy, torch and the model's
-    own generators. Within the block all ranks have rank 0's buffers: batch norm statistics differ between ranks, and
-    rank 0's are those that a checkpoint holds. Activation checkpointing and gradients are off. Every rank has to enter
-    the block.
+    On exit the mode of each module, the buffers, and the random states of Python, NumPy, torch and of generators in the
+    model are restored. Within the context, all ranks have the buffers of rank 0, because batch norm statistics differ
+    between ranks and a checkpoint contains those of rank 0. Activation checkpointing and gradients are off.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [
@@ -65,25 +64,26 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a (distributed) model wrapper, or the model itself."""
+    """The model inside of a (distributed) model wrapper, or the model itself."""
     while is_model_wrapper(model):
         model = model.module
     return model
 
 
 def statistics_note(model: nn.Module) -> str:
-    """What to say beside a number measured in eval mode while running statistics do not fit the weights; else ''."""
+    """A note for numbers measured in eval mode if running statistics do not fit the weights yet, else ''."""
     unfit = unfit_statistics(model)
     if not unfit:
         return ""
     name, why = next(iter(unfit.items()))
     return (
-        f"not yet the network that trains: running statistics of {len(unfit)} batch norms do not fit ({name!r}: {why})"
+        f"not yet the network that is trained: the running statistics of {len(unfit)} batch norms do not fit "
+        f"({name!r}: {why})"
     )
 
 
 def recomputed(model: nn.Module) -> list[str]:
-    """Names of the modules whose forward pass runs twice in training, because activation checkpointing is on."""
+    """Names of the modules with activation checkpointing."""
     return [
         name
         for name, module in model.named_modules()
@@ -92,6 +92,6 @@ def recomputed(model: nn.Module) -> list[str]:
 
 
 def _is_wrapped(forward: Callable | None) -> bool:
-    """Whether a module's own ``forward`` is mmengine's wrapper around its class's."""
-    # By its globals: functools.wraps gave it the name and the module of what it wraps.
+    """Whether ``forward``, an instance attribute, is mmengine's wrapper around the forward of the class."""
+    # Checked by its globals, because functools.wraps copied the name and module of the wrapped function.
     return hasattr(forward, "__wrapped__") and getattr(forward, "__globals__", {}).get("__name__") == _WRAPPER

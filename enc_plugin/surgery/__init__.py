@@ -1,1 +1,1 @@
-"""What conversion, folding and audit do to a network, and how they see what the network does."""
+"""Conversion, folding and audit of networks, based on a recorded forward pass."""

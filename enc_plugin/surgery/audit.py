@@ -1,4 +1,4 @@
-"""Does the constraint hold: norms of the effective weights, layer by layer."""
+"""Audit of the constraint: norms of the effective weights, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .projected import Projected, constrained_layers
 
 @dataclass(frozen=True)
 class AuditRow:
-    """The constraint at one layer."""
+    """The norms of one ENC layer."""
 
     name: str
     type: str
@@ -26,18 +26,18 @@ class AuditRow:
 
     @property
     def deviation(self) -> float:
-        r"""Relative deviation :math:`|\lVert\hat W\rVert_F^2 / \alpha - 1|`; NaN if the layer has no direction."""
+        r"""Relative deviation :math:`|\lVert\hat W\rVert_F^2 / \alpha - 1|`; NaN if the weight cannot be normalised."""
         return abs(self.sq_norm / self.alpha - 1)
 
 
 class Audit(list[AuditRow]):
-    """Table of :class:`AuditRow`, a row for each ENC layer; ``print`` it, or read :attr:`max_deviation`."""
+    """A list with an :class:`AuditRow` for each ENC layer; ``print`` shows it as a table."""
 
     @property
     def max_deviation(self) -> float:
-        """Largest relative deviation from alpha: float32 rounding when all is well, NaN if any is; 0 without layers."""
+        """Largest relative deviation from alpha; NaN if any is NaN, 0 without layers. Normally float32 rounding."""
         deviations = torch.tensor([0.0, *(row.deviation for row in self)])
-        return deviations.max().item()  # torch's max, unlike Python's, passes NaN on
+        return deviations.max().item()  # torch's max propagates NaN, Python's does not
 
     def __str__(self) -> str:
         rows = [
@@ -58,15 +58,15 @@ class Audit(list[AuditRow]):
 
 @torch.no_grad()
 def audit(model: nn.Module, folded: bool = False, inputs: Tensor | None = None) -> Audit | FoldedAudit:
-    r"""Check the constraint: :math:`\lVert\hat W\rVert_F^2`, :math:`\lVert W\rVert_F` and deviation, per ENC layer.
+    r"""List :math:`\lVert\hat W\rVert_F^2`, :math:`\lVert W\rVert_F` and the deviation from alpha for each ENC layer.
 
-    Norms are summed in float64. The model is only read.
+    Norms are summed in float64. The model does not change.
 
     Args:
-        model: Any ``nn.Module``; layers that are not ENC have no row.
-        folded: List instead the norms of the weights that the bound is about, :math:`\mathrm{diag}(\gamma/\sigma) W`:
-            every layer, ENC or plain, with the batch norms behind it folded in, and the AM-GM slack.
-        inputs: For ``folded``: a batch that the model takes; adds the norms of the convolutions as linear maps.
+        model: Any ``nn.Module``; plain layers are not listed.
+        folded: List the norms of the folded weights instead, :math:`\mathrm{diag}(\gamma/\sigma) W`, which the bound
+            of eq. 17 is about: every layer, ENC or plain, with the batch norms after it folded in, and the AM-GM slack.
+        inputs: For ``folded``: an input batch of the model; adds the norms of the convolutions as linear maps.
 
     Returns:
         The table, in module order.

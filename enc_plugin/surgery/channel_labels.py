@@ -1,6 +1,7 @@
-"""Labels of a layer's output channels, and where each operation takes them.
+"""Labels that track the output channels of layers through the operations of a forward pass.
 
-A label is a number per element, broadcastable to the value: which output channel of which layer scales it.
+A label is an integer for each element of a value, stored in a tensor that is broadcastable to the value. It identifies
+the output channel, of one of the layers, whose scale the element is proportional to.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .trace import Op, Value
 
 
 def channel_dim(layer: StockLayer, out: Value) -> int | None:
-    """Dimension of the layer's output that holds its channels; None if it has another shape than the layer gives."""
-    # Not by the weight: in train mode, each look at one that is made by spectral norm changes it.
+    """Dimension of the layer's output that holds its channels; None if ``out`` has an unexpected shape."""
+    # The weight's shape is not used: in train mode, each access to a weight with spectral norm changes it.
     if isinstance(layer, nn.Linear):
         channels, dim = layer.out_features, -1
     else:
@@ -29,21 +30,21 @@ def channel_dim(layer: StockLayer, out: Value) -> int | None:
 
 
 def along_dim(values: Tensor, dim: int, value: Value) -> Tensor:
-    """``values`` as labels along dimension ``dim`` of ``value``."""
+    """Reshape ``values`` to labels along dimension ``dim`` of ``value``."""
     shape = [1] * len(value.shape)
     shape[dim] = len(values)
     return values.view(shape)
 
 
 def per_channel(labels: Tensor, value: Value) -> Tensor | None:
-    """``(C,)`` labels of the channels (dimension 1), or None if they differ within a channel."""
+    """Labels ``(C,)`` of the channels (dimension 1), or None if they differ within a channel."""
     if labels.ndim < 2 or labels.numel() != labels.shape[1]:
         return None
     return labels.flatten().expand(value.shape[1])
 
 
 def labels_behind(op: Op, labels: dict[Value, Tensor]) -> list[Tensor] | None:
-    """Labels of each output of ``op``, or None if it does not pass a factor for each label on."""
+    """Labels of each output of ``op``, or None if ``op`` does not preserve a positive factor for each label."""
     name = op.kind
     if name in MOVES:
         return _replayed(op, name, labels)
@@ -73,13 +74,13 @@ def _replayed(op: Op, name: str, labels: dict[Value, Tensor]) -> list[Tensor] | 
     args, kwargs = tree_map(
         lambda x: labels.get(x, zero).expand(x.shape) if isinstance(x, Value) else x, (op.args, op.kwargs)
     )
-    if name in ("view", "_unsafe_view", "_reshape_alias"):  # labels are not laid out as the tensor is
+    if name in ("view", "_unsafe_view", "_reshape_alias"):  # labels have other strides, so that view() might fail
         return [_compress(args[0].reshape(op.outputs[0].shape))]
     return [_compress(label) for label in tree_leaves(op.func(*args, **kwargs))]
 
 
 def _compress(labels: Tensor) -> Tensor:
-    """Dimensions along which all labels are equal shrink to one element."""
+    """Shrink each dimension along which all labels are equal to one element."""
     for dim, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
         first = labels.narrow(dim, 0, min(size, 1))
         if size > 1 and (stride == 0 or torch.equal(labels, first.expand_as(labels))):

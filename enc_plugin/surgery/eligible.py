@@ -1,4 +1,4 @@
-"""Which layers can be ENC and which of them need a batch norm of their own: by what the network is seen to do."""
+"""Which layers can be ENC and which of them need a post-norm, according to a recorded forward pass."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .scale_fate import fate
 from .scale_paths import norms_that_fold
 from .trace import Trace
 
-# Squeeze-and-excitation blocks by their class names in mmpretrain, mmcv, timm and torchvision: the guess where a
-# network does not run.
+# Class names of squeeze-and-excitation blocks in mmpretrain, mmcv, timm and torchvision; used if a network does not
+# run.
 _SE_BLOCK = re.compile(r"^(Effective)?SE(Layer|Module|Block|Unit)|SqueezeExcit")
 _MOST_PARTS = 64
 
 
 class Evidence:
-    """What a network is seen to do with its layers, and the guesses where it is not seen.
+    """How a network uses its layers: recorded in forward passes where possible, guessed otherwise.
 
     The network runs once in eval mode, and once more in train mode if some of its layers did not run (auxiliary
-    classifiers). If it does not run, those of its parts that do are looked at. The guesses: a layer computes with its
-    weight itself; a batch norm reads a layer if it follows in an ``nn.Sequential``.
+    classifiers). If the network does not run, its submodules are tried. The guesses are: no other module uses a layer's
+    weight; a batch norm reads a layer's output if it directly follows the layer in an ``nn.Sequential``.
 
     Args:
-        model: The network; it is left as it was.
-        example: A batch that it takes, as for :func:`.recording.record_forward`; None: one is made up.
+        model: The network; it does not change.
+        example: An input batch, as for :func:`.recording.record_forward`; None: one is generated.
 
     Attributes:
-        trace: The pass of the whole network in eval mode, or None.
-        failure: Why there is none, in words.
+        trace: The recorded pass of the whole network in eval mode, or None.
+        failure: The reason if there is no trace.
 
     Raises:
         RecordError: If the network does not run on ``example``.
@@ -77,33 +77,33 @@ class Evidence:
         return [reader for trace in (*self._whole, *self._parts) for reader in trace.readers(layer)]
 
     def read_elsewhere(self) -> dict[str, str]:
-        """The layers whose weight something else computes with, too, by name, with the reason in words."""
+        """The layers whose weight another module also computes with, by name, with the reason."""
         found, shared = {}, set()
         for name, layer in self._layers.items():
             for reader in self._readers(layer):
                 found[name] = _reason(layer, reader)
                 shared.add(id(layer._parameters["weight"]))
-        for name, layer in self._layers.items():  # their weight is one and the same
+        for name, layer in self._layers.items():
             if id(layer._parameters.get("weight")) in shared:
-                found.setdefault(name, "it shares its weight with a layer that has to stay plain")
+                found.setdefault(name, "it shares its weight with a layer that must stay plain")
         return {name: found[name] for name in self._layers if name in found}
 
     def guessed(self) -> dict[str, str]:
-        """The layers that no pass of the whole network has called, by name, with what is taken for granted."""
+        """The layers that no pass of the whole network has called, by name, with the assumption about them."""
+        assumption = "no other module is assumed to use its weight"
         if self.failure is not None:
-            return dict.fromkeys(self._layers, "the network did not run: taken as computing with its own weight")
-        seen = {name for name, layer in self._layers.items() if self._trace_of(layer) is not None}
+            return dict.fromkeys(self._layers, f"the network did not run: {assumption}")
         return {
-            name: "it did not run on the example: taken as computing with its own weight"
+            name: f"it did not run on the example: {assumption}"
             for name, layer in self._layers.items()
-            if name not in seen and not self._readers(layer)
+            if self._trace_of(layer) is None and not self._readers(layer)
         }
 
     def wants_norm(self) -> set[nn.Module]:
-        """The layers that need a batch norm of their own: those that give one vector a sample, unless one reads it.
+        """The layers that need a post-norm: those with one output vector per sample, unless a batch norm follows.
 
-        These are the linear layers and the convolutions that do the same: on maps of one pixel, as in
-        squeeze-and-excitation blocks and convolutional classifiers, or in front of the last pooling.
+        These are the linear layers, and convolutions that are used like them: on maps of one pixel
+        (squeeze-and-excitation blocks, convolutional classifiers) or before the last pooling.
         """
         guesses = self._guessed_wants()
         wants: set[nn.Module] = set()
@@ -129,10 +129,10 @@ class Evidence:
         return wants
 
     def without_norm(self, owns_norm: set[nn.Module]) -> list[str]:
-        """Names of the layers whose scale no norm undoes, in front of another weight or of the network's end.
+        """Names of the layers with no norm that undoes their scale before the next weight or the network's output.
 
         Args:
-            owns_norm: The layers that have, or will have, a batch norm of their own.
+            owns_norm: The layers that have, or will have, a post-norm.
         """
         found = []
         has_norms = any("norm" in type(module).__name__.lower() for module in self.model.modules())
@@ -146,25 +146,25 @@ class Evidence:
 
 
 def refuse_weights_read_elsewhere(model: nn.Module, trace: Trace, layers: dict[str, nn.Module]) -> None:
-    """Raise ``ValueError`` if something else computes with the free weight of an ENC layer.
+    """Raise ``ValueError`` if another module computes with the free weight of an ENC layer.
 
     Args:
         model: The network.
-        trace: A recorded pass of it.
-        layers: Its ENC layers by name.
+        trace: A recorded forward pass of ``model``.
+        layers: The ENC layers of ``model``, by name.
     """
     for name, layer in layers.items():
         for reader in trace.readers(layer):
             raise ValueError(
-                f"layer {name!r} of {type(model).__name__} is ENC, but {_reason(layer, reader)}: that computes with "
-                "the free weight, which the constraint does not hold and fold does not keep; leave the layer plain "
-                f"with exclude=[{name!r}]"
+                f"layer {name!r} of {type(model).__name__} is ENC, but {_reason(layer, reader)}, so that module "
+                "computes with the free weight, which does not satisfy the constraint and is lost in fold; leave "
+                f"the layer plain with exclude=[{name!r}]"
             )
 
 
 def _reason(layer: nn.Module, reader: nn.Module) -> str:
     if any(parameter is layer._parameters["weight"] for parameter in reader._parameters.values()):
-        return f"its weight is that of {type(reader).__name__} too"
+        return f"it shares its weight with {type(reader).__name__}"
     return f"{type(reader).__name__} reads its weight without calling it"
 
 

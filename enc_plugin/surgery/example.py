@@ -1,4 +1,4 @@
-"""Inputs for networks that are run once to see what they do: given by the user, or made up from the layers' shapes."""
+"""Inputs for recording a forward pass: given by the user, or generated from the shapes of the layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-# Sides in pixels. Passes that record shapes cost the same at any size, real ones do not.
+# Sides in pixels. A pass on meta tensors costs the same at any size; a pass that computes values does not.
 _SIZES = (224, 32, 64, 128, 256, 299, 384, 512, 28, 96, 48, 16, 8)
 _SIZES_FOR_VALUES = (64, 224, 32)
 _LENGTHS = (256, 64, 1024, 16000)
@@ -29,14 +29,15 @@ def as_arguments(example: Any) -> Arguments:
 
 
 def made_up(model: nn.Module, for_values: bool = False) -> Iterator[Arguments]:
-    """Arguments that ``model`` may take, the likeliest first, of the shapes that its first layers take.
+    """Generate arguments that ``model`` may accept, the likeliest first, with the input shapes of its first layers.
 
-    Networks with several required arguments get the same tensor for each, heads that take a tuple of features get one.
+    If the forward has several required arguments, each is the same tensor. A tuple of the tensor is also tried, for
+    heads that take a tuple of features.
 
     Args:
         model: The network.
-        for_values: For a pass that computes values: fewer and smaller inputs, filled with noise, on the model's device.
-            Otherwise they are meta tensors.
+        for_values: For a pass that computes values: generate fewer and smaller inputs, filled with noise, on the
+            model's device. Otherwise generate meta tensors.
     """
     dtype = _like(model).dtype
     required = _required_arguments(model)
@@ -49,7 +50,7 @@ def made_up(model: nn.Module, for_values: bool = False) -> Iterator[Arguments]:
 
 
 def with_values(arguments: Arguments, model: nn.Module) -> Arguments:
-    """The arguments with noise, on the device of ``model``, in the place of meta tensors (zeros for whole numbers)."""
+    """Replace meta tensors by noise (integers by zeros) on the device of ``model``."""
     device = _like(model).device
 
     def fill(x: Any) -> Any:
@@ -57,7 +58,7 @@ def with_values(arguments: Arguments, model: nn.Module) -> Arguments:
             return x
         if not x.is_floating_point():
             return torch.zeros(x.shape, dtype=x.dtype, device=device)
-        generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+        generator = torch.Generator().manual_seed(0)  # does not change the global random state
         noise = torch.randn(math.prod(x.shape), generator=generator, device="cpu").view(x.shape)
         return noise.to(device, x.dtype)
 
@@ -70,7 +71,7 @@ def _like(model: nn.Module) -> Tensor:
 
 
 def _shapes(model: nn.Module, for_values: bool) -> Iterator[tuple[tuple[int, ...], bool]]:
-    """Shapes of batches of two, and whether the network takes class numbers (tokens) instead of real ones."""
+    """Shapes of batches of two samples, and whether the network takes integers (tokens)."""
     firsts: dict[type[nn.Module], nn.Module] = {}
     for module in model.modules():
         for kind in (nn.Conv2d, nn.Conv1d, nn.Conv3d, nn.Linear, nn.Embedding):
@@ -91,13 +92,13 @@ def _shapes(model: nn.Module, for_values: bool) -> Iterator[tuple[tuple[int, ...
         elif isinstance(layer, nn.Linear):
             flat: list[tuple[int, ...]] = [(2, layer.in_features)]
             sequences: list[tuple[int, ...]] = [(2, length, layer.in_features) for length in tokens]
-            # Attention takes a single sequence too, but then not the way that it takes for batches.
+            # A 2-D input of attention is a sequence without a batch dimension, for which it runs other code.
             has_attention = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
             yield from ((shape, False) for shape in (sequences + flat if has_attention else flat + sequences))
 
 
 def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """Picture and window sizes that modules state about themselves (timm's ``img_size``, torchvision's, ...)."""
+    """Image and window sizes from attributes of modules (timm's ``img_size``, torchvision's ``image_size``, ...)."""
     found = []
     for module in model.modules():
         for name in ("img_size", "image_size", "input_size", "window_size"):

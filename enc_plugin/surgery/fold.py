@@ -1,4 +1,4 @@
-"""From an ENC network to the plain one that computes the same."""
+"""Folding: from an ENC network to a plain network with the same outputs."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ from .startup_average import drop_averages
 
 
 def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.Module:
-    r"""The plain network that computes what an ENC network computes in eval mode: the inverse of :func:`to_enc`.
+    r"""Return a plain network with the outputs that ``model`` has in eval mode: the inverse of :func:`to_enc`.
 
-    Weights become :math:`\hat W`; post-norms merge into weight and bias. Classes go back to the stock ones
-    (``ENCImageClassifier`` to ``ImageClassifier``). The state dict loads, strictly, into the stock model.
+    Weights become :math:`\hat W`, and post-norms are merged into weight and bias. ENC classes become the stock classes
+    (``ENCImageClassifier`` becomes ``ImageClassifier``). The state dict loads strictly into the stock model.
 
     Args:
-        model: Any ``nn.Module`` with ENC layers; it is left as it is.
-        example: A batch that the network takes, as for :func:`to_enc`, to make sure that nothing else reads the
-            weights of the ENC layers. None: one is made up where possible.
+        model: Any ``nn.Module`` with ENC layers; it does not change.
+        example: An input batch, as for :func:`to_enc`. A forward pass on it checks that no other module reads the
+            weights of the ENC layers. None: one is generated if possible.
 
     Returns:
-        A new model in the mode (train or eval) of ``model``. A layer that had a post-norm but no bias has got a bias:
-        only such a layer keeps the state dict from fitting the stock model.
+        A new model in the mode (train or eval) of ``model``. A layer with a post-norm but without a bias gets a bias;
+        only then does the state dict not fit the stock model.
 
     Raises:
-        ValueError: If an effective weight is not defined (a constant row, NaN), a post-norm keeps no running
-            statistics, something else computes with the free weight of an ENC layer, or the network does not run on
-            ``example``.
+        ValueError: If an effective weight is not defined (a constant row, NaN), a post-norm has no running statistics,
+            another module computes with the free weight of an ENC layer, or the network does not run on ``example``.
 
     Warns:
         NoEffectWarning: If there is no ENC layer; the result is then a copy.
@@ -66,7 +65,7 @@ def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.M
     for module in list(model.modules()):
         for name in [key for key, value in module.__dict__.items() if isinstance(value, _FoldFirst)]:
             delattr(module, name)
-        become_plain = getattr(module, "become_plain", None)  # of ENC layers, and of models with a class for ENC
+        become_plain = getattr(module, "become_plain", None)  # ENC layers and ENCImageClassifier have it
         if become_plain is not None:
             become_plain()
     unmark(model)
@@ -76,20 +75,20 @@ def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.M
 
 
 class _FoldFirst:
-    """Stands in for a block's own ``fuse`` while the block is ENC: that would merge W, which the block does not use."""
+    """Replaces a block's ``fuse`` while the block has ENC layers, because ``fuse`` would merge the free weights."""
 
     def __init__(self, owner: str, method: str):
         self.owner, self.method = owner, method
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
-            f"{self.owner}.{self.method} merges the weights of its layers, but they are ENC and compute with others; "
-            f"call enc_plugin.fold(model) first and use {self.method} on the plain model that it returns"
+            f"{self.owner}.{self.method} merges the weights of its layers, but ENC layers compute with the effective "
+            f"weights; call enc_plugin.fold(model) first and use {self.method} on the plain model that it returns"
         )
 
 
 def guard_fusers(model: nn.Module) -> None:
-    """Let blocks that merge their layers' weights (RepVGG, MobileOne, LeViT, ...) ask for :func:`fold`."""
+    """Make ``fuse`` of blocks with ENC layers (RepVGG, MobileOne, LeViT, ...) raise and point to :func:`fold`."""
     for module in model.modules():
         if next(enc_layers(module), None) is None:
             continue

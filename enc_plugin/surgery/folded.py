@@ -1,4 +1,4 @@
-r"""The weights that the bound is about: at test time a batch norm folds into the layer in front of it, ``W_eff``."""
+r"""Audit of folded weights ``W_eff``: in eval mode, a batch norm folds into the layer before it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from .used_weight import UnclearWeightError, UsedWeight, used_weight
 
 @dataclass(frozen=True)
 class FoldedRow:
-    """One layer with the batch norms behind it folded in."""
+    """The norms of one layer with the batch norms after it folded in."""
 
     name: str
     type: str
     norms: tuple[str, ...]  # names of the batch norms, in the order in which they run
-    sq_norm: float  # ||W_eff||_F^2, of the kernel for a convolution
-    map_sq_norm: float | None  # of the linear map on the given inputs; None: not asked for, or not known
+    sq_norm: float  # ||W_eff||_F^2; for a convolution, of the kernel
+    map_sq_norm: float | None  # squared norm of the linear map on the given inputs; None without inputs or if unknown
 
 
 class FoldedAudit(list[FoldedRow]):
-    """Table of :class:`FoldedRow`, a row for each layer that ran, in module order; ``print`` it.
+    """A list with a :class:`FoldedRow` for each layer that ran, in module order; ``print`` shows it as a table.
 
     Attributes:
-        unfolded: Batch norms that fold into no layer (behind a concatenation, a pooling, an activation), by name. Each
-            is a linear layer of its own in eq. 17, which the chains below leave out.
-        skipped: Layers that the forward pass did not reach, by name.
-        unclear: Layers that are no linear map of their input (an activation in the layer, a normalised input), with the
-            reason, by name. Their norms are NaN, and so are the chains.
+        unfolded: Names of the batch norms that do not fold into a layer (after a concatenation, pooling or activation).
+            In the bound of eq. 17 each is a separate linear layer, which the chains below leave out.
+        skipped: Names of the layers that did not run in the forward pass.
+        unclear: Layers that are not a linear map of their input (an activation in the layer, a normalised input), by
+            name, with the reason. Their norms are NaN, and so are the chains.
     """
 
     def __init__(self) -> None:
@@ -46,18 +46,18 @@ class FoldedAudit(list[FoldedRow]):
 
     @property
     def kernel_chain(self) -> dict[str, float]:
-        """:func:`enc_plugin.functional.bound_chain` of the kernels' norms, those that weight decay and ENC see."""
+        """:func:`enc_plugin.functional.bound_chain` of the kernel norms, which weight decay and ENC control."""
         return bound_chain(row.sq_norm for row in self)
 
     @property
     def map_chain(self) -> dict[str, float] | None:
-        """:func:`enc_plugin.functional.bound_chain` of the linear maps' norms, those of eq. 17; None without inputs."""
+        """:func:`enc_plugin.functional.bound_chain` of the linear maps' norms (the bound of eq. 17), or None."""
         norms = [row.map_sq_norm for row in self if row.map_sq_norm is not None]
         return bound_chain(norms) if len(norms) == len(self) else None
 
     @property
     def slack(self) -> float:
-        """Logarithm of mean power over product of the kernels' norms: 0 where all are equal, as under ENC's eq. 19."""
+        """AM-GM slack of the kernel norms, ``log_mean_power - log_product``: 0 if all norms are equal."""
         return self.kernel_chain["log_mean_power"] - self.kernel_chain["log_product"]
 
     @property
@@ -79,7 +79,7 @@ class FoldedAudit(list[FoldedRow]):
             if self.map_slack is not None:
                 text[-1] += f", {self.map_slack:.4g} (linear maps)"
         if self.unfolded:
-            text.append(f"{len(self.unfolded)} batch norms fold into no layer: {first_few(self.unfolded)}")
+            text.append(f"{len(self.unfolded)} batch norms do not fold into a layer: {first_few(self.unfolded)}")
         if self.skipped:
             text.append(f"{len(self.skipped)} layers did not run: {first_few(self.skipped)}")
         text += [f"no norm: {name} ({why})" for name, why in self.unclear.items()]
@@ -88,26 +88,26 @@ class FoldedAudit(list[FoldedRow]):
 
 @torch.no_grad()
 def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
-    r"""Norms of the weights that a network has at test time, :math:`W_\mathrm{eff} = \mathrm{diag}(\gamma/\sigma) W`.
+    r"""Norms of the folded weights of a network, :math:`W_\mathrm{eff} = \mathrm{diag}(\gamma/\sigma) W`.
 
-    A batch norm folds into a layer if it reads the layer's output and nothing else does: found by running the network
-    once in eval mode, so that neither names nor the order of registration matter. A layer counts with the weight that
-    it computes with, which is observed too: the effective one of ENC layers, standardized, normalised or pruned ones of
-    other layers. Post-norms are included. The model is only read.
+    A batch norm folds into a layer if it is the only reader of the layer's output. This is found in a forward pass in
+    eval mode, not from names or the order of registration. The weight W that a layer really computes with is observed
+    too: the effective weight of ENC layers, and the standardized, normalised or pruned weight of other layers.
+    Post-norms are included. The model does not change.
 
     Args:
         model: Any ``nn.Module`` with ``Conv1d/2d/3d`` and ``Linear`` layers, ENC or plain.
-        inputs: A batch that the model takes, for the norms of convolutions as linear maps on inputs of its size. None:
-            a batch is made up to find the batch norms, and kernel norms alone are listed.
+        inputs: An input batch, for the norms of convolutions as linear maps on inputs of its size. None: a batch is
+            generated to find the batch norms, and only kernel norms are listed.
 
     Returns:
         The table; norms are summed in float64.
 
     Raises:
-        ValueError: If the network does not run on a batch that was made up for it.
+        ValueError: If the network does not run on ``inputs``, or on any generated batch.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, StockLayer)}
-    # A layer counts with all that it does: with its post-norm, and with layers and norms that it is made of (adapters).
+    # Submodules of a layer (its post-norm, or the layers of an adapter) are part of the layer.
     inside = {module for layer in layers.values() for module in layer.modules() if module is not layer}
     layers = {name: layer for name, layer in layers.items() if layer not in inside}
     if not layers:
@@ -116,7 +116,7 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
         trace = record_forward(model, inputs)
     except RecordError as error:
         raise ValueError(
-            f"inputs: the network is run once to find the batch norm behind each layer, and {error}"
+            f"inputs: the network is run once to find the batch norm after each layer, but {error}"
         ) from error
 
     table = FoldedAudit()
@@ -136,7 +136,7 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
         first = trace.calls[layer][0].input
         try:
             if first is None:
-                raise UnclearWeightError("it is given no tensor")
+                raise UnclearWeightError("its input is not a tensor")
             used = used_weight(layer, first.shape, with_map=inputs is not None)
         except UnclearWeightError as error:
             table.unclear[name] = str(error)

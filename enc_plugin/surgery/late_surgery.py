@@ -1,4 +1,4 @@
-"""Parameters that :func:`enc_plugin.to_enc` adds to a network which a wrapper or an optimizer has seen before."""
+"""Checks for networks that were wrapped or given to an optimizer before :func:`enc_plugin.to_enc` added parameters."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from ..table import first_few
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise ``ValueError`` if a wrapper for distributed training has taken stock of the parameters of ``model``.
+    """Raise ``ValueError`` if ``model`` is already wrapped for distributed training.
 
-    Parameters that are added later would not be reduced over the processes, and each process would train its own.
+    A wrapper does not reduce gradients of parameters that are added later, so they would differ between processes.
 
     Args:
-        model: The wrapper, a network with wrapped parts, or the network inside of a wrapper.
+        model: A wrapper, a network with wrapped parts, or the network inside of a wrapper.
     """
     own = set(model.modules())
     wrapper = next((type(m) for m in own if isinstance(m, _distributed_wrappers())), None)
     if wrapper is None and distributed.is_available() and distributed.is_initialized():
         wrapper = _live_wrapper(own)
         if wrapper is not None:
-            gc.collect()  # it may be one that nobody uses any more
+            gc.collect()  # the wrapper may be garbage
             wrapper = _live_wrapper(own)
     if wrapper is not None:
         raise ValueError(
-            f"model: it is wrapped by {wrapper.__name__} already, which would not synchronise the parameters that "
-            "to_enc adds (batch norms behind layers, learnable alphas); call to_enc first, then wrap the model"
+            f"model: it is already wrapped by {wrapper.__name__}, which would not synchronise the parameters that "
+            "to_enc adds (batch norms after layers, learnable alphas); call to_enc first, then wrap the model"
         )
 
 
 def _live_wrapper(modules: set[nn.Module]) -> type | None:
-    """Type of a wrapper somewhere in the process that has one of ``modules`` inside."""
+    """Type of any wrapper object in the process that contains one of ``modules``, or None."""
     return next((type(w) for w in _live_objects(_distributed_wrappers()) if not modules.isdisjoint(w.modules())), None)
 
 
@@ -54,12 +54,12 @@ def _distributed_wrappers() -> tuple[type, ...]:
 
 
 def _live_objects(types: type | tuple[type, ...]) -> Iterator[Any]:
-    # By type() and not by isinstance, because proxies of all kinds answer the latter.
+    # type() and not isinstance(), because proxy objects run code for the latter.
     return (x for x in gc.get_objects() if issubclass(type(x), types))
 
 
 class _StepWatch:
-    """Looks, when an optimizer steps, for layers whose weight it trains while nobody trains what to_enc added."""
+    """An optimizer hook that warns if an optimizer trains a layer's weight, but none trains the added parameters."""
 
     def __init__(self) -> None:
         self.layers: weakref.WeakKeyDictionary[ENCLayer, str] = weakref.WeakKeyDictionary()
@@ -73,7 +73,7 @@ class _StepWatch:
             self.hook = register_optimizer_step_pre_hook(self.before_step)
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Look at the layers whose weights ``optimizer`` trains, each once."""
+        """Check the layers whose weights ``optimizer`` trains, each layer once."""
         if torch.compiler.is_compiling() or self.seen.get(optimizer) == len(optimizer.param_groups):
             return
         self.seen[optimizer] = len(optimizer.param_groups)
@@ -82,15 +82,15 @@ class _StepWatch:
         added = [pair for layer in layers for pair in _added(layer, self.layers.pop(layer))]
         missing = {name: p for name, p in added if p.requires_grad and id(p) not in trained}
         if missing:
-            gc.collect()  # an optimizer that nobody uses any more trains nothing
+            gc.collect()  # removes unused optimizers
             elsewhere = _parameters_of(_live_objects(Optimizer))
             missing = {name: p for name, p in missing.items() if id(p) not in elsewhere}
         if missing:
             names = first_few(list(map(repr, missing)))
             warnings.warn(
-                f"{type(optimizer).__name__} trains layers that to_enc has given parameters of their own, but no "
-                f"optimizer holds {len(missing)} of these: {names}. They will not train. Make the optimizer after "
-                "to_enc, or pass them to optimizer.add_param_group",
+                f"{type(optimizer).__name__} trains layers to which to_enc added parameters, but no optimizer holds "
+                f"{len(missing)} of these: {names}. They will not be trained. Create the optimizer after to_enc, or "
+                "pass them to optimizer.add_param_group",
                 UserWarning,
                 stacklevel=3,
             )
@@ -103,12 +103,12 @@ _watch = _StepWatch()
 
 
 def watch_optimizers(layers: Iterable[tuple[str, ENCLayer]]) -> None:
-    """Warn at the first step of an optimizer that trains the weight of a layer, but not what was added to the layer.
+    """Warn at the first optimizer step if the optimizer trains a layer's weight, but not the added parameters.
 
-    That is so for one that was made before :func:`enc_plugin.to_enc`, or from parameters that were listed before.
+    This happens if the optimizer was created before :func:`enc_plugin.to_enc`, or from an older list of parameters.
 
     Args:
-        layers: ENC layers with a post-norm or a learnable alpha, and their names. They are looked at once.
+        layers: Names and ENC layers with a post-norm or a learnable alpha. Each is checked once.
     """
     _watch.add(layers)
 

@@ -1,4 +1,4 @@
-"""What became of a checkpoint that a network has loaded, observed at the network instead of guessed from names."""
+"""Loading of checkpoints: which tensors a network really loaded, and whether they fit its ENC settings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..layers.reparametrized import WEIGHT_KEYS
 
 
 class Loading:
-    """What a load does to ``model``: made before it, asked after it.
+    """Finds which tensors of ``model`` a load has changed. Create it before the load and read it after the load.
 
-    Models and their load hooks rename keys, interpolate position embeddings and fill in what old checkpoints lack, so a
-    comparison of keys and shapes beforehand is wrong. A tensor is loaded if it has been written to (torch counts that)
-    or replaced.
+    Keys and shapes are not compared with the checkpoint, because load hooks of models rename keys, interpolate position
+    embeddings and add missing entries. Instead, a tensor counts as loaded if it was replaced or written to (torch
+    counts the writes).
 
     Args:
         model: The network, with or without a wrapper around it.
@@ -40,18 +40,18 @@ class Loading:
 
     @property
     def left(self) -> list[str]:
-        """The keys whose tensors are as they were."""
+        """The keys whose tensors did not change."""
         loaded = self.loaded
         return [name for name in self._before if name not in loaded]
 
     @property
     def broken(self) -> list[str]:
-        """The keys whose tensors have become NaN or infinite."""
+        """The keys whose tensors became NaN or infinite."""
         return [name for name in _not_finite(self.loaded.items()) if name not in self._not_finite]
 
 
 def enc_layers_of_plain_ones(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Layers of a checkpoint that are ENC there and plain in ``model``, which would compute with the free weights."""
+    """Names of the layers that are ENC in the checkpoint and plain in ``model``."""
     own = {key.removeprefix("module.") for key in model.state_dict()}
     prefixes = {name: f"{name}." if name else "" for name in saved_settings(state_dict)}
     return [
@@ -62,16 +62,16 @@ def enc_layers_of_plain_ones(model: nn.Module, state_dict: Mapping[str, Tensor])
 
 
 def check_trained_as(model: nn.Module) -> None:
-    """Raise ``ValueError`` if a layer of ``model`` computes something else than where its loaded weights come from.
+    """Raise ``ValueError`` if a layer of ``model`` has loaded weights that were saved with other ENC settings.
 
-    Training may start from such weights (a warning says so), but to measure the network would be an error.
+    Training may start from such weights (with a warning), but measuring the network would be wrong.
     """
     for name, layer in model.named_modules():
         saved = layer.loaded_settings if isinstance(layer, ENCLayer) else None
         if saved == {}:
             raise ValueError(
-                f"checkpoint: its layer {name!r} is of a plain network, and this model's is ENC, which computes "
-                "something else; use the plain config, or keep the function of plain weights: enc=dict(preserve=True)"
+                f"checkpoint: its layer {name!r} is plain, but the layer of this model is ENC and gives other outputs; "
+                "use the plain config, or keep the outputs of the plain weights with enc=dict(preserve=True)"
             )
         if saved and differing_settings(saved, layer.enc_settings):
             raise ValueError(
@@ -81,22 +81,22 @@ def check_trained_as(model: nn.Module) -> None:
 
 
 def load_trained(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a trained network strictly, to measure or fold it.
+    """Load the weights of a trained network strictly, to measure or fold it.
 
     Args:
-        model: Takes the weights.
-        state_dict: Of the same network.
+        model: The network to load into.
+        state_dict: State dict of the same network.
 
     Raises:
-        ValueError: If a tensor of either is missing in the other or has another shape, if a layer is plain in one and
-            ENC in the other, or of other settings, or if NaN or Inf is loaded.
+        ValueError: If keys or shapes differ, if a layer is ENC in only one of ``model`` and ``state_dict`` or has other
+            settings, or if NaN or Inf is loaded.
     """
     plain = enc_layers_of_plain_ones(model, state_dict)
     if plain:
         raise ValueError(f"checkpoint: {why_not_plain(plain)}")
     loading = Loading(model)
     try:
-        # Strictly: what a missing key leaves untrained would be measured as if it had been trained.
+        # Strictly, because untrained tensors would be measured as if they had been trained.
         model.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
         text = " ".join(str(error).split())
@@ -108,16 +108,16 @@ def load_trained(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def why_not_plain(layers: list[str]) -> str:
-    """The reason why :func:`enc_layers_of_plain_ones` cannot be loaded, and the way out."""
+    """Error message for the result of :func:`enc_layers_of_plain_ones`."""
     return (
-        f"{len(layers)} of its layers are ENC where this model's are plain ({layers[0]!r}, ...), and would give other "
-        "outputs; use the config that it was trained with (a copy is in its work_dir), or fold it first, with that "
+        f"{len(layers)} of its layers are ENC but plain in this model ({layers[0]!r}, ...), so the outputs would "
+        "differ; use the config that it was trained with (a copy is in its work_dir), or fold it first with that "
         "config: python tools/fold.py CONFIG CHECKPOINT OUT"
     )
 
 
 def _loadable(model: nn.Module) -> dict[str, Tensor]:
-    # Batch norms load a counter of batches from themselves where an old checkpoint has none.
+    # A batch norm loads its own num_batches_tracked if an old checkpoint has none, so a write says nothing there.
     passed_over = (KEY, "num_batches_tracked")
     state = model.state_dict(keep_vars=True)
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.endswith(passed_over)}

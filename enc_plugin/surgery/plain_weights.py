@@ -1,4 +1,4 @@
-"""What stays plain in a converted network, and why; and a word of it where that is most of the network."""
+"""Which weights of a converted network stay plain, and why."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from .projected import constrained_layers
 
 
 def plain_weights(model: nn.Module, problems: Mapping[str, str]) -> dict[str, str]:
-    """What keeps a matrix-like weight of its own and is no ENC layer, with the reason.
+    """Names of layers and parameters with a plain weight of at least two dimensions above 1, with the reason.
 
-    Layers go by their names. Other modules may own several matrices, so these go by the parameters' names; gains and
-    tokens, which have no more than one dimension above 1, are no matrices.
+    Layers are listed by layer name. Other modules may own several such weights, which are listed by parameter name.
 
     Args:
         model: The converted network.
@@ -27,7 +26,7 @@ def plain_weights(model: nn.Module, problems: Mapping[str, str]) -> dict[str, st
         if name in problems:
             plain[name] = problems[name]
         if module in constrained or any(f"{name}.".startswith(f"{layer}.") for layer in problems):
-            continue  # parts of a layer that cannot be ENC, such as its parametrizations, are named with it
+            continue  # submodules of a layer that cannot be ENC, such as its parametrizations, are not listed
         if enc_class(type(module)) is not None:
             plain[name] = "left out by include / exclude"
         else:
@@ -45,16 +44,16 @@ def _own_matrices(name: str, module: nn.Module) -> dict[str, str]:
             found[name] = f"{owner} has no ENC layer"
         else:
             shape = "x".join(map(str, parameter.shape))
-            found[f"{name}.{leaf}" if name else leaf] = f"{shape} parameter of {owner} itself, of none of its layers"
+            found[f"{name}.{leaf}" if name else leaf] = f"{shape} parameter of {owner}, not of one of its layers"
     return found
 
 
 def describe_plain_majority(model: nn.Module, problems: Mapping[str, str]) -> str:
-    """How much of a converted network is plain because it cannot be ENC; empty if that is less than half.
+    """A message if at most half of the layers' weights of a converted network are ENC, else an empty string.
 
     Args:
         model: The converted network.
-        problems: Its layers that cannot be ENC, by name, with the reason.
+        problems: Layers of ``model`` that cannot be ENC, by name, with the reason.
     """
     modules = dict(model.named_modules())
     plain = sum(_num_weights(modules[name]) for name in problems)

@@ -1,4 +1,4 @@
-"""Keeping a trained network's function under ENC: the scale that a layer loses goes into the batch norm behind it."""
+"""Keeping the outputs of a trained network under ENC: the batch norm after a layer takes the scale that ENC removes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from .trace import Trace
 
 @dataclass(frozen=True)
 class Preservation:
-    """What keeping the function came to.
+    """How well the outputs were kept.
 
     Attributes:
         output_change: Relative change of the outputs in eval mode, ``||new - old|| / ||old||``, on the example.
-        removed_mean: Per layer the share of ``||W||_F^2`` that its variant removes with the mean; 0 for eq. 20 and 21.
+        removed_mean: For each layer, the share of ``||W||_F^2`` that the variant removes with the mean; 0 for ``'fro'``
+            and ``'wn'``.
     """
 
     output_change: float
@@ -44,17 +45,17 @@ class Preservation:
 
 
 class Plan:
-    """Where the scale of every layer of ``model`` can go.
+    """Which batch norms can take the scale of each layer of ``model``.
 
     Args:
-        model: The network, ENC or not yet; it is left as it was.
-        layers: The layers that are (or will be) ENC, by name.
-        owns_norm: The layers that have a post-norm of their own, which takes the scale.
+        model: The network, before or after conversion; it does not change.
+        layers: The layers that are or will be ENC, by name.
+        owns_norm: The layers with a post-norm, which takes the scale.
         trace: A recorded pass of the network.
 
     Raises:
-        ValueError: If the output of a layer reaches something other than batch norms with running statistics; the layer
-            and the operator are named.
+        ValueError: If the output of a layer is read by something else than batch norms with running statistics. The
+            message names the layer and the operation.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, StockLayer], owns_norm: set[nn.Module], trace: Trace):
@@ -66,7 +67,7 @@ class Plan:
         if problems:
             raise ValueError(
                 f"preserve: the scale of {len(problems)} layer(s) cannot go into a batch norm: {first_few(problems)}; "
-                "leave them plain (exclude=...), or give them a batch norm of their own (post_norm=True)"
+                "leave them plain (exclude=...), or add a batch norm to them (post_norm=True)"
             )
         with plain_forward(layers.values()):
             self.outputs = self._run()
@@ -78,10 +79,10 @@ class Plan:
 
     @torch.no_grad()
     def apply(self) -> Preservation:
-        """Move the scales, once the layers are ENC, and measure what has changed."""
+        """Move the scales after the layers were converted, and measure the change of the outputs."""
         removed = {}
         for name, layer in self.layers.items():
-            assert isinstance(layer, ENCLayer), "apply comes behind the conversion"
+            assert isinstance(layer, ENCLayer), "apply() must be called after the conversion"
             scale, removed[name] = _row_scale(layer)
             if layer.enc_norm is not None:
                 _fill_post_norm(layer.enc_norm, layer, scale)
@@ -97,7 +98,7 @@ class Plan:
 
 
 def _row_scale(layer: ENCLayer) -> tuple[Tensor, float]:
-    """``(m,)`` factors s in ``What_j = s_j (W_j - mean)``, and the mean's share of ``||W||^2``."""
+    """Factors s, ``(m,)``, in ``What_j = s_j (W_j - mean)``, and the share of the mean in ``||W||^2``."""
     rows = num_rows(layer.weight, layer.enc_variant)
     w = layer.weight.double().reshape(rows, -1)
     centered = w - w.mean(1, keepdim=True) if is_centered(layer.enc_variant) else w
@@ -108,12 +109,12 @@ def _row_scale(layer: ENCLayer) -> tuple[Tensor, float]:
 
 
 def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
-    """Let ``norm`` give the same outputs in eval mode for inputs that have become ``scale`` times what they were."""
+    """Change ``norm`` so that its outputs in eval mode do not change when its inputs are multiplied by ``scale``."""
     mean, running_var = _statistics(norm)
     var = running_var[channels].double()
     new_var = scale.square() * var
     if norm.weight is not None:
-        # The statistics become those that training will find; the gain takes what eps does to small variances.
+        # The running statistics become those of the scaled inputs. The gain compensates for eps.
         gain = ((new_var + norm.eps) / (var + norm.eps)).sqrt() / scale
         norm.weight[channels] = (norm.weight[channels].double() * gain).to(norm.weight.dtype)
     else:
@@ -124,12 +125,12 @@ def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("norm: expected a batch norm that keeps running statistics")
+        raise ValueError("norm: expected a batch norm with running statistics, got one with track_running_stats=False")
     return norm.running_mean, norm.running_var
 
 
 def _fill_post_norm(norm: _BatchNorm, layer: ENCLayer, scale: Tensor) -> None:
-    """Let the post-norm undo ``scale`` in eval mode; its statistics are those of white inputs of unit variance."""
+    """Make the post-norm undo ``scale`` in eval mode; its statistics are those for white input of unit variance."""
     mean, running_var = _statistics(norm)
     var = layer.effective_weight.double().flatten(1).square().sum(1)
     bias = torch.zeros_like(var) if layer.bias is None else layer.bias.double()

@@ -1,6 +1,6 @@
-"""A forward pass, written down operation by operation.
+"""Recording of the operations of a forward pass.
 
-Activations may have shapes but no values (meta tensors), so that even large networks cost little.
+Activations can be meta tensors, which have a shape but no values, so recording a large network is cheap.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .trace import Call, Op, Trace, Value
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down each operation; with ``shapes_only`` those that follow from the input run on meta tensors."""
+    """Records each operation. With ``shapes_only``, operations that depend on the input run on meta tensors."""
 
     def __init__(self, model: nn.Module, shapes_only: bool):
         super().__init__()
@@ -29,12 +29,13 @@ class Recorder(TorchDispatchMode):
         self.ops: list[Op] = []
         self.calls: dict[nn.Module, list[Call]] = {}
         self._inside: tuple[nn.Module, ...] = ()
-        self._bound: dict[int, tuple[Value, Value | None]] = {}  # by id of the tensor: value, last write it has seen
-        self._storages: dict[int, Value] = {}  # the first value of each storage, and
-        self._writes: dict[int, Value] = {}  # the last one that was written into it
-        self._alive: list[Tensor] = []  # so that ids stay their tensors' own
-        self._twins: dict[int, Tensor] = {}  # meta tensors in the place of real ones
-        self._shadowed: set[int] = set()  # real tensors whose twin has been written to
+        # Id of a tensor -> its value, and the last in-place write to its storage when the value was recorded.
+        self._bound: dict[int, tuple[Value, Value | None]] = {}
+        self._storages: dict[int, Value] = {}  # storage -> its first value
+        self._writes: dict[int, Value] = {}  # storage -> the last value written into it in place
+        self._alive: list[Tensor] = []  # keeps tensors alive, so that their ids are not reused
+        self._meta_copies: dict[int, Tensor] = {}  # id of a real tensor -> the meta tensor that replaces it
+        self._shadowed: set[int] = set()  # ids of real tensors whose meta copy was written to in place
         self._backups: list[tuple[Tensor, Tensor]] = []
         states = [*model.parameters(), *model.buffers()]
         self._states = {id(tensor): self._of(tensor) for tensor in states}
@@ -42,24 +43,25 @@ class Recorder(TorchDispatchMode):
         self._lasting = {_storage(tensor) for tensor in (*states, *attributes)}
 
     def take_input(self, tensor: Any) -> Any:
-        """An input tensor as the network gets it."""
+        """Register an input, and return the tensor to pass to the network instead."""
         if not isinstance(tensor, Tensor):
             return tensor
         self._lasting.add(_storage(tensor))
-        tensor = self._twin(tensor) if self.shapes_only else tensor
+        tensor = self._meta_copy(tensor) if self.shapes_only else tensor
         self._bind(tensor, Value(tensor.shape, from_input=True))
         return tensor
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Record while the context lasts; tensors that the network writes to in place get their values back."""
+        """Record within the context. On exit, restore tensors that the network changed in place."""
         for module in self.model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            # Not by hooks: they miss calls of forward(), and some of torch's modules act otherwise with hooks on.
+            # Forward hooks are not used: they do not see direct calls of forward(), and some of torch's modules take
+            # another code path if they have hooks.
             module.__dict__["forward"] = partial(self._call, module, module.forward)
             module.__dict__["_compiled_call_impl"] = None
-        if not self.shapes_only:  # batch norm's operations do not declare that they write to running statistics
+        if not self.shapes_only:  # the schema of batch norm does not say that it writes to running statistics
             self._backups += [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with ExitStack() as stack, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -73,7 +75,7 @@ class Recorder(TorchDispatchMode):
                     tensor.data.copy_(values)
 
     def finish(self, outputs: Any, example: Arguments) -> Trace:
-        """The record of a pass on ``example`` that returned ``outputs``."""
+        """The trace of a pass on ``example`` that returned ``outputs``."""
         values = [self._of(tensor) for tensor in _tensors_in(outputs)]
         return Trace(self.model, self.ops, self.calls, values, example, self._states)
 
@@ -87,8 +89,8 @@ class Recorder(TorchDispatchMode):
         self.calls.setdefault(module, []).append(Call(given, self._first(out)))
         return out
 
-    def _first(self, taken_or_returned: Any) -> Value | None:
-        tensors = _tensors_in(taken_or_returned)
+    def _first(self, arguments_or_outputs: Any) -> Value | None:
+        tensors = _tensors_in(arguments_or_outputs)
         return self._of(tensors[0]) if tensors else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,7 +101,7 @@ class Recorder(TorchDispatchMode):
         recorded_args, recorded_kwargs = tree_map(lambda x: self._of(x) if isinstance(x, Tensor) else x, (args, kwargs))
         if self.shapes_only and any(t.is_meta or id(t) in self._shadowed for t in tensors):
             self._shadowed.update(id(t) for t in written if not t.is_meta)
-            out = self._run_on_twins(func, args, kwargs, tensors)
+            out = self._run_on_meta(func, args, kwargs, tensors)
         else:
             for tensor in written:
                 if _storage(tensor) in self._lasting and not tensor.is_meta:
@@ -115,24 +117,24 @@ class Recorder(TorchDispatchMode):
                 self._bind(tensor, value)
         return out
 
-    def _run_on_twins(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        if func.overloadpacket.__name__ == "native_batch_norm":  # its own meta version takes a hundred times as long
-            x = self._twin(args[0])
+    def _run_on_meta(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        if func.overloadpacket.__name__ == "native_batch_norm":  # torch's meta implementation is 100 times slower
+            x = self._meta_copy(args[0])
             return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-        twins = {id(self._twin(t)): t for t in tensors}
-        args, kwargs = tree_map(lambda x: self._twin(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        originals = {id(self._meta_copy(t)): t for t in tensors}
+        args, kwargs = tree_map(lambda x: self._meta_copy(x) if isinstance(x, Tensor) else x, (args, kwargs))
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
-        return tree_map(lambda x: twins.get(id(x), x), func(*args, **kwargs))
+        return tree_map(lambda x: originals.get(id(x), x), func(*args, **kwargs))
 
-    def _twin(self, tensor: Tensor) -> Tensor:
+    def _meta_copy(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
             return tensor
-        if id(tensor) not in self._twins:
+        if id(tensor) not in self._meta_copies:
             self._alive.append(tensor)
-            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            self._twins[id(tensor)] = twin
-        return self._twins[id(tensor)]
+            copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            self._meta_copies[id(tensor)] = copy
+        return self._meta_copies[id(tensor)]
 
     def _note(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Value], made: list[Tensor]) -> Op:
         from_input = any(value.from_input for value in inputs)
@@ -150,16 +152,16 @@ class Recorder(TorchDispatchMode):
         self._bound[id(tensor)] = value, self._writes.get(storage)
 
     def _of(self, tensor: Tensor) -> Value:
-        """The value that ``tensor`` has now."""
+        """The current value of ``tensor``."""
         storage = _storage(tensor)
         write = self._writes.get(storage)
         value, seen = self._bound.get(id(tensor), (None, None))
-        if value is None and storage not in self._storages:  # a constant, or made where no operation is seen
+        if value is None and storage not in self._storages:  # a constant, or not created by a recorded operation
             value = Value(tensor.shape)
-        elif value is None:  # tensor.data is no operation either
+        elif value is None:  # such as tensor.data, which is not an operation
             source = write or self._storages[storage]
             value = self._note("alias", None, (source,), {}, [source], [tensor]).outputs[0]
-        elif write is not None and write is not seen:  # a view of it has been written to
+        elif write is not None and write is not seen:  # a view of the tensor was written to in place
             value = self._note("written_through_a_view", None, (value, write), {}, [value, write], [tensor]).outputs[0]
         else:
             return value
@@ -174,7 +176,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that ``func`` writes to."""
+    """The tensors that ``func`` writes to in place."""
     if not func._schema.is_mutable:
         return []
     found = []
@@ -185,7 +187,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _tensors_in(outputs: Any) -> list[Tensor]:
-    """The tensors in what a module takes or returns: containers, and objects that hold tensors as attributes."""
+    """The tensors in arguments or outputs of a module: in containers, and in attributes of objects."""
     leaves = [y for x in tree_leaves(outputs) for y in ([x] if isinstance(x, Tensor) else tree_leaves(_attributes(x)))]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 

@@ -1,4 +1,4 @@
-"""Networks that run on trial and are given back as they were."""
+"""Contexts for trial runs of a network, which restore the network afterwards."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def restored(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Put ``model`` into eval (or train) mode, and give it back as it was: attributes, hooks and random states.
+    """Set ``model`` to eval (or train) mode, and restore attributes, hooks and random states on exit.
 
-    Forward hooks that are not the network's own stay silent meanwhile. Buffers are not copied.
+    Within the context, forward hooks that do not belong to the network itself are off. Buffers are not restored.
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     saved = []
@@ -42,7 +42,7 @@ def restored(model: nn.Module, training: bool = False) -> Iterator[None]:
     with kept_random_states({t.device for t in model.parameters() if t.is_cuda}, model):
         try:
             for module in modules:
-                # Not by eval(): some networks merge weights or empty caches there.
+                # eval() is not called, because some networks override it to merge weights or clear caches.
                 module.__dict__["training"] = training
                 for key in ("_forward_hooks", "_forward_pre_hooks"):
                     hooks = module.__dict__.get(key, {})
@@ -58,7 +58,7 @@ def restored(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 def _belongs(hook: Any, own: set[int]) -> bool:
-    """Whether a hook is a part of the network: its module's, one of its parts', or torch's (weight_norm, prune)."""
+    """Whether a hook belongs to the network: to a module, to an attribute of one, or to torch (weight_norm, prune)."""
     while isinstance(hook, partial):
         hook = hook.func
     owner = getattr(hook, "__self__", hook)
@@ -67,8 +67,8 @@ def _belongs(hook: Any, own: set[int]) -> bool:
 
 @contextmanager
 def plain_forward(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let the ENC layers among ``layers`` compute with W while the context lasts: the network they came from."""
-    # Of a parametrized layer, the weight is an attribute of the class that it has.
+    """Within the context, the ENC layers among ``layers`` compute with W, as in the network before conversion."""
+    # A parametrized layer is left out, because its weight is a property of its class.
     enc = [x for x in layers if isinstance(x, ENCLayer) and not parametrize.is_parametrized(x)]
     changes: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = [(x, type(x), x.plain_class) for x in enc]
     for layer, _, plain in changes:

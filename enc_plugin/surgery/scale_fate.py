@@ -1,4 +1,4 @@
-"""Does a norm undo the scale of a layer's output, or does the scale reach the end of the network?"""
+"""Whether norms undo the scale of a layer's output, or the scale reaches the network's output."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .trace import Op, Trace, Value
 
 @dataclass
 class Fate:
-    """Where the scale of a layer's output ends up.
+    """What happens to the scale of a layer's output.
 
     Attributes:
-        outputs: The network's outputs that it reaches.
-        lost_in: The first operation that does not pass a factor on and does not undo it either, or None.
+        outputs: The network's outputs that depend on the scale.
+        lost_in: The first operation through which the scale cannot be followed (neither kept nor undone), or None.
     """
 
     outputs: list[Value] = field(default_factory=list)
@@ -27,20 +27,21 @@ class Fate:
 
     @property
     def undone(self) -> bool:
-        """Whether norms undo it on all of its paths."""
+        """Whether norms undo the scale on all paths."""
         return not self.outputs and self.lost_in is None
 
 
 def fate(trace: Trace, layer: nn.Module, through_layers: bool = True, norms_due: Set[nn.Module] = frozenset()) -> Fate:
-    """Follow a factor of the outputs of ``layer``: operation by operation, by its degree of homogeneity.
+    """Follow a positive factor of the outputs of ``layer`` through the recorded operations.
 
-    A norm makes the degree 0, whether it is one operation or several (``x / x.norm()``).
+    Each value has a degree of homogeneity in the factor: 1 at the layer's output, 0 once a norm has undone the factor,
+    whether the norm is one operation or several (``x / x.norm()``).
 
     Args:
         trace: A recorded pass in which ``layer`` was called.
         layer: A convolution or linear layer.
-        through_layers: Follow the factor through other layers without a bias, too: they pass it on.
-        norms_due: Layers that will have a norm of their own, which undoes what reaches them.
+        through_layers: Whether to follow the factor through other layers without a bias.
+        norms_due: Layers that will have a post-norm, which undoes the factor.
     """
     found = Fate()
     outputs = set(trace.outputs)
@@ -75,7 +76,7 @@ def fate(trace: Trace, layer: nn.Module, through_layers: bool = True, norms_due:
 
 
 def _degrees(op: Op, degrees: dict[Value, float], through_layers: bool) -> list[float] | None:
-    """Degree of homogeneity of each output, or None where there is none."""
+    """Degree of homogeneity of each output, or None if ``op`` is not homogeneous."""
     name = op.kind
     known = [degrees[value] for value in op.inputs if value in degrees]
     same = known[0] if len(set(known)) == 1 else None
@@ -113,7 +114,8 @@ def _degrees(op: Op, degrees: dict[Value, float], through_layers: bool) -> list[
 def _degree_of_sum(op: Op, degrees: dict[Value, float], same: float | None) -> float | None:
     for term in op.args[:2]:
         if isinstance(term, Value):
-            # What joins a signal may be another signal, which the norm behind undoes too; a constant keeps its size.
+            # A term without the factor is allowed only if it depends on the input, as in a residual sum: a later norm
+            # then normalises both. A constant would not scale.
             if term not in degrees and not (term.from_input and same == 1):
                 return None
         elif abs(term) > TINY:

@@ -1,4 +1,4 @@
-"""Which batch norms read the channels of a layer, so that they fold into it or can take its scale?"""
+"""Which batch norms read the output channels of a layer, so that they can be folded into it or take its scale."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from .trace import Op, Trace, Value
 
 
 def norms_that_fold(trace: Trace, layer: StockLayer) -> list[_BatchNorm]:
-    """The batch norms that fold into ``layer``, nearest first: each reads its outputs at once, and nothing else does.
+    """The batch norms that fold into ``layer``, nearest first: each is the only reader of the output before it.
 
-    Reshaping and transposing in between is no obstacle. Of a layer that is called several times, all calls agree.
+    Views, reshapes and transposes in between are allowed. If the layer is called several times, the result must be the
+    same for all calls; otherwise none fold.
     """
     chains = [_chain(trace, layer, call.output) for call in trace.calls.get(layer, ())]
     return chains[0] if chains and all(chain == chains[0] for chain in chains) else []
@@ -28,7 +29,7 @@ def _chain(trace: Trace, layer: StockLayer, value: Value | None) -> list[_BatchN
     dim = None if value is None else channel_dim(layer, value)
     if value is None or dim is None:
         return norms
-    channels = torch.arange(1, 1 + value.shape[dim], device="cpu")  # also within `with torch.device(...)`
+    channels = torch.arange(1, 1 + value.shape[dim], device="cpu")  # explicit, for use within torch.device(...)
     labels = along_dim(channels, dim, value)
     while value not in trace.outputs:
         readers = [op for op in value.readers if op.reads_values]
@@ -51,16 +52,16 @@ def _chain(trace: Trace, layer: StockLayer, value: Value | None) -> list[_BatchN
 
 
 class Scales:
-    """Where a positive factor for each output channel of each layer can go: into which channels of which batch norms.
+    """Which channels of which batch norms can take a positive factor of each output channel of each layer.
 
     Args:
         trace: A recorded pass.
-        layers: The layers whose outputs are to be scaled.
+        layers: The layers whose outputs are scaled.
 
     Attributes:
-        readers: For each layer the batch norms that read its channels, each with its own channels and the layer's
-            that they are: ``(norm, (k,) positions, (k,) channels)``.
-        leaks: The layers whose factor reaches something else, with the reason in words.
+        readers: For each layer, the batch norms that read its output, as ``(norm, positions, channels)``: channel
+            ``positions[i]`` of the batch norm is channel ``channels[i]`` of the layer.
+        leaks: The layers whose factor reaches something else than batch norms, with the reason.
     """
 
     def __init__(self, trace: Trace, layers: Iterable[StockLayer]):
@@ -68,7 +69,7 @@ class Scales:
         self.leaks: dict[StockLayer, str] = {}
         self._trace = trace
         self._starts: dict[StockLayer, int] = {}
-        self._labels: dict[Value, Tensor] = {}  # broadcastable to the value; 0 where there is no factor
+        self._labels: dict[Value, Tensor] = {}  # see channel_labels; 0 for elements without a factor
         self._read: dict[_BatchNorm, list[Tensor]] = {}
         start = 1
         for layer in layers:
@@ -107,10 +108,10 @@ class Scales:
 
     def _absorb(self, norm: _BatchNorm, value: Value, labels: Tensor) -> None:
         if norm.running_mean is None:
-            self._leak(labels, "its batch norm keeps no running statistics")
+            self._leak(labels, "its batch norm has no running statistics")
         channels = per_channel(labels, value)
         if channels is None:
-            self._leak(labels, "its batch norm mixes several of its channels")
+            self._leak(labels, "a channel of its batch norm contains several of its channels")
         elif not any(torch.equal(channels, other) for other in self._read.setdefault(norm, [])):
             self._read[norm].append(channels)
 
@@ -129,7 +130,7 @@ class Scales:
         for norm, inputs in self._read.items():
             for labels in inputs:
                 if len(inputs) > 1:
-                    self._leak(labels, "its batch norm serves several places")
+                    self._leak(labels, "its batch norm is used in several places")
                 for layer in self._layers_in(labels):
                     positions = self._of_layer(layer, labels).nonzero().flatten()
                     channels = labels[positions] - self._starts[layer]

@@ -1,4 +1,4 @@
-"""Which layers of a network become ENC, which of them get a batch norm, and why the others stay plain."""
+"""Selection of the layers that become ENC and of those that get a post-norm, and the reasons why others stay plain."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Patterns = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class Selection:
-    """What conversion will do.
+    """The layers that conversion will change.
 
     Attributes:
-        layers: The layers that become ENC, or are ENC, by name, in module order.
-        needs_norm: The layers that are to have a batch norm of their own.
-        problems: Why the others that are no choice of the user stay plain, by name.
-        candidates: Names of the layers that the user could choose from.
+        layers: The layers that become or already are ENC, by name, in module order.
+        needs_norm: The layers that will have a post-norm.
+        problems: The layers that cannot become ENC, by name, with the reason.
+        candidates: Names of all layers that can become ENC, before ``include`` and ``exclude``.
     """
 
     layers: dict[str, StockLayer]
@@ -37,7 +37,7 @@ class Selection:
     candidates: list[str]
 
     def gains_parameters(self, layer: StockLayer, alpha: float | str) -> bool:
-        """Whether conversion adds parameters to ``layer``: a batch norm or a learnable alpha."""
+        """Whether conversion adds parameters to ``layer``: a post-norm or a learnable alpha."""
         is_enc = isinstance(layer, ENCLayer)
         gains_norm = layer in self.needs_norm and not (is_enc and layer.enc_norm is not None)
         return gains_norm or (alpha == "learnable" and not is_enc)
@@ -46,11 +46,11 @@ class Selection:
 def select_layers(
     model: nn.Module, evidence: Evidence, include: Patterns, exclude: Patterns, post_norm: str | bool
 ) -> Selection:
-    """Select by what the network is seen to do and what the user asks for; arguments as :func:`enc_plugin.to_enc`'s.
+    """Select layers according to the recorded forward pass and the arguments of :func:`enc_plugin.to_enc`.
 
     Raises:
-        ValueError: If a pattern matches no layer, or an ENC layer of ``model`` cannot be one.
-        TypeError: If a pattern is no string.
+        ValueError: If a pattern matches no layer, or another module uses the weight of an ENC layer of ``model``.
+        TypeError: If a pattern is not a string.
     """
     problems = _problems(model, evidence)
     modules = {name: module for name, module in model.named_modules() if _is_layer(module)}
@@ -68,7 +68,7 @@ def select_layers(
 
 
 def refuse_unfit(model: nn.Module, chosen: Selection, variant: str, alpha: float | str, how: str) -> None:
-    """Raise ``ValueError`` if the layers that are chosen cannot be converted, before the first of them is changed."""
+    """Raise ``ValueError`` if a selected layer cannot be converted. Called before the first layer is changed."""
     for name, layer in chosen.layers.items():
         _check_same_options(name, layer, variant, alpha, how)
         if not isinstance(layer, ENCLayer) and projection_of(layer) is None:
@@ -84,25 +84,25 @@ def _is_layer(module: nn.Module) -> TypeGuard[StockLayer]:
 
 
 def _problems(model: nn.Module, evidence: Evidence) -> dict[str, str]:
-    """Layers that must stay plain, by name, with the reason."""
+    """Layers that cannot be ENC, by name, with the reason."""
     problems = evidence.read_elsewhere()
     for name, module in model.named_modules():
         if _is_layer(module) and not isinstance(module, ENCLayer):
             reason = weight_problem(module)
-            if "forward" in module.__dict__:  # a change of class would not reach it
+            if "forward" in module.__dict__:  # would hide the forward of the ENC class
                 reason = "its forward was replaced on the instance"
             if reason is not None:
                 problems.setdefault(name, reason)
         elif name in problems:
             raise ValueError(
-                f"layer {name!r} is ENC already, but {problems[name]}: that computes with the free weight; build it as "
-                "a plain layer"
+                f"layer {name!r} is already ENC, but {problems[name]}, so that module computes with the free weight; "
+                "build the layer as a plain layer"
             )
     return problems
 
 
 def _matching(names: list[str], include: Patterns, exclude: Patterns, excludable: list[str]) -> list[str]:
-    """Those of ``names`` that the patterns leave; ``exclude`` may also name layers that stay plain anyway."""
+    """The ``names`` that the patterns select; ``exclude`` may also match other names in ``excludable``."""
     kept = set(names) if include is None else _hits("include", include, names)
     if exclude is not None:
         kept -= _hits("exclude", exclude, excludable)
@@ -124,14 +124,14 @@ def _hits(argument: str, patterns: str | Sequence[str], names: list[str]) -> set
 
 
 def _check_names(name: str, layer: nn.Module, alpha: float | str, needs_norm: bool) -> None:
-    """Raise if a subclass has attributes of its own where those of the ENC layer have to go."""
+    """Raise if a subclass already uses the names of the parameters that the ENC layer needs."""
     taken = ["log_alpha"] if alpha == "learnable" and not lacks_attribute(layer, "log_alpha") else []
     if needs_norm and not any(lacks_attribute(layer, key) for key in POST_NORM_KEYS):
         taken += POST_NORM_KEYS
     if taken:
         raise ValueError(
-            f"layer {name!r}: {type(layer).__name__} has attributes {', '.join(taken)} of its own, in whose place a "
-            f"parameter of the ENC layer has to go; use a constant alpha and post_norm=False, or exclude=[{name!r}]"
+            f"layer {name!r}: {type(layer).__name__} already has attributes {', '.join(taken)}, whose names the ENC "
+            f"layer needs for its parameters; use a constant alpha and post_norm=False, or exclude=[{name!r}]"
         )
 
 
@@ -145,7 +145,7 @@ def _check_same_options(name: str, layer: StockLayer, variant: str, alpha: float
     if own is not None and own != (variant, alpha, how):
         (own_variant, own_alpha, own_how), other = own, f", how={how!r}" if own[2] != how else ""
         raise ValueError(
-            f"layer {name!r} is ENC already with variant={own_variant!r}, alpha={own_alpha!r}"
-            f"{f', how={own_how!r}' if other else ''}, but variant={variant!r}, alpha={alpha!r}{other} is asked for; "
-            f"make the two agree, or use exclude=[{name!r}]"
+            f"layer {name!r} is already ENC with variant={own_variant!r}, alpha={own_alpha!r}"
+            f"{f', how={own_how!r}' if other else ''}, but to_enc was called with variant={variant!r}, alpha={alpha!r}"
+            f"{other}; use the same options, or exclude=[{name!r}]"
         )

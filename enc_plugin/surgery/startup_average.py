@@ -1,9 +1,10 @@
-r"""Running statistics that fit from the first batch on: a plain average, until the exponential one takes over.
+r"""Startup averages: running statistics of batch norms that are right from the first batch on.
 
-A batch norm starts at mean 0 and variance 1 and forgets them at the rate ``momentum``. The outputs of layers of norm 1
-have variances far below 1, so what is left of the 1 makes a batch norm scale far too little in eval mode, and the
-factors of all layers multiply: for about a hundred steps, the network that is validated is not the one that trains.
-Training itself never reads running statistics.
+The running statistics of a batch norm start at mean 0 and variance 1 and forget these values at the rate ``momentum``.
+The outputs of layers with norm 1 have variances far below 1. So for about a hundred steps the running variance is too
+large, a batch norm scales its input too little in eval mode, and these errors multiply over the layers. Validation
+results are then wrong, although training, which does not use running statistics, is not affected. The remedy is a plain
+average over the first batches, until the exponential average takes over.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _Norm(Protocol):
-    """What a norm has that keeps running statistics."""
+    """A norm layer with running statistics."""
 
     training: bool
     track_running_stats: bool
@@ -26,7 +27,7 @@ class _Norm(Protocol):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    # Statistics ahead of an update: mean, variance, count, and whether they are those of a new norm.
+    # Before an update: mean, variance, count, and whether these are the initial values of a new norm.
     _before_update: tuple[Tensor, Tensor, Tensor, Tensor] | None
     _forward_hooks: dict[int, Any]
     _forward_pre_hooks: dict[int, Any]
@@ -35,25 +36,25 @@ class _Norm(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-_TRIAL_SHAPES = ((2, 2), (), (2,), (2, 2, 2))  # of an input, behind (N, C)
+_TRIAL_SHAPES = ((2, 2), (), (2,), (2, 2, 2))  # shapes of an input after (N, C)
 
 
 def average_from_start(model: nn.Module) -> None:
-    r"""Let the running statistics of all batch norms of ``model`` be plain averages over their first updates.
+    r"""Make the running statistics of all batch norms of ``model`` plain averages over their first updates.
 
     The n-th update of a batch norm then has the factor :math:`\max(\mathrm{momentum}, 1/n)`: the statistics are the
-    mean over the n batches so far, and from ``n = 1 / momentum`` on stock batch norm goes on from there. n is
-    ``num_batches_tracked``, so that checkpoints carry it. Weights train as without it, bit for bit.
+    mean over the n batches so far, and from ``n = 1 / momentum`` on they are updated as usual. n is
+    ``num_batches_tracked``, so checkpoints contain it. The trained weights do not change by a single bit.
 
-    Statistics that were loaded without their count, or filled in by other means, weigh as much as a whole average.
-    Left alone are batch norms with ``momentum=None`` (a plain average by itself) or 0, without running statistics, or
-    in eval mode, and norms that update their statistics in another way than torch's.
+    Statistics that were loaded without ``num_batches_tracked``, or set in another way, get the weight of ``1 /
+    momentum`` batches. Batch norms with ``momentum=None`` (a plain average already) or 0, without running statistics,
+    or in eval mode do not change, and neither do norms with another update rule than torch's.
 
     :func:`enc_plugin.to_enc` and ``ENCRunner`` call this for ENC networks.
 
     Args:
-        model: Any ``nn.Module``. It and its batch norms get forward hooks for the first ``1 / momentum`` steps, and it
-            gets a hook that renews them when a checkpoint is loaded. Calling this again changes nothing.
+        model: Any ``nn.Module``. It and its batch norms get forward hooks, which remove themselves after ``1 /
+            momentum`` steps, and a hook that renews them when a checkpoint is loaded. A second call has no effect.
     """
     watch = next((h for h in model._load_state_dict_post_hooks.values() if isinstance(h, _FirstSteps)), None)
     if watch is None:
@@ -63,7 +64,7 @@ def average_from_start(model: nn.Module) -> None:
 
 
 def drop_averages(model: nn.Module) -> None:
-    """Take off all that :func:`average_from_start` has put on ``model``; the statistics stay as they are."""
+    """Remove the hooks of :func:`average_from_start` from ``model``; the statistics do not change."""
     for module in model.modules():
         for hooks in (module._load_state_dict_post_hooks, module._forward_pre_hooks, module._forward_hooks):
             _remove_hooks(module, hooks, (_FirstSteps, _Update))
@@ -71,13 +72,13 @@ def drop_averages(model: nn.Module) -> None:
 
 
 def unfit_statistics(model: nn.Module) -> dict[str, str]:
-    """Norms whose running statistics do not fit the network yet, with the reason; waits for the device.
+    """Names of norms whose running statistics do not fit the network yet, with the reason.
+
+    The reason is that no batch was seen, or that the initial variance of 1 still contributes more than a tenth of the
+    median variance. Synchronizes with the device.
 
     Args:
-        model: Any ``nn.Module``. Norms of any class are looked at that have ``running_var`` and ``momentum``.
-
-    Returns:
-        Reasons by name: no batch has been seen, or the 1 of the start makes up more than a tenth of the variances.
+        model: Any ``nn.Module``. All modules with ``running_var`` and ``momentum`` are checked.
     """
     found = {}
     for name, norm in model.named_modules():
@@ -88,21 +89,21 @@ def unfit_statistics(model: nn.Module) -> dict[str, str]:
         if var.eq(1).all() and not mean.any():
             found[name] = "no batch seen"
         elif count and not _is_averaged(norm) and (1 - momentum) ** int(count) > 0.1 * var.median():
-            found[name] = f"{int(count)} batches seen, the initial variance is still felt"
+            found[name] = f"{int(count)} batches seen, the initial variance still matters"
     return found
 
 
 class _FirstSteps:
-    """Hooks of a network: keep those of its batch norms on for its first steps, and renew them when it is loaded.
+    """Hooks of a network that attach the hooks of its batch norms in its first steps and after a checkpoint is loaded.
 
-    In each step anew, because conversion to synchronised batch norm puts new modules without hooks in the place.
+    They attach in each step, because conversion to SyncBatchNorm replaces batch norms by new modules without hooks.
     """
 
     def __init__(self) -> None:
         self.steps = 0
 
     def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
-        """As the load hook: the checkpoint may be of the first steps."""
+        """Load hook: start again, because the checkpoint may be from the first steps."""
         self.start(model)
 
     def start(self, model: nn.Module) -> None:
@@ -114,7 +115,7 @@ class _FirstSteps:
                 _attach(module)
 
     def before(self, model: nn.Module, args: Any) -> None:
-        """As the forward pre-hook."""
+        """Forward pre-hook."""
         if not model.training or torch.compiler.is_compiling():
             return
         norms = [norm for norm in model.modules() if _is_averaged(norm) or _is_stock(norm)]
@@ -127,21 +128,21 @@ class _FirstSteps:
 
 
 class _Update:
-    """Hooks of one batch norm, around its forward pass.
+    """Hooks before and after the forward pass of one batch norm.
 
-    What depends on the count is decided by tensors, which may be on a GPU. Only the calls are a Python number, which
-    compiled code leaves alone: it would be compiled anew for each. There the hooks stay, and change no bit after the
-    first ``1 / momentum`` updates.
+    Decisions that depend on the count are tensor operations, so the GPU is not synchronized. The number of calls is a
+    Python integer. Compiled code does not count it, because it would be recompiled for each value; there the hooks stay
+    attached, and do not change a bit after the first ``1 / momentum`` updates.
     """
 
     def __init__(self) -> None:
         self.calls = 0
 
     def before(self, norm: _Norm, args: Any) -> None:
-        """Note the statistics, with zeros for the initial 1: small variances would drown in its rounding."""
+        """Save the statistics; replace the initial variance 1 by 0, because rounding would lose small variances."""
         if not (norm.training and norm.track_running_stats and norm.momentum):
             return
-        # .data: autograd has saved the statistics (without using them), and would object to a change.
+        # .data, because autograd has saved the statistics and would raise if they changed, though it does not use them.
         mean, var, count = norm.running_mean.data, norm.running_var.data, norm.num_batches_tracked.data
         is_new = count == 0
         is_fresh = is_new & mean.eq(0).all() & var.eq(1).all()
@@ -150,7 +151,7 @@ class _Update:
         var.mul_(~is_fresh)
 
     def after(self, norm: _Norm, args: Any, out: Tensor | None) -> None:
-        """Give the update that was made with the factor ``momentum`` the factor ``max(momentum, 1 / n)``."""
+        """Change the factor of the last update from ``momentum`` to ``max(momentum, 1 / n)``."""
         if norm._before_update is None:
             return
         (old_mean, old_var, old_count, is_fresh), norm._before_update = norm._before_update, None
@@ -160,7 +161,7 @@ class _Update:
         kept = old_var * ~is_fresh
         new_mean = torch.where(is_average, old_mean + (mean - old_mean) / ratio, mean)
         new_var = torch.where(is_average, kept + (var - kept) / ratio, var)
-        if out is None:  # an error, which may have come before the update (a bad input) or after (recomputation's end)
+        if out is None:  # the forward raised, before the update (bad input) or after it (end of a recomputation)
             was_updated = (var != kept).any()
             new_mean, new_var = torch.where(was_updated, new_mean, old_mean), torch.where(was_updated, new_var, old_var)
             count.copy_(torch.where(was_updated, count, old_count))
@@ -176,9 +177,9 @@ class _Update:
 def _attach(norm: Any) -> None:
     if not any(_is_of(hook, _Update) for hook in norm._forward_hooks.values()):
         update = _Update()
-        norm._before_update = None  # of the module, because replicas (DataParallel) share its hooks
+        norm._before_update = None  # stored in the module, because DataParallel replicas share hooks
         norm.register_forward_pre_hook(update.before)
-        # After errors, too: activation checkpointing ends a recomputation by one, within a forward pass.
+        # Always called, because activation checkpointing ends a recomputation by an exception in a forward pass.
         norm.register_forward_hook(update.after, always_call=True)
 
 
@@ -197,7 +198,7 @@ def _is_averaged(module: nn.Module) -> TypeGuard[_Norm]:
 
 
 def _is_stock(module: nn.Module) -> TypeGuard[_Norm]:
-    """Whether torch updates the module's statistics: subclasses of SyncBatchNorm add to what its forward does."""
+    """Whether torch's forward updates the module's statistics. Subclasses of SyncBatchNorm call it in theirs."""
     stock = isinstance(module, nn.SyncBatchNorm) or type(module).forward is _BatchNorm.forward
     return stock and _keeps_statistics(module)
 
@@ -209,9 +210,9 @@ def _keeps_statistics(module: nn.Module) -> TypeGuard[_Norm]:
 
 
 def _updates_as_torch(module: nn.Module) -> bool:
-    """Whether the module updates running statistics by torch's rule; of classes that are not torch's, a copy is tried.
+    """Whether the module updates its running statistics by torch's rule; other classes are tested on a copy.
 
-    The rule: ``(1 - momentum) * old + momentum * batch``, with the unbiased variance, and one more batch counted.
+    The rule is ``(1 - momentum) * old + momentum * batch``, with the unbiased variance and a count of batches.
     """
     if _is_averaged(module) or _is_stock(module):
         return True
@@ -235,7 +236,7 @@ def _follows_rule(norm: _Norm, shape: tuple[int, ...]) -> bool:
     norm.num_batches_tracked.fill_(3)
     try:
         norm(x)
-    except Exception:  # an input of another shape may do
+    except Exception:  # another shape may work
         return False
     over = [dim for dim in range(x.ndim) if dim != 1]
     mean, var = (1 - m) * 0.5 + m * x.mean(over), (1 - m) * 2.0 + m * x.var(over)

@@ -1,4 +1,4 @@
-"""What a subclass of a stock layer does with its weight and bias, found by trying a copy of it."""
+"""Tests on a copy of a layer: whether a subclass of a stock layer can be ENC and can have a post-norm."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..layers import ENC_LAYERS, StockLayer, enc_class, reserved_attributes
 
 @torch.no_grad()
 def weight_problem(layer: StockLayer) -> str | None:
-    """Why a layer cannot be ENC, or None: its output must be proportional to the weight that it owns.
+    """The reason why a layer cannot be ENC, or None.
 
-    A layer that normalises its own weight does not double its output with it.
+    The output must be proportional to the weight. This fails if the layer normalises its weight itself.
     """
     name = type(layer).__name__
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         if any(isinstance(hook, prune.BasePruningMethod) for hook in layer._forward_pre_hooks.values()):
-            return f"the weight of this {name} is pruned; convert it first and prune it then"
+            return f"the weight of this {name} is pruned; convert the layer first and prune it afterwards"
         made_by = "a parametrization" if parametrize.is_parametrized(layer, "weight") else "a hook or another module"
         return f"the weight of this {name} is computed from other parameters ({made_by})"
     if isinstance(layer.weight, nn.UninitializedParameter):
@@ -33,7 +33,7 @@ def weight_problem(layer: StockLayer) -> str | None:
     try:
         once, twice = (trial.forward_with(factor * weight, x) for factor in (1, 2))
     except Exception as error:
-        return f"{name} does not run on its own: {error}"
+        return f"{name} does not run outside of the network: {error}"
     if not once.any() or not _all_close(twice, 2 * once):
         return f"{name} transforms its weight itself"
     taken = reserved_attributes(layer)
@@ -44,9 +44,10 @@ def weight_problem(layer: StockLayer) -> str | None:
 
 @torch.no_grad()
 def post_norm_problem(layer: StockLayer) -> str | None:
-    """Why no batch norm of its own can follow a layer, or None: ``fold`` merges it into weight and bias alone.
+    """The reason why a layer cannot have a post-norm, or None.
 
-    The layer's output has to be ``W x + b``, with nothing behind the sum (an activation, a factor).
+    ``fold`` merges the post-norm into weight and bias, so the output must be ``W x + b`` without a further operation
+    (an activation, a factor).
     """
     if _stock_class(layer) in ENC_LAYERS:
         return None
@@ -58,7 +59,7 @@ def post_norm_problem(layer: StockLayer) -> str | None:
     if _all_close(negative, -out) and _all_close(trial.forward_with(weight, x), out + bias.view(shape)):
         return None
     name = _stock_class(layer).__name__
-    return f"{name} does more than add its bias to W x, so that the batch norm due behind it could not be folded"
+    return f"{name} does more than add its bias to W x, so the batch norm that it needs could not be folded"
 
 
 def _stock_class(layer: nn.Module) -> type[nn.Module]:
@@ -66,12 +67,12 @@ def _stock_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def _trial_copy(layer: StockLayer) -> tuple[Any, Tensor, Tensor]:
-    """A copy of ``layer`` as an ENC layer on the CPU, with parameters of zero; a weight and an input for it."""
+    """A copy of ``layer`` as an ENC layer on the CPU, with all parameters zero, and a weight and an input for it."""
     trial: Any = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
     for tensor in (*trial.parameters(), *trial.buffers()):
         tensor.zero_()
     for module in trial.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # a norm of zeros would hide the output
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # with a weight of zero, it would hide the output
             module.reset_parameters()
     trial.__class__ = enc_class(_stock_class(layer))
     weight = torch.arange(1.0, 1 + trial.weight.numel()).sin().view_as(trial.weight)

@@ -1,6 +1,6 @@
-"""What a recorded forward pass tells: which operations ran, what each of them read, and inside of which modules.
+"""The trace of a recorded forward pass: which operations ran, what they read, and in which modules.
 
-Names, registration order and source text tell what a network may do; the recorded pass tells what it does.
+A trace shows what a network really does; names, registration order and source code only suggest it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers import StockLayer
 from .example import Arguments
 
-# Operations that read shape, dtype or device of a tensor and none of its values.
+# Operations that read the shape, dtype or device of a tensor, but not its values.
 _METADATA = ("_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "is_same_size")
 _COPIES = ("clone", "_to_copy", "_unsafe_view", "_reshape_alias", "lift_fresh")
 
 
 @dataclass(eq=False)
 class Value:
-    """A tensor at one point of the pass; an in-place operation makes a new value of the same tensor."""
+    """A tensor at one point of the pass. An in-place operation creates a new value of the same tensor."""
 
     shape: torch.Size
     from_input: bool = False  # whether it depends on the network's input
@@ -31,25 +31,25 @@ class Value:
 
 @dataclass(eq=False)
 class Op:
-    """One ATen operation, with :class:`Value` in the place of each tensor."""
+    """One ATen operation, with a :class:`Value` for each tensor."""
 
     index: int
     name: str  # such as 'convolution'
-    func: Any  # None: no operation was seen, but the tensor is another one
+    func: Any  # None if the tensor changed without an observed operation
     args: tuple
     kwargs: dict
-    inside: tuple[nn.Module, ...]  # the modules that were being called, the outermost first
+    inside: tuple[nn.Module, ...]  # the modules whose forward was running, the outermost first
     inputs: list[Value]
     outputs: list[Value]
 
     @property
     def kind(self) -> str:
-        """The name, without the underscore of operations that work in place."""
+        """The name, without the trailing underscore of in-place operations."""
         return self.name.rstrip("_")
 
     @property
     def is_alias(self) -> bool:
-        """Whether the outputs hold the very values of the input: views, detach, copies, casts."""
+        """Whether the outputs have the same values as the input: views, detach, copies, casts."""
         if self.func is None or self.name in _COPIES:
             return True
         returns = self.func._schema.returns
@@ -57,13 +57,13 @@ class Op:
 
     @property
     def reads_values(self) -> bool:
-        """False for operations such as ``zeros_like``, which read shape and dtype alone."""
+        """False for operations such as ``zeros_like``, which read only shape and dtype."""
         return not self.name.endswith(_METADATA)
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: its first input and output, as far as they are tensors."""
+    """One call of a module: its first input tensor and its first output tensor."""
 
     input: Value | None
     output: Value | None
@@ -71,14 +71,14 @@ class Call:
 
 @dataclass(eq=False)
 class Trace:
-    """What a forward pass did.
+    """A recorded forward pass.
 
     Attributes:
         model: The network.
         ops: All operations, in the order in which they ran.
         calls: The calls of each module that was called.
         outputs: The network's outputs.
-        example: Positional and keyword arguments that the network was called with; meta tensors if they were made up.
+        example: Positional and keyword arguments of the network; meta tensors if they were generated.
     """
 
     model: nn.Module
@@ -89,10 +89,10 @@ class Trace:
     _states: dict[int, Value]  # parameters and buffers, by id of the tensor
 
     def readers(self, layer: nn.Module) -> list[nn.Module]:
-        """The modules that compute with the weight of ``layer`` outside of its own call.
+        """The modules that compute with the weight of ``layer`` while ``layer`` itself is not running.
 
-        Views, copies and casts count when something computes with them; asking for shape, dtype or device does not.
-        Other convolutions and linear layers that share the parameter do not count while they are called themselves.
+        Computing with a view, copy or cast of the weight counts; reading its shape, dtype or device does not. The
+        forward of another convolution or linear layer that shares the parameter does not count either.
         """
         weight = layer._parameters.get("weight")
         if weight is None or id(weight) not in self._states:
@@ -110,7 +110,7 @@ class Trace:
         return list(dict.fromkeys(found))
 
     def norm_of(self, op: Op) -> _BatchNorm | None:
-        """The batch norm that ``op`` is the work of, whether its module was called or its tensors were used."""
+        """The batch norm that ``op`` computes, whether the module was called or only its tensors were used, or None."""
         if "batch_norm" not in op.name:
             return None
         return next((m for m in reversed(op.inside) if isinstance(m, _BatchNorm)), None) or self._norms_by_state(op)

@@ -1,8 +1,8 @@
-"""The weight that a layer computes with, found by running the layer.
+"""The weight that a layer really computes with, found by running the layer.
 
-Many layers do not use ``weight`` as it is: standardization, weight norm, spectral norm, pruning, adapters. Some pad in
-their forward pass and not through their attribute ``padding``. What they do is observed: a layer in eval mode is an
-affine map, and its linear part is read from the convolution that ran, or from the layer's answers to known inputs.
+Many layers do not use ``weight`` directly: weight standardization, weight norm, spectral norm, pruning, adapters. Some
+pad in their forward pass and not by their attribute ``padding``. A layer in eval mode is an affine map. Its linear part
+is taken from the convolution operation that ran, or from the layer's outputs for known inputs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from .restored import restored
 
 ConvLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-_MAX_ELEMENTS = 2**23  # of one batch of probes
-_MAX_OUTPUTS = 4096  # of a layer whose Jacobian is taken row by row
+_MAX_ELEMENTS = 2**23  # largest size of a batch of test inputs
+_MAX_OUTPUTS = 4096  # largest number of outputs of a layer whose whole Jacobian is computed
 
 
 class UnclearWeightError(ValueError):
-    """A layer is no linear map of its input, or does not run on its own."""
+    """A layer is not a linear map of its input, or does not run outside of its network."""
 
 
 @dataclass(frozen=True)
 class UsedWeight:
-    """Squared norms of a layer's linear part in eval mode, its own batch norm (post-norm) left out.
+    """Squared norms of a layer's linear part in eval mode, without its post-norm.
 
     Attributes:
-        rows: ``(out,)`` float64: of the kernel or matrix, for each output channel.
-        map_rows: ``(out,)`` float64: of the linear map on inputs of the given size; None if it is not known.
+        rows: Squared norm of each row of the kernel or matrix, ``(out,)``, float64.
+        map_rows: Squared norm of each output channel's linear map on inputs of the given size, ``(out,)``, float64;
+            None if unknown.
     """
 
     rows: Tensor
@@ -48,17 +49,17 @@ class UsedWeight:
 def used_weight(layer: StockLayer, shape: torch.Size, with_map: bool = True) -> UsedWeight:
     """Measure the weight that a convolution or linear layer, ENC or plain, computes with.
 
-    The layer runs a few times on inputs of one sample. It is left as it was.
+    The layer runs a few times on inputs of one sample. It does not change.
 
     Args:
         layer: ``nn.Conv1d/2d/3d``, ``nn.Linear`` or a subclass.
-        shape: Of the layer's input in the network, with or without the batch dimension.
-        with_map: Whether to measure the linear map too, which takes further runs for convolutions.
+        shape: Shape of the layer's input in the network, with or without the batch dimension.
+        with_map: Whether to measure the linear map too, which takes further forward passes of a convolution.
 
     Raises:
-        UnclearWeightError: If the layer is no affine map of its input, or does not run on its own.
+        UnclearWeightError: If the layer is not an affine map of its input, or does not run outside of its network.
     """
-    # Not by the weight: in train mode, each look at one that is made by spectral norm changes it.
+    # The weight's shape is not used: in train mode, each access to a weight with spectral norm changes it.
     batched = len(shape) > (1 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 1)
     sample = (1, *(shape[1:] if batched else shape))
     with restored(layer), _without_post_norm(layer):
@@ -68,8 +69,8 @@ def used_weight(layer: StockLayer, shape: torch.Size, with_map: bool = True) -> 
             return _of_kernel(layer, sample, with_map)
         except UnclearWeightError:
             raise
-        except Exception as error:  # layers of any kind: sparse inputs, further arguments, ...
-            raise UnclearWeightError(f"{type(layer).__name__} does not run on its own: {error}") from error
+        except Exception as error:  # such as layers with sparse inputs or further arguments
+            raise UnclearWeightError(f"{type(layer).__name__} does not run outside of the network: {error}") from error
 
 
 @contextmanager
@@ -85,18 +86,20 @@ def _without_post_norm(layer: StockLayer) -> Iterator[None]:
 
 
 def _random(layer: StockLayer, shape: tuple[int, ...]) -> Tensor:
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))  # leaves the global random state alone
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))  # does not change the global random state
     return noise.to(layer.weight.device, layer.weight.dtype)
 
 
 def _are_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether the two agree, by their norms; NaN agrees with nothing."""
+    """Whether the norm of ``a - b`` is at most ``tolerance`` times that of ``b``; False for NaN."""
     a, b = a.double(), b.double()
     return a.shape == b.shape and bool((a - b).norm() <= tolerance * b.norm())
 
 
 def _not_linear(layer: StockLayer) -> UnclearWeightError:
-    return UnclearWeightError(f"{type(layer).__name__} is no linear map of its input (an activation or a norm in it?)")
+    return UnclearWeightError(
+        f"{type(layer).__name__} is not a linear map of its input (does it contain an activation or a norm?)"
+    )
 
 
 def _of_matrix(layer: nn.Linear, sample: tuple[int, ...]) -> UsedWeight:
@@ -106,15 +109,15 @@ def _of_matrix(layer: nn.Linear, sample: tuple[int, ...]) -> UsedWeight:
     eps = torch.finfo(out.dtype).eps
     weight = layer.effective_weight if isinstance(layer, ENCLayer) else layer.weight
     if not _are_close(nn.functional.linear(x, weight), out, 30 * eps):
-        weight = _answers_to_units(layer, sample)
+        weight = _outputs_for_units(layer, sample)
         if not _are_close(nn.functional.linear(x.double(), weight), out, 3 * eps**0.5):
             raise _not_linear(layer)
     rows = weight.double().square().sum(1)
     return UsedWeight(rows, rows * math.prod(sample[1:-1]))
 
 
-def _answers_to_units(layer: nn.Linear, sample: tuple[int, ...]) -> Tensor:
-    """``(out, in)`` float64: the answers to the unit vectors, less the answer to zero."""
+def _outputs_for_units(layer: nn.Linear, sample: tuple[int, ...]) -> Tensor:
+    """Outputs for the unit vectors minus the output for zero, ``(out, in)``, float64."""
     columns, inputs = [], layer.in_features
     between = (1,) * (len(sample) - 2)
     for units in torch.arange(inputs, device=layer.weight.device).split(max(1, _MAX_ELEMENTS // inputs)):
@@ -140,11 +143,11 @@ def _of_kernel(layer: ConvLayer, sample: tuple[int, ...], with_map: bool) -> Use
 
 
 class _Convolution(TorchDispatchMode):
-    """Keeps the arguments of the convolutions that run, of which there has to be one."""
+    """Records the arguments of convolution operations; the properties are about the first one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Any] = []  # arguments
+        self.calls: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ == "convolution":
@@ -165,24 +168,24 @@ class _Convolution(TorchDispatchMode):
         return tuple(self.calls[0][3:])
 
     def is_same_as(self, other: _Convolution) -> bool:
-        """Whether one convolution ran both times, with the same weight: none that depends on the input."""
+        """Whether each has recorded one convolution, with the same weight. If not, the weight depends on the input."""
         return len(self.calls) == len(other.calls) == 1 and torch.equal(self.weight, other.weight)
 
     def linear_part(self, zero: _Convolution) -> Tensor:
-        """What the convolution makes of its input, less its input for zero (a padding that is not 0)."""
+        """The convolution of its input minus its input in ``zero``, which may be a padding other than 0."""
         return torch.convolution(self.input - zero.input, self.weight, None, *self.geometry)
 
 
 def _pixels_read(
     layer: ConvLayer, sample: tuple[int, ...], ran: _Convolution, zero: _Convolution
 ) -> list[Tensor] | None:
-    """For each dimension ``(outputs, taps)``: the input's pixel that a tap meets, -1 where it meets padding.
+    """Argument ``reads`` of :func:`map_rows_sq_norm`: which input pixel each kernel element reads at each position.
 
-    None if the input of the convolution is not made of the layer's input's pixels.
+    None if the input of the convolution does not consist of pixels of the layer's input.
     """
     size = sample[2:]
     marked = _Convolution()
-    with marked:  # one sample for each dimension, with pixels that say where they are, from 1
+    with marked:  # one sample for each dimension; the value of each pixel is its coordinate, from 1
         grid = torch.meshgrid(*(torch.arange(1, n + 1) for n in size), indexing="ij")
         x = torch.stack(grid)[:, None].expand(-1, sample[1], *size)
         layer(x.to(layer.weight.device, layer.weight.dtype))
@@ -203,7 +206,7 @@ def _pixels_read(
 
 
 def _take(x: Tensor, sources: list[Tensor]) -> Tensor:
-    """The pixels of ``x`` at ``sources`` along each dimension, 0 where it is -1."""
+    """The pixels of ``x`` at the indices ``sources`` along each dimension, and 0 for the index -1."""
     for d, source in enumerate(sources):
         source = source.to(x.device)
         taken = x.index_select(2 + d, source.clamp(0, x.shape[2 + d] - 1))
@@ -212,7 +215,7 @@ def _take(x: Tensor, sources: list[Tensor]) -> Tensor:
 
 
 def _of_jacobian(layer: ConvLayer, x: Tensor, out: Tensor, zero: Tensor, with_map: bool) -> UsedWeight:
-    """Of a layer that is more than one convolution (adapters, a factor behind it): rows of its Jacobian."""
+    """Measure a layer that is more than one convolution (adapters, a factor after it) by rows of its Jacobian."""
     tolerance = 3 * torch.finfo(out.dtype).eps ** 0.5
     other = x.flip(1, 2)
     sum_of_two = layer(x + 2 * other) - zero
@@ -225,7 +228,7 @@ def _of_jacobian(layer: ConvLayer, x: Tensor, out: Tensor, zero: Tensor, with_ma
     center = [n // 2 for n in grid]
     rows, beside = (_jacobian_rows(layer, probe, [place]) for place in (center, [n - 1 for n in center]))
     if not _are_close(rows, beside, tolerance):
-        raise UnclearWeightError(f"{type(layer).__name__} computes with other weights at other places")
+        raise UnclearWeightError(f"{type(layer).__name__} uses different weights at different positions")
     by_map = None
     if with_map and out[0].numel() <= _MAX_OUTPUTS:
         places = torch.cartesian_prod(*(torch.arange(n) for n in out.shape[2:])).reshape(-1, out.ndim - 2)
@@ -234,7 +237,7 @@ def _of_jacobian(layer: ConvLayer, x: Tensor, out: Tensor, zero: Tensor, with_ma
 
 
 def _jacobian_rows(layer: ConvLayer, x: Tensor, places: list[list[int]]) -> Tensor:
-    """``(out,)`` float64: for each channel the squared norms of the outputs' gradients, summed over ``places``."""
+    """For each channel, the squared norms of the outputs' gradients, summed over ``places``; ``(out,)``, float64."""
     channels = layer(x).shape[1]
     wanted = [(channel, place) for channel in range(channels) for place in places]
     sums = torch.zeros(channels, dtype=torch.float64, device=x.device)

@@ -79,12 +79,12 @@ def test_statistics_fit_from_the_first_step_in_enc_networks_alone(tmp_path):
 def test_a_number_measured_before_statistics_fit_says_so(tmp_path):
     hooks = [dict(type="GBRHook", num_samples=4, projections=1)]
     train(digits_config(tmp_path / "enc", custom_hooks=hooks))
-    notes = [line for line in log_text(tmp_path / "enc").splitlines() if "not yet the network that trains" in line]
+    notes = [line for line in log_text(tmp_path / "enc").splitlines() if "not yet the network that is trained" in line]
     assert len(notes) == 1
     assert "at epoch 0" in notes[0]
     assert "10 batch norms do not fit ('backbone.bn1': no batch seen)" in notes[0]
     train(digits_config(tmp_path / "plain", "resnet8_1xb64"))
-    assert "ENC: the validated network is not yet the network that trains" in log_text(tmp_path / "plain")
+    assert "ENC: the validated network is not yet the network that is trained" in log_text(tmp_path / "plain")
 
 
 def test_the_log_states_layers_decay_and_constraint_at_start_and_end(tmp_path):

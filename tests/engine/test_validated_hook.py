@@ -187,7 +187,7 @@ def test_an_eps_of_the_other_unit_is_warned_of_before_training(tmp_path):
     run(tmp_path, [dict(FGSM, eps=[8 / 255, 0.5, 1])], epochs=1)
     text = log_text(tmp_path)
     assert "FGSMHook: eps: 0.03137 is below half a grey level" in text
-    assert "it is eps=8" in text
+    assert "use eps=8" in text
     assert "eps: 0.5" not in text
     assert text.index("FGSMHook: eps") < text.index("Epoch(val)")
 

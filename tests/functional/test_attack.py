@@ -312,7 +312,7 @@ def test_train_mode_is_refused(attack, layer, wrap):
 
 
 def test_images_outside_the_bounds_are_refused():
-    with pytest.raises(ValueError, match=r"pixels within \[0, 1\], got \[-2, 2\].*normalisation into forward"):
+    with pytest.raises(ValueError, match=r"pixels within \[0, 1\], got \[-2, 2\].*normalise them in forward"):
         fgsm(lambda x: x, torch.tensor([[-2.0, 2.0]]), torch.tensor([0]), 0.1)
     with pytest.raises(ValueError, match="pixels within"):
         fgsm(lambda x: x, torch.tensor([[float("nan"), 0.5]]), torch.tensor([0]), 0.1)
@@ -364,7 +364,7 @@ def test_eps_below_half_a_grey_level_is_warned_of_with_the_value_that_may_have_b
     attack(lambda x: x, images, labels, [0, 0.5, 1, 8], upper=255)
     attack(lambda x: x, images / 255, labels, 8 / 255)
     assert not recwarn
-    with pytest.warns(UserWarning, match=r"eps: 0.03137 is below half a grey level.*it is eps=8$"):
+    with pytest.warns(UserWarning, match=r"eps: 0.03137 is below half a grey level.*use eps=8$"):
         attack(lambda x: x, images, labels, [8 / 255, 1], upper=255)
 
 

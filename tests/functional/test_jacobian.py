@@ -382,7 +382,7 @@ def test_no_samples_give_no_values():
         (lambda x: x, {"projections": 1.5}, TypeError, "projections: expected None"),
         (lambda x: x, {"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
         (lambda x: x, {"seeds": torch.zeros(3, dtype=torch.long)}, ValueError, "seeds: expected 4 integers"),
-        (lambda x: (x, x), {}, TypeError, "forward: expected it to return a tensor .* got tuple"),
+        (lambda x: (x, x), {}, TypeError, "forward: expected a callable that returns a tensor .* got tuple"),
         (lambda x: x.sum(), {}, ValueError, r"forward: expected outputs of shape \(4, C\), got \(\)"),
         (lambda x: x.detach() * 2, {}, ValueError, "does not depend on the inputs in a way that autograd sees"),
         (lambda x: torch.ones(4, 2, requires_grad=True), {}, ValueError, "does not depend on the inputs"),

@@ -162,7 +162,7 @@ def test_bad_options_are_named(kwargs, message):
 def test_rows_of_one_element_are_refused():
     with pytest.raises(ValueError, match=r"shape \(4, 1, 1, 1\) has rows of one element.*variant='fro'"):
         ENCConv2d(4, 4, 1, groups=4)
-    with pytest.raises(ValueError, match="mere signs"):
+    with pytest.raises(ValueError, match="signs, which cannot be trained"):
         ENCConv2d(4, 4, 1, groups=4, variant="wn")
     ENCConv2d(4, 4, 1, groups=4, variant="fro")
 

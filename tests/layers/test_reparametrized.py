@@ -106,7 +106,7 @@ def test_a_mask_that_leaves_signs_alone_is_refused_with_the_way_out(variant, kee
 
 def test_a_pruned_plain_layer_stays_plain_with_the_way_out():
     model = nn.Sequential(prune.l1_unstructured(nn.Conv2d(3, 8, 3), "weight", 0.5), nn.Conv2d(8, 4, 1))
-    assert "is pruned; convert it first and prune it then" in to_enc(model).skipped["0"]
+    assert "is pruned; convert the layer first and prune it afterwards" in to_enc(model).skipped["0"]
 
 
 class Symmetric(nn.Module):
@@ -171,5 +171,5 @@ def test_a_weight_of_unknown_making_is_refused_by_fold():
     layer.register_parameter("mine", weight)
     layer.register_forward_pre_hook(lambda module, args: setattr(module, "weight", 2 * module.mine))
     layer(torch.randn(1, 3, 5, 5))
-    with pytest.raises(ValueError, match="the weight of this ENCConv2d is no parameter.*before you fold"):
+    with pytest.raises(ValueError, match="the weight of this ENCConv2d is not a parameter.*before you fold"):
         fold(layer)

@@ -94,7 +94,7 @@ def test_each_subclass_has_one_enc_class_and_mmengine_still_initialises_it():
         (lambda: ConvWS2d(4, 6, 3), "ConvWS2d transforms its weight itself"),
         (lambda: ConvAWS2d(4, 6, 3), "ConvAWS2d transforms its weight itself"),
         (lambda: NormProduct(4, 6), "NormProduct transforms its weight itself"),
-        (lambda: SparseConv2d(4, 6, 3), "SparseConv2d does not run on its own"),
+        (lambda: SparseConv2d(4, 6, 3), "SparseConv2d does not run outside of the network"),
         (lambda: nn.LazyConv2d(6, 3), "LazyConv2d has no weight before its first forward pass"),
         (lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), "computed from other parameters"),
         (lambda: parametrizations.spectral_norm(nn.Linear(4, 6)), "computed from other parameters"),

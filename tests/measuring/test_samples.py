@@ -155,7 +155,7 @@ def test_loading_that_takes_several_steps_or_another_class_is_left_to_the_datase
     assert samples.batch(0)[1].tolist() == [0, 1]  # those of the data list: no label of the validation set
     own = FixedSamples(dataset, VAL, [3, 4], 2, own_loading=False).read()
     assert levels(own) == [203, 204]
-    with pytest.raises(ValueError, match="pipeline: there is no picture to pack.*loading step"):
+    with pytest.raises(ValueError, match="pipeline: expected packed samples with an image.*loading step"):
         FixedSamples(dataset, VAL[1:], [3, 4], 2, own_loading=False).read()
 
 
@@ -286,7 +286,7 @@ class Packed(Dataset):
 
 def test_a_dataset_without_a_pipeline_is_taken_if_it_gives_the_same_sample_each_time():
     assert levels(FixedSamples(Packed(), [], choose_samples(Packed(), 3, 0), 2).read()) == [10, 11, 13]
-    with pytest.raises(TypeError, match="Packed has no pipeline and returns another picture each time"):
+    with pytest.raises(TypeError, match="Packed has no pipeline and returns another image each time"):
         FixedSamples(Packed(draws=True), [], [0, 1], 2)
 
 

@@ -84,7 +84,7 @@ def test_densenet_folds_only_the_norms_that_follow_a_convolution_at_once():
     assert rows["backbone.stages.0.block.0.conv2"] == ()  # concatenated before the next norm reads it
     assert "backbone.stages.0.block.1.norm1" in table.unfolded
     assert len(table.unfolded) == 62
-    assert "62 batch norms fold into no layer" in str(table)
+    assert "62 batch norms do not fold into a layer" in str(table)
 
 
 class _Net(nn.Module):
@@ -197,6 +197,6 @@ def test_positions_of_a_token_network_count_in_its_map():
 
 def test_a_network_that_takes_no_made_up_input_asks_for_a_batch():
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 49, 4))
-    with pytest.raises(ValueError, match="does not run on a made-up input of shape .*pass a batch"):
+    with pytest.raises(ValueError, match="does not run on a generated input of shape .*pass an input batch"):
         audit(model, folded=True)
     assert len(audit(model, folded=True, inputs=torch.randn(1, 3, 9, 9))) == 2

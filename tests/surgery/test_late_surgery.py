@@ -116,7 +116,7 @@ def test_a_wrapped_model_that_would_get_parameters_is_refused_and_left_alone(whi
     else:
         wrapper = DistributedDataParallel(model)
         given = wrapper if which == "the wrapper" else model
-    with pytest.raises(ValueError, match="it is wrapped by DistributedDataParallel already.*call to_enc first"):
+    with pytest.raises(ValueError, match="it is already wrapped by DistributedDataParallel.*call to_enc first"):
         to_enc(given, alpha=alpha)
     assert not list(enc_layers(given))
     del model, given

@@ -272,11 +272,11 @@ def test_what_stays_and_what_is_broken_is_observed():
 
 def test_networks_are_measured_only_as_they_were_trained():
     warnings.simplefilter("ignore", CheckpointWarning)  # until the end of the test: the fixture restores
-    with pytest.raises(ValueError, match="layer '0' is of a plain network, and this model's is ENC"):
+    with pytest.raises(ValueError, match="layer '0' is plain, but the layer of this model is ENC"):
         load_trained(net(variant="ws"), dict(net().state_dict()))
     with pytest.raises(ValueError, match="layer '0' was trained with variant='wn'.* has variant='ws'"):
         load_trained(net(variant="ws"), dict(net(variant="wn").state_dict()))
-    with pytest.raises(ValueError, match="2 of its layers are ENC where this model's are plain"):
+    with pytest.raises(ValueError, match="2 of its layers are ENC but plain in this model"):
         load_trained(net(), dict(net(variant="wn").state_dict()))
     load_trained(net(variant="wn", alpha="learnable"), dict(net(variant="wn", alpha=2.0).state_dict()))
 
@@ -315,7 +315,7 @@ def test_an_enc_run_resumes_in_silence(runs, tmp_path):
 
 def test_a_plain_run_refuses_an_enc_checkpoint_and_names_the_tool(runs, tmp_path):
     cfg = digits_config(tmp_path, "resnet8_1xb64", load_from=str(runs[1]))
-    with pytest.raises(ValueError, match=r"10 of its layers are ENC where this model's are plain .*tools/fold\.py"):
+    with pytest.raises(ValueError, match=r"10 of its layers are ENC but plain in this model .*tools/fold\.py"):
         train(cfg)
 
 

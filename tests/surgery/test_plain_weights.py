@@ -15,7 +15,7 @@ from enc_plugin import fold, to_enc
 def test_parameters_outside_of_layers_go_by_their_own_names_and_gains_and_tokens_are_none():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_heads=2, init_values=1e-5)
     report = to_enc(model)
-    assert report.skipped == {"pos_embed": "1x5x12 parameter of VisionTransformer itself, of none of its layers"}
+    assert report.skipped == {"pos_embed": "1x5x12 parameter of VisionTransformer, not of one of its layers"}
     assert "\nplain: pos_embed (1x5x12 parameter of VisionTransformer itself" in report.table
 
 
@@ -47,6 +47,6 @@ def test_the_report_names_the_layers_that_folding_gives_a_bias():
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 5), nn.Linear(5, 3, bias=False))
     keys = set(model.state_dict())
     report = to_enc(model)
-    assert report.table.endswith("get a bias when folded, which the stock layers lack: 0, 3")
+    assert report.table.endswith("folding adds a bias, which the stock layers do not have, to: 0, 3")
     assert set(fold(model).state_dict()) - keys == {"0.bias", "3.bias"}
     assert not any(layer.adds_bias for layer in to_enc(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False))).layers)

@@ -148,15 +148,15 @@ class Twice(nn.Module):
     ("model", "message"),
     [
         (Residual(), r"'conv' \(its output goes into 'add'\)"),
-        (Twice(), r"'a' \(its batch norm serves several places\)"),
+        (Twice(), r"'a' \(its batch norm is used in several places\)"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.BatchNorm2d(4)), r"'0' \(its output goes into 'hardtanh'\)"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), r"'0' \(its output goes into 'native_group_norm'\)"),
         (nn.Sequential(nn.Conv2d(3, 4, 3)), r"'0' \(it is an output of the network\)"),
         (
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
-            "keeps no running statistics",
+            "has no running statistics",
         ),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 2)), "does not run on a made-up input"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 2)), "does not run on a generated input"),
     ],
 )
 def test_a_scale_that_cannot_be_moved_is_an_error_and_the_model_unchanged(model, message):

@@ -85,9 +85,9 @@ def test_copies_and_a_second_conversion_keep_the_marks():
     model = copy.deepcopy(model)
     to_enc(model, how="project")
     assert [name for name, _ in constrained_layers(model)] == ["0", "4"]
-    with pytest.raises(ValueError, match="'0' is ENC already with variant='ws', alpha=1.0, how='project', but"):
+    with pytest.raises(ValueError, match="'0' is already ENC with variant='ws', alpha=1.0, how='project', but"):
         to_enc(model)
-    with pytest.raises(ValueError, match="'0' is ENC already with variant='ws'"):
+    with pytest.raises(ValueError, match="'0' is already ENC with variant='ws'"):
         to_enc(model, "wn", how="project")
 
 

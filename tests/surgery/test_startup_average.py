@@ -238,7 +238,7 @@ def test_norms_are_known_by_how_they_update_and_others_are_reported():
     torch.testing.assert_close(timms.running_var, (1e-2 * BATCHES[0]).var((0, 2, 3)))
     assert own.running_var.min() > 0.9
     assert unfit_statistics(timms) == {}
-    assert unfit_statistics(own) == {"": "1 batches seen, the initial variance is still felt"}
+    assert unfit_statistics(own) == {"": "1 batches seen, the initial variance still matters"}
     for x in BATCHES * 10:
         own(x)
     assert unfit_statistics(own) == {}

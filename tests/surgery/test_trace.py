@@ -215,10 +215,10 @@ def test_an_example_may_be_arguments_by_position_or_by_name():
     assert model.b in record_forward(model, dict(x=x, y=y)).calls
     pair = nn.Bilinear(4, 3, 2)
     assert record_forward(pair, (x, y)).outputs[0].shape == (1, 2)
-    with pytest.raises(RecordError, match="does not run on a made-up input"):
+    with pytest.raises(RecordError, match="does not run on a generated input"):
         record_forward(model)
     with pytest.raises(
-        RecordError, match="an input cannot be made up for ReLU, which has no layer that tells its shape"
+        RecordError, match="no input can be generated for ReLU, because no layer implies the input's shape"
     ):
         record_forward(nn.ReLU())
 

@@ -208,9 +208,9 @@ class Gated(nn.Linear):
 @pytest.mark.parametrize(
     ("layer", "shape", "reason"),
     [
-        (NormProduct(4, 6), (2, 4), "NormProduct is no linear map of its input"),
-        (Activated(4, 6, 3), (2, 4, 6, 6), "Activated is no linear map of its input"),
-        (Dynamic(4, 6, 3), (2, 4, 6, 6), "Dynamic is no linear map of its input"),
+        (NormProduct(4, 6), (2, 4), "NormProduct is not a linear map of its input"),
+        (Activated(4, 6, 3), (2, 4, 6, 6), "Activated is not a linear map of its input"),
+        (Dynamic(4, 6, 3), (2, 4, 6, 6), "Dynamic is not a linear map of its input"),
     ],
 )
 def test_a_layer_that_is_no_linear_map_has_no_norm_and_is_named(layer, shape, reason):
@@ -232,7 +232,7 @@ def test_a_layer_that_does_not_run_on_its_own_has_no_norm_and_is_named():
             return self.fc(x, x.mean())
 
     table = audit(Net(), folded=True, inputs=torch.randn(2, 4))
-    assert "Gated does not run on its own" in table.unclear["fc"]
+    assert "Gated does not run outside of the network" in table.unclear["fc"]
 
 
 def test_a_kernel_too_large_for_its_jacobian_has_a_norm_but_no_map_norm():

@@ -1,6 +1,6 @@
-"""What measures this project: its study, its benchmarks, its model zoo, and their results.
+"""Measurements of this project: the study, the benchmarks, the sizes of the networks, and all results.
 
-It uses ``enc_plugin``, which knows nothing of it, and runs from a checkout: ``python -m lab.study``,
+The lab imports ``enc_plugin``, never the other way round. It runs only from a checkout: ``python -m lab.study``,
 ``python -m lab.bench``, ``python -m lab.zoo``.
 """
 

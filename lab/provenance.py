@@ -1,4 +1,4 @@
-"""What every reported number depends on: commit, versions, processor, threads, and the GPU with its settings."""
+"""Provenance of a reported number: commit, versions, processor, threads, and the GPU with its settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from enc_plugin.functional.precision import float32_formats
 
-# The forks with the same module names count too: a result says which were installed.
+# Includes the forks that have the same module names.
 _PACKAGES = ("torch", "torchvision", "mmengine", "mmpretrain", "mmcv", "mmcv-lite")
 _PACKAGES += ("onedl-mmengine", "onedl-mmpretrain", "onedl-mmcv", "timm", "numpy")
 _CODE = (".py", ".toml", ".txt", ".sh")
@@ -20,9 +20,9 @@ _CODE = (".py", ".toml", ".txt", ".sh")
 
 def provenance(root: str | Path) -> dict[str, object]:
     """Commit of the checkout at ``root`` (``-dirty`` if its code differs), versions, processor, threads, and GPU."""
-    # A copy of a checkout may come without its history.
+    # A copy of a checkout may have no git history.
     commit = _git(root, "rev-parse", "--short=12", "HEAD") or os.environ.get("ENC_COMMIT", "")[:12]
-    # Results that were written before, and pages made of them, are no reason to call the code another one.
+    # Only code counts as dirty; changed results and pages do not.
     if any(name.endswith(_CODE) for name in _git(root, "diff", "--name-only", "HEAD").splitlines()):
         commit += "-dirty"
     versions = {}
@@ -42,7 +42,7 @@ def provenance(root: str | Path) -> dict[str, object]:
 
 
 def gpu() -> dict[str, dict[str, object]]:
-    """Card, driver, libraries and settings of the present CUDA device, under ``gpu``; nothing where there is none."""
+    """Name, driver, libraries and settings of the current CUDA device under the key ``gpu``; empty without a device."""
     if not torch.cuda.is_available():
         return {}
     return {
@@ -67,7 +67,7 @@ def _git(root: str | Path, *arguments: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing if it fails or is not there."""
+    """Output of a command; empty if it fails or does not exist."""
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Tables of the configs: parameters and GFLOPs measured from the built models, into the READMEs and the metafile."""
+"""Measure parameters and GFLOPs of the configs' networks; write them to the READMEs and the metafile of configs/."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAPER = {"Title": "Generalization Bound Regularizer: A Unified Perspective for U
 
 @dataclass(frozen=True)
 class Complexity:
-    """Size of one network: parameters, and multiply-adds of one image as mmengine counts them."""
+    """Size of one network: parameters, and multiply-adds for one image as counted by mmengine."""
 
     params: int
     flops: int
@@ -43,7 +43,7 @@ def complexity(model: nn.Module, side: int = 224) -> Complexity:
     """
     model.eval()
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the counter names each operator and module that it does not count
+    logging.disable(logging.WARNING)  # mmengine warns of each operator and module that it does not count
     try:
         counts = get_model_complexity_info(
             model, inputs=torch.zeros(1, 3, side, side), show_table=False, show_arch=False
@@ -54,22 +54,18 @@ def complexity(model: nn.Module, side: int = 224) -> Complexity:
 
 
 class Measured:
-    """Complexity of configs, each network measured once.
-
-    :meth:`trained` is the network that the config builds, :meth:`folded` the plain one that :func:`enc_plugin.fold`
-    makes of it for use after training (the same network if it has no ENC layers).
-    """
+    """Complexity of the networks of configs; each network is measured only once."""
 
     def __init__(self):
         self._configs: dict[Path, tuple[Complexity, Complexity]] = {}
         self._networks: dict[str, tuple[Complexity, Complexity]] = {}
 
     def trained(self, path: Path) -> Complexity:
-        """Complexity of the network that the config at ``path`` trains."""
+        """Complexity of the network that the config builds."""
         return self._measure(path)[0]
 
     def folded(self, path: Path) -> Complexity:
-        """Complexity of the network that remains after training."""
+        """Complexity of the network after :func:`enc_plugin.fold` (the same network if it has no ENC layers)."""
         return self._measure(path)[1]
 
     def _measure(self, path: Path) -> tuple[Complexity, Complexity]:
@@ -79,7 +75,7 @@ class Measured:
         return self._configs[path]
 
     def _measure_network(self, config: Config) -> tuple[Complexity, Complexity]:
-        # Losses and augmentations differ between configs of one network.
+        # Configs with the same network may differ in loss and augmentation.
         network = {key: value for key, value in config.model.to_dict().items() if key != "train_cfg"}
         network["head"] = {key: value for key, value in network.get("head", {}).items() if key != "loss"}
         key = json.dumps(network, sort_keys=True, default=str)
@@ -103,12 +99,12 @@ def fill_tables(text: str, folder: Path, measured: Measured) -> str:
     """Fill the measured columns (:data:`COLUMNS`) of all Markdown tables in ``text``.
 
     Args:
-        text: A README. Tables with a column ``config`` whose cells link to config files get their other columns filled.
-        folder: Where the links start.
-        measured: Where the numbers come from.
+        text: A README. Its tables need a column ``config`` with links to config files.
+        folder: Folder that the links are relative to.
+        measured: Source of the numbers.
 
     Returns:
-        The text with these cells replaced, everything else as it was.
+        The text with these cells replaced.
     """
     head: list[str] = []
     lines = []
@@ -128,7 +124,7 @@ def fill_tables(text: str, folder: Path, measured: Measured) -> str:
 
 
 def imagenet_configs(configs: Path) -> Iterator[Path]:
-    """The ImageNet configs below ``configs``, Table 4 first; a name that comes twice (an alias) only once."""
+    """The ImageNet configs below ``configs``, those of Table 4 first; of configs with the same name, only the first."""
     seen = set()
     for path in [*sorted(configs.glob("*.py")), *sorted(configs.glob("[tf]*/*.py"))]:
         if path.stem not in seen:
@@ -137,14 +133,14 @@ def imagenet_configs(configs: Path) -> Iterator[Path]:
 
 
 def metafile(configs: Path, measured: Measured) -> str:
-    """Text of ``configs/metafile.yml``, by which mmpretrain's model list and MIM find the configs.
+    """Text of ``configs/metafile.yml``, from which mmpretrain's model list and MIM read the configs.
 
     Args:
         configs: The folder of the configs.
-        measured: Where the numbers come from.
+        measured: Source of the numbers.
 
     Returns:
-        YAML. There are no trained weights, hence no results: the paper's are in the READMEs.
+        YAML, without results, because there are no trained weights. The paper's results are in the READMEs.
     """
     collection = {
         "Name": "ENC",
@@ -172,14 +168,14 @@ def metafile(configs: Path, measured: Measured) -> str:
 
 
 def update(configs: Path, write: bool = True) -> list[Path]:
-    """Bring the READMEs and the metafile below ``configs`` up to date.
+    """Update the READMEs and the metafile below ``configs``.
 
     Args:
         configs: The folder of the configs.
-        write: False only tells what would change.
+        write: Whether to write the files, or only find those that are out of date.
 
     Returns:
-        The files that changed, or would.
+        The files that were out of date.
     """
     measured = Measured()
     texts = {path: fill_tables(path.read_text(), path.parent, measured) for path in configs.rglob("README.md")}
@@ -192,7 +188,7 @@ def update(configs: Path, write: bool = True) -> list[Path]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m lab.zoo", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     check = parser.parse_args().check
     found = update(ROOT / "configs", write=not check)
     for file in found:

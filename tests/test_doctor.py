@@ -16,6 +16,7 @@ from mmengine.config import Config
 
 from enc_plugin.doctor import BROKEN, NOTE, OK, run
 from enc_plugin.doctor.config import check_config
+from enc_plugin.doctor.finding import examine
 from enc_plugin.doctor.weight_decay import examine_decay
 
 DIGITS = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"
@@ -58,7 +59,7 @@ ENVIRONMENTS = {
         "mmcv_lite|mmpretrain",
         [("mmcv-lite", "2.5.1")],
         [
-            ("mmcv", r"2.5.1 \(mmcv-lite\); needed is >=2.0,<2.4.*pip install 'mmcv-lite>=2.0,<2.4'"),
+            ("mmcv", r"2.5.1 \(mmcv-lite\); required: >=2.0,<2.4.*pip install 'mmcv-lite>=2.0,<2.4'"),
             ("mmpretrain", "not installed.*pip install 'mmpretrain>=1.2,<2'"),
         ],
     ),
@@ -67,7 +68,7 @@ ENVIRONMENTS = {
         [("mmengine", "0.8.4")],
         [
             ("mmcv", "not installed.*pip install 'mmcv-lite>=2.0,<2.4'"),
-            ("mmengine", "0.8.4; needed is >=0.10.5,<1.*pip install 'mmengine>=0.10.5,<1'"),
+            ("mmengine", "0.8.4; required: >=0.10.5,<1.*pip install 'mmengine>=0.10.5,<1'"),
         ],
     ),
     "opencv and addict missing": (
@@ -95,7 +96,7 @@ def test_a_broken_environment_is_named_with_its_remedy(name, tmp_path):
     assert code == 1
     for package, pattern in expected:
         assert re.search(rf"^BROKEN +{package} .*?{pattern}", output, re.M | re.S), output
-    assert "mend the environment first" in output
+    assert "fix the environment first" in output
     assert not re.search("BROKEN +(enc_plugin|checkpoints)", output)  # which would only follow from it
 
 
@@ -123,7 +124,7 @@ def test_torch_alone_is_fine_until_a_config_is_asked_about(tmp_path):
     assert re.search(r"^ok +enc_plugin ", output, re.M)
     code, output = doctor(python, "--config", str(DIGITS))
     assert code == 1
-    assert re.search(r"^BROKEN +config +not examined", output, re.M)
+    assert re.search(r"^BROKEN +config +not checked", output, re.M)
 
 
 @pytest.mark.slow
@@ -135,7 +136,7 @@ def test_a_working_environment_passes_with_every_check(tmp_path):
     states = {line.split()[1]: line.split()[0] for line in lines if line.startswith(("ok", "note"))}
     for check in ("torch", "mmcv", "opencv", "enc_plugin", "checkpoints", "gloo", "torch.compile", "ENC", "forward"):
         assert states[check] == "ok", done.stdout
-    assert "10 layers (ws); 1 with a batch norm of their own: head.fc" in done.stdout
+    assert "10 layers (ws); 1 with an added batch norm: head.fc" in done.stdout
     assert not re.search("INFO|WARNING|Warning", done.stdout + done.stderr)
 
 
@@ -236,9 +237,9 @@ def test_two_bases_with_one_key_are_named_with_the_remedy(tmp_path):
 def test_an_imagenet_config_is_examined_without_its_data():
     findings = {f.name: f for f in check_config(str(CONFIGS / "seresnet50_enc_8xb32.py"))}
     assert findings["data"].state == BROKEN
-    assert re.match(r"86 layers \(ws\); 33 with a batch norm", findings["ENC"].found)
+    assert re.match(r"86 layers \(ws\); 33 with an added batch norm", findings["ENC"].found)
     assert findings["forward"].state == OK
-    assert "two made-up images of 224 x 224 pixels" in findings["forward"].found
+    assert "two random images of 224 x 224 pixels" in findings["forward"].found
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_a_decay_that_hardly_acts_is_noted_with_its_e_folds(decay, counts, state
     sgd = dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=decay)
     optim_wrapper = dict(optimizer=sgd, accumulative_counts=counts)
     loops = dict(train_cfg=dict(max_epochs=10), train_dataloader=dict(batch_size=100))
-    (finding,) = examine_decay(Config(dict(optim_wrapper=optim_wrapper, **loops)), samples=901)
+    (finding,) = examine("decay", examine_decay, Config(dict(optim_wrapper=optim_wrapper, **loops)), 901)
     assert finding.state == state
     assert finding.found.startswith(found)
     if state == NOTE:

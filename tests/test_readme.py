@@ -86,7 +86,7 @@ def test_each_way_to_enc_takes_at_most_five_lines():
 def test_the_stock_config_becomes_an_enc_network(folder):
     findings = {f.name: f for f in check_config(str(folder / "my_enc.py"))}
     assert [f.name for f in findings.values() if f.state == BROKEN] == ["data"]  # ImageNet is not here
-    assert findings["ENC"].found.startswith("54 layers (ws); 1 with a batch norm of their own: head.fc")
+    assert findings["ENC"].found.startswith("54 layers (ws); 1 with an added batch norm: head.fc")
     cfg = Config.fromfile(folder / "my_enc.py")
     assert cfg.optim_wrapper.constructor == "ENCOptimWrapperConstructor"
     assert cfg.runner_type == "ENCRunner"

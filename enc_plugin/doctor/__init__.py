@@ -1,6 +1,6 @@
-"""The doctor: whether the environment works, and whether a config would, before hours of training.
+"""The doctor: checks of the environment and of a config before hours of training.
 
-Nothing outside the standard library is imported before it is examined: the doctor runs where the rest does not.
+Third-party packages are imported only after they have been checked, so the doctor also runs in a broken environment.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ def run(
     seconds: float = 120,
     device: str | None = None,
 ) -> int:
-    """Examine the environment, and with ``config`` that config; print one line a finding.
+    """Check the environment, and ``config`` if it is given; print one line for each finding.
 
     Args:
-        config: Config to examine: it is built, its data looked for, and one batch sent through the network.
+        config: Config to check: its network and its data are built, and one batch runs through the network.
         options: Changes to the config, as for ``--cfg-options``.
-        quick: Leave out what starts processes (gloo, ``torch.compile``).
+        quick: Skip the checks that start processes (gloo, ``torch.compile``).
         seconds: Time limit of each process.
-        device: Where the batch is computed, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
+        device: Device of the batch, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
 
     Returns:
         Exit code: 1 if anything is broken, else 0.
     """
-    logging.disable(logging.CRITICAL)  # the libraries' loggers: what is wrong is in the findings
+    logging.disable(logging.CRITICAL)  # the findings report what libraries would log
     findings = list(check_environment(quick, seconds))
     if config is not None:
         if any(finding.state == BROKEN for finding in findings) or not is_installed("mmengine"):
-            findings.append(Finding("config", BROKEN, "not examined", "mend the environment first"))
+            findings.append(Finding("config", BROKEN, "not checked", "fix the environment first"))
         else:
             from .config import check_config
 
@@ -49,7 +49,7 @@ def run(
 
 
 def _show(findings: Sequence[Finding]) -> None:
-    """Print the findings: coloured where rich and a terminal are there, plain lines elsewhere."""
+    """Print the findings, in colour if rich is installed and the output is a terminal."""
     marks = {OK: ("ok    ", "green"), NOTE: ("note  ", "yellow"), BROKEN: ("BROKEN", "bold red")}
     try:
         from rich.console import Console
@@ -68,4 +68,4 @@ def _show(findings: Sequence[Finding]) -> None:
         if finding.advice:
             print(f"{'':{width + 8}}  -> {finding.advice}")
     broken = sum(finding.state == BROKEN for finding in findings)
-    print(f"{broken} broken" if broken else "everything needed works")
+    print(f"{broken} broken" if broken else "everything that is needed works")

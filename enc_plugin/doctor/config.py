@@ -1,17 +1,14 @@
-"""Whether a config would train: its parts, its data, its network, one batch, and a rehearsal up to the first step."""
+"""Checks whether a config would train: its types, its data, its network, one batch, and a run up to its first step."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import mmengine.registry
-import mmpretrain.registry
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import Registry, init_default_scope
+from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
 from torch import nn
 
@@ -21,13 +18,15 @@ from ..engine.rehearsal import rehearse
 from ..refused import Refused, describe
 from ..surgery.eligible import Evidence
 from ..surgery.projected import constrained_layers
-from .finding import BROKEN, NOTE, OK, Finding, examine, quietly, refusal
+from ..table import first_few
+from .finding import BROKEN, NOTE, OK, Finding, Result, examine, quietly, refusal
+from .parts import check_custom_imports, check_types
 from .weight_decay import examine_decay
 
 
 @dataclass
 class _Examined:
-    """The config, and what the checks so far have built of it."""
+    """The config, and the objects that the checks have built from it so far."""
 
     cfg: Config
     device: torch.device
@@ -42,7 +41,7 @@ class _Examined:
 
 
 def check_config(config: str, options: dict | None = None, device: str | None = None) -> Iterator[Finding]:
-    """Findings on a config, in an environment that works; arguments as for :func:`enc_plugin.doctor.run`."""
+    """Check a config in an environment that works; arguments as for :func:`enc_plugin.doctor.run`."""
     try:
         examined = _Examined(load_config(config, options), pick_device(device))
     except (Refused, FileNotFoundError) as error:
@@ -51,7 +50,7 @@ def check_config(config: str, options: dict | None = None, device: str | None = 
     yield Finding("config", OK, str(config))
     init_default_scope(examined.cfg.get("default_scope", "mmpretrain"))
     broken: set[str] = set()
-    for name, check, needed in _CHECKS:
+    for name, (check, needed) in _CHECKS.items():
         if broken & needed:
             continue
         for finding in examine(name, check, examined):
@@ -60,37 +59,7 @@ def check_config(config: str, options: dict | None = None, device: str | None = 
             yield finding
 
 
-def _custom_imports(examined: _Examined) -> Iterator[Finding]:
-    imports = (examined.cfg.get("custom_imports") or {}).get("imports", [])
-    imports = [imports] if isinstance(imports, str) else imports
-    own = {
-        name
-        for registry in _registries()
-        for name, part in registry.module_dict.items()
-        if getattr(part, "__module__", "").split(".")[0] == "enc_plugin"
-    }
-    used = sorted({name for _, name in named_parts(examined.cfg.to_dict()) if name.split(".")[-1] in own})
-    if not used:
-        yield Finding("custom_imports", NOTE, "this config uses no part of the plugin", "see the README: Use it")
-    elif not any(name.split(".")[0] == "enc_plugin" for name in imports):
-        found = f"the config names {', '.join(used)} and does not import the plugin: 'not in the registry' elsewhere"
-        yield Finding("custom_imports", BROKEN, found, 'add: custom_imports = dict(imports=["enc_plugin"])')
-    else:
-        yield Finding("custom_imports", OK, f"the plugin, for {', '.join(used)}")
-
-
-def _types(examined: _Examined) -> Iterator[Finding]:
-    for registry in _registries():
-        quietly(registry.import_from_location)
-    known = {name for registry in _registries() for name in registry.module_dict}
-    for key, name in named_parts(examined.cfg.to_dict()):
-        if name.split(".")[-1] not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            advice = f"did you mean {' or '.join(near)}?" if near else "name the package that has it in custom_imports"
-            yield Finding("types", BROKEN, f"{key} = {name!r} is not in any registry", advice)
-
-
-def _data(examined: _Examined) -> Iterator[Finding]:
+def _data(examined: _Examined) -> Iterator[Result]:
     cfg, labels_fit = examined.cfg, True
     for split in ("train", "val", "test"):
         key = f"{split}_dataloader"
@@ -100,58 +69,58 @@ def _data(examined: _Examined) -> Iterator[Finding]:
         try:
             dataset = quietly(build_dataset, cfg, split)
         except Refused as error:
-            yield Finding("data", BROKEN, f"{split}: {error.found}", error.advice)
+            yield BROKEN, f"{split}: {error.found}", error.advice
             continue
         try:
             examined.samples[split] = [quietly(dataset.__getitem__, i % len(dataset)) for i in range(2)]
         except Exception as error:
-            yield Finding("data", BROKEN, f"{split}: {describe(error)}", f"check {key}: its paths and its pipeline")
+            yield BROKEN, f"{split}: {describe(error)}", f"check {key}: its paths and its pipeline"
             continue
         if split == "train":
             examined.train_samples = len(dataset)
-        yield Finding("data", OK, f"{split}: {len(dataset):,} samples of {settings['type']}, two were read")
+        yield OK, f"{split}: {len(dataset):,} samples of {settings['type']}, two were read"
         try:
             notes = find_labels(key, dataset, examined.num_classes)
         except Refused as error:
             if labels_fit:  # the other splits have the same classes
-                yield refusal("data", error)
+                yield BROKEN, error.found, error.advice
             labels_fit = False
             continue
-        yield from (Finding("data", NOTE, note) for note in notes)
+        yield from ((NOTE, note) for note in notes)
     for name in ("val_evaluator", "test_evaluator"):
         metrics = cfg.get(name) or []
         check_metrics(name, [metrics] if isinstance(metrics, dict) else metrics, examined.num_classes)
 
 
-def _model(examined: _Examined) -> Iterator[Finding]:
+def _model(examined: _Examined) -> Iterator[Result]:
     model = quietly(build_model, examined.cfg)
     quietly(model.init_weights)
     examined.model = model.to(examined.device)
     size = sum(parameter.numel() for parameter in model.parameters())
-    yield Finding("model", OK, f"{type(model).__name__}, {size:,} parameters")
+    yield OK, f"{type(model).__name__}, {size:,} parameters"
 
 
-def _enc(examined: _Examined) -> Iterator[Finding]:
+def _enc(examined: _Examined) -> Iterator[Result]:
     model = examined.model
     check_is_enc(examined.cfg, model)
     layers = dict(constrained_layers(model))
     if not layers:
-        yield Finding("ENC", NOTE, "a plain network", 'for ENC: model = dict(type="ENCImageClassifier")')
+        yield NOTE, "a plain network", 'for ENC: model = dict(type="ENCImageClassifier")'
         return
     normed = [name for name, layer in layers.items() if layer.enc_norm is not None]
-    kinds = ", ".join(sorted({layer.enc_variant for layer in layers.values()}))
-    text = f"{len(layers)} layers ({kinds}); {len(normed)} with a batch norm of their own"
-    yield Finding("ENC", OK, f"{text}: {_first(normed)}" if normed else text)
+    variants = ", ".join(sorted({layer.enc_variant for layer in layers.values()}))
+    text = f"{len(layers)} layers ({variants}); {len(normed)} with an added batch norm"
+    yield OK, f"{text}: {first_few(normed, 4)}" if normed else text
     bare = [name for name in Evidence(model).without_norm({layers[name] for name in normed}) if name in layers]
     if bare:
-        found = f"{len(bare)} layers have no norm behind them: {_first(bare)}"
-        yield Finding("ENC", NOTE, found, "enc=dict(post_norm=True) gives each of them a batch norm of its own")
+        found = f"{len(bare)} layers have no norm after them: {first_few(bare, 4)}"
+        yield NOTE, found, "enc=dict(post_norm=True) adds a batch norm to each of them"
     if not normed and "ENCImageClassifier" not in (name for _, name in named_parts(examined.cfg.model)):
-        found = "the classifier is not ENC: conv_cfg reaches convolutions alone"
-        yield Finding("ENC", NOTE, found, 'model = dict(type="ENCImageClassifier") reaches every layer')
+        found = "the classifier is not ENC, because conv_cfg changes only convolutions"
+        yield NOTE, found, 'model = dict(type="ENCImageClassifier") converts every layer'
 
 
-def _forward(examined: _Examined) -> Iterator[Finding]:
+def _forward(examined: _Examined) -> Iterator[Result]:
     model = examined.model
     torch.manual_seed(0)
     chosen = next(iter(examined.samples.values()), None)
@@ -159,7 +128,7 @@ def _forward(examined: _Examined) -> Iterator[Finding]:
         size = _image_size(examined.cfg)
         image = torch.randint(256, (3, size, size), dtype=torch.uint8)
         chosen = [{"inputs": image, "data_samples": DataSample().set_gt_label(i)} for i in range(2)]
-        source = f"two made-up images of {size} x {size} pixels"
+        source = f"two random images of {size} x {size} pixels"
     else:
         source = f"two samples of {tuple(chosen[0]['inputs'].shape)}"
     try:
@@ -167,64 +136,49 @@ def _forward(examined: _Examined) -> Iterator[Finding]:
         losses = model(**batch, mode="loss")
         model.eval()(batch["inputs"])
     except Exception as error:
-        yield Finding("forward", BROKEN, describe(error), why_step_fails(model, batch["inputs"]))
+        yield BROKEN, describe(error), why_step_fails(model, batch["inputs"])
         return
     total = sum(value.sum().item() for key, value in losses.items() if "loss" in key)
     if total != total or abs(total) == float("inf"):
-        yield Finding("forward", BROKEN, f"{source}: the loss is {total}", "check the data_preprocessor's mean and std")
+        yield BROKEN, f"{source}: the loss is {total}", "check the data_preprocessor's mean and std"
         return
-    yield Finding("forward", OK, f"{source}, on {examined.device}: loss {total:.4g}")
+    yield OK, f"{source}, on {examined.device}: loss {total:.4g}"
 
 
-def _decay(examined: _Examined) -> Iterator[Finding]:
+def _decay(examined: _Examined) -> Iterator[Result]:
     if examined.train_samples is not None and examined.cfg.get("train_cfg"):
         yield from examine_decay(examined.cfg, examined.train_samples)
 
 
-def _run(examined: _Examined) -> Iterator[Finding]:
+def _run(examined: _Examined) -> Iterator[Result]:
     try:
         quietly(rehearse, examined.cfg)
     except Refused:
         raise
     except Exception as error:
-        yield Finding("run", BROKEN, describe(error), "a run of this config ends so before its first step")
+        yield BROKEN, describe(error), "a run of this config ends with this error before its first step"
         return
-    yield Finding("run", OK, "rehearsed up to its first step")
+    yield OK, "it runs up to its first step"
 
 
-_CHECKS = (
-    # Name, check, and the checks without whose success it would only repeat what they found.
-    ("custom_imports", _custom_imports, set()),
-    ("types", _types, set()),
-    ("data", _data, set()),
-    ("model", _model, {"types"}),
-    ("ENC", _enc, {"types", "model"}),
-    ("forward", _forward, {"types", "model"}),
-    ("decay", _decay, {"types", "data"}),
-    ("run", _run, {"custom_imports", "types", "data", "model", "ENC", "forward"}),
-)
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+# Name -> check, and the checks that must have succeeded (otherwise it would only report the same problem again).
+_CHECKS: dict[str, tuple[Callable[[_Examined], Iterable[Result]], set[str]]] = {
+    "custom_imports": (lambda examined: check_custom_imports(examined.cfg), set()),
+    "types": (lambda examined: check_types(examined.cfg), set()),
+    "data": (_data, set()),
+    "model": (_model, {"types"}),
+    "ENC": (_enc, {"types", "model"}),
+    "forward": (_forward, {"types", "model"}),
+    "decay": (_decay, {"types", "data"}),
+    "run": (_run, {"custom_imports", "types", "data", "model", "ENC", "forward"}),
+}
 
 
 def _image_size(cfg: Config) -> int:
-    """Pixels that the test pipeline delivers; 224 if it does not say."""
+    """Image size after the test pipeline, in pixels; 224 if the pipeline does not say."""
     loader = cfg.get("val_dataloader") or cfg.get("test_dataloader") or cfg.get("train_dataloader") or {}
     for step in reversed((loader.get("dataset") or {}).get("pipeline") or []):
         size = step.get("crop_size", step.get("scale"))
         if size is not None:
             return int(size[0] if isinstance(size, (tuple, list)) else size)
     return 224
-
-
-def _registries() -> Iterator[Registry]:
-    seen = set()
-    roots = [*vars(mmengine.registry).values(), *vars(mmpretrain.registry).values()]
-    while roots:
-        registry = roots.pop()
-        if isinstance(registry, Registry) and id(registry) not in seen:
-            seen.add(id(registry))
-            roots.extend(registry.children.values())
-            yield registry

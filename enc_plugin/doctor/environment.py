@@ -1,4 +1,4 @@
-"""Whether this interpreter, its packages and this machine work."""
+"""Checks of the Python interpreter, its packages and the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..installation import ROOT, STACK, is_installed
-from .finding import BROKEN, NOTE, OK, Finding, examine, quietly
+from .finding import BROKEN, NOTE, OK, Finding, Result, examine, quietly
 from .packages import check_extras, check_packages
 
 _GLOO = """
@@ -38,19 +38,14 @@ assert torch.allclose(torch.compile(lambda x: torch.relu(x) * 2 + 1)(x), torch.r
 
 
 def check_environment(quick: bool = False, seconds: float = 120) -> Iterator[Finding]:
-    """Findings on this interpreter, its packages and this machine.
-
-    Args:
-        quick: Leave out what starts processes (gloo, ``torch.compile``).
-        seconds: Time limit of each process.
-    """
+    """Check this interpreter, its packages and this machine; arguments as for :func:`enc_plugin.doctor.run`."""
     old = sys.version_info < (3, 10)
     yield Finding("python", BROKEN if old else OK, platform.python_version(), "use Python 3.10 or later" if old else "")
     torch_alone = not any(map(is_installed, STACK))
     packages = list(check_packages(torch_alone))
     yield from packages
     if any(finding.state == BROKEN for finding in packages):
-        return  # what follows fails for the same reasons
+        return  # the other checks would fail for the same reasons
     yield from examine("enc_plugin", _plugin)
     yield from examine("importable", _importable_elsewhere, seconds)
     if not torch_alone:
@@ -63,42 +58,42 @@ def check_environment(quick: bool = False, seconds: float = 120) -> Iterator[Fin
     yield from check_extras()
 
 
-def _plugin() -> Iterator[Finding]:
+def _plugin() -> Iterator[Result]:
     try:
         plugin = quietly(importlib.import_module, "enc_plugin")
     except ImportError as error:
-        yield Finding("enc_plugin", BROKEN, f"importing it fails: {error}", "do what the message says")
+        yield BROKEN, f"importing it fails: {error}", "follow the advice in the message"
         return
     where = f"{plugin.__version__}, {Path(plugin.__file__).parent}"
     if not is_installed("mmengine"):
-        yield Finding("enc_plugin", OK, where)
+        yield OK, where
         return
     from mmengine.registry import HOOKS, MODELS
 
     missing = [x for x, r in (("ENCImageClassifier", MODELS), ("ENCAuditHook", HOOKS)) if r.get(x) is None]
     if missing:
-        yield Finding("enc_plugin", BROKEN, f"{', '.join(missing)} not in the registry", "pip install -e . again")
+        yield BROKEN, f"{', '.join(missing)} not in the registry", "run pip install -e . again"
         return
-    yield Finding("enc_plugin", OK, f"{where}; its parts are registered")
+    yield OK, f"{where}; its parts are registered"
 
 
-def _importable_elsewhere(seconds: float) -> Iterator[Finding]:
-    """A process that starts in another folder, as mim and other tools' ``custom_imports`` do, finds this plugin."""
+def _importable_elsewhere(seconds: float) -> Iterator[Result]:
+    """Whether a process in another folder finds this plugin, as ``custom_imports`` of mim and other tools must."""
     here = Path(__file__).resolve().parents[1]
     code = "import importlib.util; s = importlib.util.find_spec('enc_plugin'); print(s and s.origin or '')"
     with tempfile.TemporaryDirectory() as folder:
         out = _process(["-c", code], seconds, cwd=folder).stdout.strip()
     if not out:
-        found = "other tools (mim, mmpretrain's own) do not find the plugin; the tools of this folder do"
-        yield Finding("importable", NOTE, found, f"pip install -e {ROOT}")
+        found = "other tools (those of mim and mmpretrain) do not find the plugin; the tools in this folder do"
+        yield NOTE, found, f"pip install -e {ROOT}"
     elif Path(out).resolve().parent != here:
         found = f"other tools find another copy: {Path(out).parent}"
-        yield Finding("importable", NOTE, found, f"pip install -e {ROOT}, or run the tools of that copy")
+        yield NOTE, found, f"pip install -e {ROOT}, or run the tools of that copy"
     else:
-        yield Finding("importable", OK, "found from any folder")
+        yield OK, "found from any folder"
 
 
-def _checkpoints() -> Iterator[Finding]:
+def _checkpoints() -> Iterator[Result]:
     import torch
     from mmengine.logging import HistoryBuffer
     from mmengine.runner import load_checkpoint, save_checkpoint
@@ -110,44 +105,44 @@ def _checkpoints() -> Iterator[Finding]:
         save_checkpoint({"state_dict": layer.state_dict(), "message_hub": {"log_scalars": history}}, path)
         quietly(load_checkpoint, other, path)
     if not torch.equal(layer.weight, other.weight):
-        yield Finding("checkpoints", BROKEN, "a checkpoint did not come back as it was written", "reinstall torch")
+        yield BROKEN, "a checkpoint was loaded with other values than those saved", "reinstall torch"
         return
-    yield Finding("checkpoints", OK, "one of mmengine's was written and loaded under weights_only")
+    yield OK, "a checkpoint of mmengine was saved and loaded under weights_only"
 
 
-def _cuda() -> Iterator[Finding]:
+def _cuda() -> Iterator[Result]:
     import torch
 
     if not torch.cuda.is_available():
         kind = "this torch is built without CUDA" if torch.version.cuda is None else "no usable CUDA device"
-        yield Finding("cuda", OK, f"{kind}: the CPU is used, distributed by gloo (nccl needs CUDA)")
+        yield OK, f"{kind}: training runs on the CPU, distributed training with gloo (nccl needs CUDA)"
         return
     value = torch.ones(8, device="cuda").sum().item()
     nccl = "nccl" if torch.distributed.is_nccl_available() else "no nccl"
     state = OK if value == 8 else BROKEN
-    yield Finding("cuda", state, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {nccl}")
+    yield state, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {nccl}"
 
 
-def _gloo(seconds: float) -> Iterator[Finding]:
+def _gloo(seconds: float) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         done = _process(["-c", _GLOO, folder], seconds)
     if done.returncode == 0:
-        yield Finding("gloo", OK, "two processes summed a tensor")
+        yield OK, "two processes summed a tensor"
         return
-    advice = "set GLOO_SOCKET_IFNAME=lo if the host name does not resolve; one process works without it"
-    yield Finding("gloo", NOTE, f"distributed training on the CPU fails: {_last_line(done)}", advice)
+    advice = "set GLOO_SOCKET_IFNAME=lo if the host name does not resolve; training on one process works without gloo"
+    yield NOTE, f"distributed training on the CPU fails: {_last_line(done)}", advice
 
 
-def _compile(seconds: float) -> Iterator[Finding]:
+def _compile(seconds: float) -> Iterator[Result]:
     done = _process(["-c", _COMPILE], seconds)
     if done.returncode == 0:
-        yield Finding("torch.compile", OK, "compiled a function")
+        yield OK, "compiled a function"
         return
-    advice = "install a C++ compiler (apt-get install g++), or leave `compile` out of the config"
-    yield Finding("torch.compile", NOTE, f"does not work: {_last_line(done)}", advice)
+    advice = "install a C++ compiler (apt-get install g++), or do not set `compile` in the config"
+    yield NOTE, f"does not work: {_last_line(done)}", advice
 
 
-def _threads() -> Iterator[Finding]:
+def _threads() -> Iterator[Result]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -157,9 +152,9 @@ def _threads() -> Iterator[Finding]:
     spinning = [k for k, v in wanted.items() if os.environ.get(k, "").lower() != v]
     if torch.get_num_threads() > cores or spinning:
         advice = "export OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 OMP_NUM_THREADS=<cores / processes>"
-        yield Finding("threads", NOTE, f"{found}: idle threads slow other processes down", advice)
+        yield NOTE, f"{found}: idle threads slow other processes down", advice
         return
-    yield Finding("threads", OK, found)
+    yield OK, found
 
 
 def _process(arguments: list[str], seconds: float, **kwargs) -> subprocess.CompletedProcess:

@@ -1,16 +1,19 @@
-"""What a check of the doctor found, and what all checks share."""
+"""The findings of the doctor's checks."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..refused import Refused, describe
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
+
+# Fields of a finding without its name, as the checks yield them: ``(state, found)`` or ``(state, found, advice)``.
+Result = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,9 @@ class Finding:
     """One line of the doctor's report.
 
     Attributes:
-        name: What was examined.
+        name: Name of the check.
         state: ``'ok'``, ``'note'`` (something is missing, the rest works without it) or ``'broken'``.
-        found: What was found, on one line.
+        found: The result of the check, on one line.
         advice: What to do about it; may be empty.
     """
 
@@ -33,10 +36,11 @@ class Finding:
         return f"{self.found}; {self.advice}" if self.advice else self.found
 
 
-def examine(name: str, check: Callable[..., Iterator[Finding]], *args) -> Iterator[Finding]:
-    """The findings of a check; an error that it raises is one too."""
+def examine(name: str, check: Callable[..., Iterable[Result]], *args) -> Iterator[Finding]:
+    """Run a check and yield its results as findings. An exception of the check becomes a finding too."""
     try:
-        yield from check(*args)
+        for result in check(*args):
+            yield Finding(name, *result)
     except Refused as error:
         yield refusal(name, error)
     except Exception as error:
@@ -44,7 +48,7 @@ def examine(name: str, check: Callable[..., Iterator[Finding]], *args) -> Iterat
 
 
 def refusal(name: str, error: Exception) -> Finding:
-    """The finding that an error is which was written for users."""
+    """The finding for an error whose message is written for users."""
     return Finding(name, BROKEN, getattr(error, "found", str(error)), getattr(error, "advice", "check the path"))
 
 

@@ -1,1 +1,1 @@
-"""Tables, figures and pages that are made of runs and checkpoints."""
+"""Tables, figures and HTML pages about training runs and checkpoints."""

@@ -1,4 +1,4 @@
-"""Figures of attacks: accuracy against eps, and pictures before and after."""
+"""Figures of attacks: accuracy against eps, and images before and after the attack."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from ..measuring.untouched import untouched
 from . import plot
 
 UNIT = "1/255 of the pixel range"
-# Right and wrong differ in mark as well as in colour, and the colours in lightness.
+# Right and wrong predictions differ in mark, colour and lightness, for colour-blind readers.
 _RIGHT, _WRONG = ("\N{CHECK MARK}", plot.PALETTE[0]), ("\N{BALLOT X}", plot.PALETTE[1])
 
 
 def draw_accuracy(results: dict[str, Robustness], path: str | Path) -> None:
-    """Draw accuracy against eps with 95 % Wilson bands, a colour a checkpoint, FGSM solid and PGD dashed, as a PNG."""
+    """Draw accuracy against eps with 95 % Wilson bands, as a PNG.
+
+    Each checkpoint has a colour; FGSM is a solid line, PGD a dashed one.
+    """
     axes = plot.new_axes(f"L-inf budget eps ({UNIT})", "top-1 accuracy (%)")
     for i, (name, result) in enumerate(results.items()):
         solid = _points(f"{name}, FGSM", result, result.fgsm)
@@ -46,17 +49,17 @@ def draw_accuracy(results: dict[str, Robustness], path: str | Path) -> None:
 def draw_pictures(
     model: nn.Module, dataset: Dataset, eps: float, path: str | Path, *, count: int = 6, name: str = "model"
 ) -> None:
-    """Draw clean pictures, the same under FGSM, and the amplified difference, with the predictions, as a PNG.
+    """Draw clean images, the same images under FGSM, and the amplified difference, with the predictions, as a PNG.
 
-    The samples are spread evenly over the dataset and not chosen by what becomes of them.
+    The samples are spread evenly over the dataset; they are not chosen by the result.
 
     Args:
         model: Classifier of mmpretrain.
-        dataset: Its test set, as in :func:`enc_plugin.measuring.robustness.measure_robustness`.
+        dataset: Test set, as in :func:`enc_plugin.measuring.robustness.measure_robustness`.
         eps: Budget in 1/255 of the pixel range.
         path: File to write.
-        count: How many samples.
-        name: What the title calls the model.
+        count: Number of samples.
+        name: Name of the model in the title.
     """
     classify, source = PixelClassifier(model), WithoutReplacement(dataset)
     device = next(model.parameters()).device
@@ -66,7 +69,7 @@ def draw_pictures(
         pixels, labels = pixels.to(device).float(), labels.to(device)
         attacked = fgsm(classify, pixels, labels, float(eps), upper=PIXEL_MAX)
         shares = [classify(x).softmax(1).cpu() for x in (pixels, attacked)]
-    # Mean grey is no change; the largest change that eps allows is black or white.
+    # Grey means no change, black and white the largest change that eps allows.
     difference = (attacked - pixels) * (PIXEL_MAX / 2 / eps) + PIXEL_MAX / 2
     rows = [
         ("clean", pixels),
@@ -80,7 +83,7 @@ def draw_pictures(
     for row, (title, images) in enumerate(rows):
         for column in range(count):
             axes = grid[row][column]
-            look = dict(cmap="gray", vmin=0, vmax=1, interpolation="nearest")  # cmap: for one channel
+            look = dict(cmap="gray", vmin=0, vmax=1, interpolation="nearest")  # cmap is used for one channel only
             axes.imshow(_to_image(images[column], flip), **look)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
@@ -102,7 +105,7 @@ def _points(name: str, result: Robustness, accuracies: dict[float, float]) -> pl
 
 
 def _to_image(pixels: Tensor, flip: bool) -> np.ndarray:
-    """Pixels ``(C, H, W)`` in 0..255 as an array for imshow; BGR, which the model itself turns around, becomes RGB."""
+    """Convert pixels ``(C, H, W)`` in 0..255 to an array for imshow; ``flip`` converts BGR to RGB."""
     image = (pixels / PIXEL_MAX).clamp(0, 1).cpu()
     if len(image) != 3:
         return image.mean(0).numpy()

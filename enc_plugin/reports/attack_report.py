@@ -1,4 +1,4 @@
-"""Accuracy of trained checkpoints under attack, side by side; the library behind ``tools/attack.py``."""
+"""Accuracy of trained checkpoints under attack: the implementation of ``tools/attack.py``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .attack_figures import UNIT, draw_accuracy, draw_pictures
 
 @dataclass(frozen=True)
 class Attacked:
-    """One checkpoint and what was measured on it."""
+    """One checkpoint and its result."""
 
     name: str
     config: str
@@ -39,13 +39,13 @@ class Attacked:
 
 @dataclass(frozen=True)
 class AttackReport:
-    """Checkpoints under attack; ``print`` it for the table with its warnings.
+    """Results of several checkpoints; ``print`` shows them as a table with warnings.
 
     Attributes:
-        runs: One for each checkpoint, in the order given.
+        runs: One result for each checkpoint, in the given order.
         eps: Budgets in 1/255 of the pixel range.
-        seed: Of PGD's random starts.
-        files: What was written.
+        seed: Seed of PGD's random starts.
+        files: The files that were written.
     """
 
     runs: list[Attacked]
@@ -55,7 +55,7 @@ class AttackReport:
 
     @property
     def warnings(self) -> list[str]:
-        """What speaks against taking the accuracies as robustness, with the checkpoint's name."""
+        """Reasons why the accuracies may not measure robustness, each with the checkpoint's name."""
         return [f"{run.name}: {warning}" for run in self.runs for warning in run.result.warnings]
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class AttackReport:
         )
 
     def to_dict(self) -> dict:
-        """All figures and what they depend on, ready for JSON."""
+        """All results and the settings that they depend on, for JSON."""
         runs = [asdict(run) | {"warnings": run.result.warnings} for run in self.runs]
         for run in runs:
             result, count = run["result"], run["result"]["num_samples"]
@@ -132,18 +132,18 @@ def attack_checkpoints(
     """Attack checkpoints on the test sets of their configs.
 
     Args:
-        checkpoints: Pairs of a config and a checkpoint: of mmengine, a state dict, or a ``.safetensors`` file.
+        checkpoints: Pairs of a config and a checkpoint (of mmengine, a state dict, or a ``.safetensors`` file).
         eps: Budgets in 1/255 of the pixel range.
-        pgd_steps: Gradients of PGD for each eps; 0: FGSM alone.
-        names: What the table calls them; None: the names of the configs, told apart by their checkpoints where needed.
-        num_samples: How many samples, spread evenly over the test set; None: all.
-        batch_size: Samples per batch; None: that of the test dataloader.
-        num_workers: Processes that load.
-        pictures: How many samples are drawn for each checkpoint; 0: none.
-        seed: Of PGD's random starts.
-        device: Such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
+        pgd_steps: Number of PGD steps for each eps; 0: only FGSM.
+        names: Names in the table; None: the names of the configs, with the names of the checkpoints if they are equal.
+        num_samples: Number of samples, spread evenly over the test set; None: all.
+        batch_size: Samples per batch; None: batch size of the test dataloader.
+        num_workers: Number of data loading processes.
+        pictures: Number of samples to draw for each checkpoint; 0: none.
+        seed: Seed of PGD's random starts.
+        device: Device, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
         out: Folder for ``attack.json``, ``accuracy.png`` and ``pictures_<name>.png``; None: nothing is written.
-        progress: Show a bar for each checkpoint on the terminal (standard error).
+        progress: Show a progress bar for each checkpoint on the terminal (standard error).
 
     Returns:
         The report.

@@ -1,4 +1,4 @@
-"""Self-contained HTML report that compares training runs, from what mmengine wrote into their work dirs."""
+"""Self-contained HTML report that compares training runs, from the logs in their work dirs."""
 
 from __future__ import annotations
 
@@ -27,32 +27,34 @@ def write_report(
     """Compare runs on one HTML page that needs no other file.
 
     The runs may be of any kind: with or without this plugin, in progress, resumed, by epochs or by iterations, of
-    different lengths. What no run logged has no place on the page. Equal logs give an equal page.
+    different lengths. The page has no section for what no run logged. Equal logs give an equal page.
 
     Args:
-        work_dirs: Folders that mmengine trained in, one a run.
-        out: HTML file to write; its folder is made.
-        names: What the report calls the runs; default: the folders' names.
+        work_dirs: Work dirs of mmengine, one for each run.
+        out: HTML file to write; its folder is created.
+        names: Names of the runs in the report; default: the names of the folders.
         title: Heading of the page.
-        norms: Build each run's model and load its last checkpoint for the norms of its layers, and its validation set
-            for the number of samples that its accuracy is of. A run for which the first fails is named on the page,
-            with the reason.
+        norms: Build each run's model and load its last checkpoint to list the norms of its layers, and build its
+            validation set to count the samples. If the model of a run cannot be built or loaded, the page says why.
 
     Returns:
         The summary table as plain text.
 
     Raises:
-        FileNotFoundError: If a folder holds no run.
-        ValueError: If there are no folders, or not one name each.
+        FileNotFoundError: If a folder contains no run.
+        ValueError: If there are no folders, or not one name for each.
     """
     names = list(names) if names is not None else default_names(work_dirs)
     if not work_dirs or len(names) != len(work_dirs):
-        raise ValueError(f"names: expected one name a work dir, at least one; got {len(names)} for {len(work_dirs)}")
+        raise ValueError(
+            f"names: expected at least one work dir and one name for each, got {len(work_dirs)} work dirs and "
+            f"{len(names)} names"
+        )
     runs = [load_run(work_dir, name) for work_dir, name in zip(work_dirs, names, strict=True)]
     if norms:
         for run in runs:
             run.count_validation_samples()
-    # One colour a method on all pages: plain networks come first.
+    # Plain networks come first, so that they have the same colours on all pages.
     drawn = sorted(runs, key=lambda run: run.is_enc)
     head, rows = summary(runs)
     sections = [
@@ -75,7 +77,7 @@ def _notes(runs: Sequence[Run]) -> list[page.Html]:
 
 
 def _origin(runs: Sequence[Run]) -> list[page.Html]:
-    """Where each run comes from, as far as its log tells."""
+    """Origin of each run, as far as its log contains it."""
     keys = list(dict.fromkeys(key for run in runs for key in run.origin))
     rows = [[run.name, *(run.origin.get(key, "") for key in keys)] for run in runs]
     return [page.details("Where the runs come from", page.table(*filled(["run", *keys], rows)))] if keys else []

@@ -1,4 +1,4 @@
-"""Figures of what runs logged, drawn as the hooks declare their scalars."""
+"""Figures of the logged scalars, drawn according to the hooks' declarations of their scalars."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from . import page, plot
 from .runs import Run
 
 TRAINING = FigureGroup("Curves", "Bands of accuracies: 95 % binomial intervals (Wilson) over the validation images.")
-# What mmengine and mmpretrain log.
+# Declarations of the scalars that mmengine and mmpretrain log.
 _STOCK = (
     Scalar("accuracy/top1", "Validation accuracy", "top-1 accuracy (%)", TRAINING, column="top-1 (%)", form=".2f"),
     Scalar("loss", "Training loss", "loss (nats)", TRAINING),
     Scalar("lr", "Learning rate", "learning rate", TRAINING),
     *(Scalar(name, name) for name in ("memory", "<loop>/time", "<loop>/data_time")),
 )
-_MAIN_METRICS = 4  # where there is no accuracy
-_MORE_FIGURES = 24  # of scalars that nothing declares
-_FIRST = 1.5  # decades that a first value may add to a logarithmic axis
-_PERCENT = "accuracy (%)"  # how the unit of a share of samples ends
+_MAIN_METRICS = 4  # most metrics to show if validation logs no accuracy
+_MORE_FIGURES = 24  # most figures of undeclared scalars
+_FIRST = 1.5  # most decades that a first value may add to a logarithmic axis
+_PERCENT = "accuracy (%)"  # ending of the unit of scalars that are a percentage of samples
 
 
 @functools.cache
 def kind_of(key: str) -> Scalar | None:
-    """What is declared of a logged scalar, its words filled in; None if nothing is."""
+    """Declaration of a logged scalar, with placeholders filled in; None if it is not declared."""
     return declared((*SCALARS, *_STOCK), key)
 
 
@@ -38,14 +38,14 @@ def keys_of(runs: Sequence[Run]) -> list[str]:
 
 
 def main_metrics(runs: Sequence[Run]) -> list[str]:
-    """What validation is about: accuracy, else all that it logged and no hook declares."""
+    """The keys of validation: top-1 accuracy, otherwise the logged metrics that no hook declares."""
     metrics = list(dict.fromkeys(key for run in runs for key in run.metrics))
     undeclared = [key for key in metrics if kind_of(key) is None]
     return ["accuracy/top1"] if "accuracy/top1" in metrics else undeclared[:_MAIN_METRICS]
 
 
 def x_unit(runs: Sequence[Run]) -> str:
-    """What the x axes of all figures count: epochs, unless a run has none."""
+    """Unit of the x axes of all figures: epochs if all runs have them, else iterations."""
     return "epochs" if all(run.by_epoch for run in runs) else "iterations"
 
 
@@ -72,15 +72,15 @@ def _section(runs: Sequence[Run], group: FigureGroup, kinds: dict[str, Scalar]) 
 
 
 def _notes(runs: Sequence[Run], keys: Iterable[str]) -> Iterable[page.Html]:
-    """Keys whose units differ among the runs."""
+    """A note for each key whose unit differs between runs."""
     for key in keys:
         units = {run.measurements[key]["unit"] for run in runs if key in run.measurements}
         if len(units) > 1:
-            yield page.note(f"The runs' {key} differ in their unit ({'; '.join(sorted(units))}): do not compare them.")
+            yield page.note(f"The unit of {key} differs between runs ({'; '.join(sorted(units))}): do not compare it.")
 
 
 def warnings(runs: Sequence[Run]) -> list[page.Html]:
-    """Last values beyond the limits that the hooks declare."""
+    """A note for each scalar whose last value exceeds the limit that its hook declares."""
     kinds = {key: kind for key in keys_of(runs) if (kind := kind_of(key)) and kind.limit is not None}
     beyond = {key: [run.name for run in runs if run.last(key) > kind.limit] for key, kind in kinds.items()}
     return [page.note(f"{', '.join(beyond[key])}: {kind.beyond}") for key, kind in kinds.items() if beyond[key]]
@@ -100,7 +100,7 @@ def over_training(runs: Sequence[Run], key: str, kind: Scalar) -> page.Html:
 
 
 def more(runs: Sequence[Run]) -> list[page.Html]:
-    """What else moved, folded away: scalars that nothing declares, and those that are drawn over something else."""
+    """A collapsed section with curves of undeclared scalars, and over training of those drawn over something else."""
     main = main_metrics(runs)
     plain = [key for key in keys_of(runs) if (kind := kind_of(key)) is None or kind.against]
     keys = [key for key in plain if key not in main and any(len(set(run.values(key))) > 1 for run in runs)]
@@ -114,7 +114,7 @@ def more(runs: Sequence[Run]) -> list[page.Html]:
 
 
 def _series(run: Run, key: str, kind: Scalar, factor: int) -> plot.Series | None:
-    """A key's points with their band; None if the run did not log it."""
+    """The points of a key with their band; None if the run did not log it."""
     if key not in run.scalars:
         return None
     places, values = zip(*run.scalars[key], strict=True)
@@ -130,7 +130,7 @@ def _series(run: Run, key: str, kind: Scalar, factor: int) -> plot.Series | None
 
 
 def _with_share_band(run: Run, key: str, kind: Scalar, x: Sequence[float], y: Sequence[float]) -> plot.Series:
-    """Points with binomial bands, if they are shares of a known number of samples."""
+    """Points with binomial bands, if they are percentages of a known number of samples."""
     count = run.num_samples(key) if kind.unit.endswith(_PERCENT) else None
     if count is None:
         return plot.Series(run.name, x, y)
@@ -138,7 +138,7 @@ def _with_share_band(run: Run, key: str, kind: Scalar, x: Sequence[float], y: Se
 
 
 def _over_words(runs: Sequence[Run], own: dict[str, Scalar], kind: Scalar) -> page.Html:
-    """Where each run stands, over the numbers that the names of the scalars carry."""
+    """Last values of scalars with a number in their name (such as eps), drawn over that number."""
     series: list[plot.Series | None] = []
     for run in runs:
         points = [
@@ -157,7 +157,7 @@ def _over_words(runs: Sequence[Run], own: dict[str, Scalar], kind: Scalar) -> pa
 
 
 def _over_layers(runs: Sequence[Run], group: FigureGroup, kinds: dict[str, Scalar]) -> Iterable[page.Html]:
-    """A figure for each quantity of the group that was logged by layer, over the layers."""
+    """A figure over the layers for each quantity of the group that was logged for each layer."""
     titles = {kind.title for kind in kinds.values() if kind.group == group and kind.band}
     for title in titles:
         own = {key: kind for key, kind in kinds.items() if kind.title.startswith(f"{title}: ")}
@@ -174,7 +174,7 @@ def _over_layers(runs: Sequence[Run], group: FigureGroup, kinds: dict[str, Scala
 
 
 def _number(key: str, kind: Scalar) -> float:
-    """Where a scalar stands in the figure over the numbers in the names of its kind."""
+    """The x value of a scalar in the figure of :func:`_over_words`."""
     if kind.at is not None:
         return kind.at
     words = next(words for scalar in SCALARS if (words := scalar.words(key)) is not None)
@@ -182,7 +182,7 @@ def _number(key: str, kind: Scalar) -> float:
 
 
 def _measured_unit(runs: Sequence[Run], key: str) -> list[str]:
-    """The unit of a measurement, if the runs that say it agree."""
+    """The unit of a measurement, if it is the same in all runs that give it."""
     units = {run.measurements[key]["unit"] for run in runs if key in run.measurements} - {"%"}
     return [f"({units.pop()})"] if len(units) == 1 else []
 
@@ -193,14 +193,14 @@ def _is_wide(runs: Sequence[Run], key: str) -> bool:
 
 
 def _without_first(series: Sequence[plot.Series | None]) -> tuple[tuple[float, float] | None, str]:
-    """Limits of a logarithmic axis that leave first values out which would take most of it, and words that say so."""
+    """Limits of a logarithmic axis without far-off first values, and a caption that names these values."""
     drawn = [one for one in series if one is not None]
     rest = [y for one in drawn for y in (one.y[1:] if len(one.y) > 1 else one.y) if 0 < y < math.inf]
     if not rest:
         return None, ""
     low, high = min(rest), max(rest)
-    room = 10**_FIRST
-    far = {one.name: one.y[0] for one in drawn if one.y[0] > 0 and not low / room <= one.y[0] <= high * room}
+    margin = 10**_FIRST
+    far = {one.name: one.y[0] for one in drawn if one.y[0] > 0 and not low / margin <= one.y[0] <= high * margin}
     if not far:
         return None, ""
-    return (low / 2, high * 2), f"Off the axis at the start: {', '.join(f'{k} {v:.2g}' for k, v in far.items())}."
+    return (low / 2, high * 2), f"First values beyond the axis: {', '.join(f'{k} {v:.2g}' for k, v in far.items())}."

@@ -1,4 +1,4 @@
-"""GBR of checkpoints: table, JSON and curve; the library behind ``tools/measure_gbr.py``."""
+"""GBR of checkpoints as table, JSON and figure: the implementation of ``tools/measure_gbr.py``."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ NAMES = {"logits": "logits", "probs": "probabilities", "label_prob": "probabilit
 
 @dataclass(frozen=True)
 class GBRReport:
-    """What was measured; ``print`` it for the table.
+    """Results of a measurement; ``print`` shows them as a table.
 
     Attributes:
-        records: One for each checkpoint and output: ``config``, ``checkpoint``, ``epoch`` (None if the checkpoint does
-            not say), ``weights`` (``'averaged'`` by EMAHook, ``'in training'`` or ``'unknown'``), ``output``, ``gbr``
-            (the mean over the samples), ``sem`` (its standard error), ``low`` and ``high`` (its 95 % bootstrap
-            interval), ``median``, ``unit`` and ``seconds``.
-        settings: What the records depend on, and each checkpoint's SHA-256 and origin; ready for JSON.
+        records: One for each checkpoint and output: ``config``, ``checkpoint``, ``epoch`` (None if unknown),
+            ``weights`` (``'averaged'`` by EMAHook, ``'in training'`` or ``'unknown'``), ``output``, ``gbr`` (the mean
+            over the samples), ``sem`` (its standard error), ``low`` and ``high`` (its 95 % bootstrap interval),
+            ``median``, ``unit`` and ``seconds``.
+        settings: The settings that the records depend on, and each checkpoint's SHA-256 and origin; ready for JSON.
     """
 
     records: list[dict]
@@ -62,7 +62,7 @@ class GBRReport:
         space, units = self.settings["space"], dict.fromkeys(r["unit"] for r in self.records)
         return (
             f"GBR: mean squared Jacobian norm over {self.settings['num_samples']} training samples, "
-            f"{' or '.join(units)} (space {space!r}: {SPACES[space]}); the interval is of the mean, by the bootstrap\n"
+            f"{' or '.join(units)} (space {space!r}: {SPACES[space]}); bootstrap interval of the mean\n"
             f"{format_table(head, rows)}"
         )
 
@@ -81,22 +81,22 @@ def measure_checkpoints(
     plot: str | Path | None = None,
     progress: bool = False,
 ) -> GBRReport:
-    """GBR of each checkpoint and output, on the training samples that :class:`enc_plugin.engine.GBRHook` would choose.
+    """Measure the GBR of checkpoints on the training samples that :class:`enc_plugin.engine.GBRHook` would choose.
 
     Args:
-        checkpoints: Pairs of a training config (its model, its training dataset, and its validation, else test,
-            pipeline) and a checkpoint of it. Pairs of one config follow each other.
+        checkpoints: Pairs of a training config and a checkpoint. The config gives the model, the training dataset, and
+            the pipeline of validation (or test). Pairs with the same config must follow each other.
         outputs: Any of ``'logits'``, ``'probs'``, ``'label_prob'``.
-        num_samples: How many training samples; None: all.
-        batch_size: Samples differentiated at a time; None: as :class:`enc_plugin.engine.GBRHook` does.
-        projections: Random orthonormal output directions for each sample; None: exact.
+        num_samples: Number of training samples; None: all.
+        batch_size: Samples per forward pass; None: as :class:`enc_plugin.engine.GBRHook` does.
+        projections: Number of random orthonormal output directions for each sample; None: exact.
         space: ``'normalized'`` or ``'pixel'``, see :class:`enc_plugin.engine.GBRHook`.
-        seed: Of the choice of samples and of the directions.
-        device: Such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
+        seed: Seed of the choice of samples and of the directions.
+        device: Device, such as ``'cpu'`` or ``'cuda:1'``; None: a GPU if there is one.
         out: JSON file to write, with the settings and the records.
-        plot: PNG to draw the curve over the checkpoints to; None: ``out`` with the ending ``.png`` if there are several
+        plot: PNG file for the curve over the checkpoints. None: ``out`` with the ending ``.png`` if there are several
             checkpoints, else none.
-        progress: Show a bar on the terminal (standard error).
+        progress: Show a progress bar on the terminal (standard error).
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -119,7 +119,7 @@ def measure_checkpoints(
                 size = batch_size or pick_batch_size(device, (config.get("train_dataloader") or {}).get("batch_size"))
                 of, samples = config.filename, _samples(config, num_samples, size, seed, space)
                 bar.update(task, total=len(samples) * len(checkpoints) * len(outputs))
-            # The model is built anew, so that nothing of one checkpoint stays in the next.
+            # A new model for each checkpoint, so that no state of another checkpoint is left.
             model, meta = load_model(config, path)
             model.to(device)
             measured.append({"checkpoint": str(path), "sha256": file_sha256(path), "meta": meta})
@@ -135,20 +135,20 @@ def measure_checkpoints(
                 )
                 low, high = found.interval
                 records.append(
-                    {
-                        "config": config.filename,
-                        "checkpoint": str(path),
-                        "epoch": meta.get("epoch"),
-                        "weights": meta["weights"],
-                        "output": output,
-                        "gbr": found.mean,
-                        "sem": found.sem,
-                        "low": low,
-                        "high": high,
-                        "median": found.median,
-                        "unit": input_unit(model, space),
-                        "seconds": found.seconds,
-                    }
+                    dict(
+                        config=config.filename,
+                        checkpoint=str(path),
+                        epoch=meta.get("epoch"),
+                        weights=meta["weights"],
+                        output=output,
+                        gbr=found.mean,
+                        sem=found.sem,
+                        low=low,
+                        high=high,
+                        median=found.median,
+                        unit=input_unit(model, space),
+                        seconds=found.seconds,
+                    )
                 )
     settings = {
         "num_samples": len(samples),
@@ -171,7 +171,7 @@ def measure_checkpoints(
 
 
 def draw_gbr(records: Sequence[dict], path: str | Path) -> None:
-    """Draw the records over their epochs, a line for each config and output, with bootstrap intervals, as a PNG."""
+    """Draw the records over their epochs with bootstrap intervals, one line for each config and output, as a PNG."""
     configs = dict.fromkeys(r["config"] for r in records)
     series = []
     for config in configs:
@@ -189,7 +189,7 @@ def draw_gbr(records: Sequence[dict], path: str | Path) -> None:
 
 
 def _samples(config: Config, num_samples: int | None, batch_size: int, seed: int, space: str) -> FixedSamples:
-    """Training samples of a config, read by its validation or test pipeline."""
+    """Training samples of a config, read with its validation or test pipeline."""
     datasets = ((config.get(f"{split}_dataloader") or {}).get("dataset") for split in ("val", "test"))
     pipeline = next((p for dataset in datasets if (p := find_pipeline(dataset)) is not None), None)
     if pipeline is None:

@@ -1,4 +1,4 @@
-"""Norms of the layers in the last checkpoints of runs, with the batch norms folded in."""
+"""Norms of the layers in the last checkpoint of each run, with batch norms folded in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .summary import filled
 
 @dataclass(frozen=True)
 class Norms:
-    """A run's last checkpoint with the batch norms folded in, or why there is none."""
+    """The folded norms of a run's last checkpoint, or the reason why there are none."""
 
     checkpoint: str = ""
     table: FoldedAudit | None = None
@@ -25,36 +25,36 @@ class Norms:
 
 
 def read_norms(run: Run) -> Norms:
-    """Norms of the last checkpoint's layers. Whatever goes wrong is a reason and not an error."""
+    """Norms of the layers of the last checkpoint. An error becomes the ``reason``."""
     files = [path for kind in ("epoch_*.pth", "iter_*.pth") for path in run.work_dir.glob(kind)]
     path, _ = latest_checkpoint(run.work_dir, files)
     if path is None:
-        return Norms(reason="no checkpoint in the work dir that is whole")
+        return Norms(reason="the work dir contains no complete checkpoint")
     if not run.config.get("model"):
-        return Norms(reason="no config with a model")
+        return Norms(reason="the work dir contains no config with a model")
     name = path.rpartition("/")[2]
     try:
         model, meta = load_model(run.load_config(), path)
         return Norms(f"{name} (averaged weights)" if meta["weights"] == "averaged" else name, audit(model, folded=True))
-    except Exception as error:  # models and their configs are any code
+    except Exception as error:  # models and configs can raise anything
         return Norms(reason=f"{name}: {describe(error, 300)}")
 
 
 def norms_section(runs: Sequence[Run], norms: Sequence[Norms]) -> list[page.Html]:
-    """The section of a page about them; nothing if no checkpoint was asked for."""
+    """The section about the norms; empty if none were read."""
     if not norms:
         return []
     known = [(run, one) for run, one in zip(runs, norms, strict=True) if one.table]
     missing = [f"{run.name}: {one.reason}" for run, one in zip(runs, norms, strict=True) if one.table is None]
     if not known:
-        return [page.section("Layers", page.details("Why no checkpoint was read", page.items(*missing)))]
+        return [page.section("Layers", page.details("No checkpoint could be read", page.items(*missing)))]
     series = [
         plot.Series(run.name, range(1, len(one.table) + 1), [row.sq_norm for row in one.table]) if one.table else None
         for run, one in zip(runs, norms, strict=True)
     ]
     title = "Squared norm of each layer, batch norms folded in"
     png = plot.curves(series, "layer, from the input", "squared Frobenius norm", title, logy=True, whole_x=True)
-    head = ["run", "checkpoint", "layers", "AM-GM slack", "batch norms that fold into no layer"]
+    head = ["run", "checkpoint", "layers", "AM-GM slack", "batch norms that do not fold into a layer"]
     rows = [
         [
             run.name,
@@ -67,13 +67,13 @@ def norms_section(runs: Sequence[Run], norms: Sequence[Norms]) -> list[page.Html
     ]
     blocks = [
         page.grid(page.figure(png, title, "Last checkpoint; kernels diag(γ/σ) W.")),
-        "AM-GM slack: log of the mean power over the product of the layers' norms (eq. 17). It is 0 where all layers "
-        "have the same norm.",
+        "AM-GM slack: logarithm of the ratio of the two bounds of eq. 17, the mean power and the product of the "
+        "layers' squared norms. It is 0 if all layers have the same norm.",
         page.table(*filled(head, rows)),
         page.details("Squared norm of every layer", _layer_table(known)),
     ]
     if missing:
-        blocks += ["Without norms of their layers:", page.items(*missing)]
+        blocks += ["Runs without norms:", page.items(*missing)]
     return [page.section("Layers", *blocks)]
 
 

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one file, no script, figures within, for a screen or a phone, by day or by night.
+"""Self-contained HTML pages: one file with embedded figures, without scripts, for screens and phones, light and dark.
 
     page = render("Title", "Plain text is a paragraph.", section("Results", table(["run", "%"], [["a", "1"]])))
     save_page(page, "report.html")
@@ -14,22 +14,22 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-SHORT = 16  # characters: a table's column of no longer texts is not broken into lines
+SHORT = 16  # characters; a table column with texts up to this length is not wrapped
 
 
 class Html(str):
-    """Text that is HTML already and goes into a page as it is."""
+    """HTML text, which is not escaped again."""
 
     __slots__ = ()
 
 
 def render(title: str, *blocks: str) -> str:
-    """The whole page: its title as heading, then the blocks."""
+    """The whole page: the title as a heading, then the blocks."""
     return _PAGE.format(title=html.escape(title), style=_STYLE, body=_join(blocks))
 
 
 def save_page(page: str, path: str | Path) -> None:
-    """Write a page as UTF-8; its folder is made."""
+    """Write a page as UTF-8; its folder is created."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
 
@@ -40,13 +40,13 @@ def section(title: str, *blocks: str) -> Html:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Html:
-    """A table that scrolls sideways by itself where it is too wide, its first column staying in sight.
+    """A table. If it is wider than the page, it scrolls horizontally and its first column stays visible.
 
     Args:
         head: Names of the columns.
-        rows: Cells; the first of a row names it. A column of numbers (in all its filled cells) is aligned right; a
-            column of short texts is not broken into lines.
-        caption: What the table shows; also what a screen reader announces.
+        rows: Cells; the first cell of a row is its heading. Columns of numbers (and empty cells) are aligned right,
+            and columns of short texts are not wrapped.
+        caption: Description of the table, also for screen readers.
     """
     kinds = [_kind([row[i] for row in rows]) if i and rows else "" for i in range(len(head))]
     top = "".join(f'<th scope="col"{kind}>{_inline(cell)}</th>' for cell, kind in zip(head, kinds, strict=True))
@@ -65,19 +65,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "")
 
 
 def figure(png: bytes, alt: str, caption: str = "") -> Html:
-    """A PNG inside the page, with what it shows in words and a caption below."""
+    """An embedded PNG with an alternative text and a caption below."""
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return Html(f'<figure><img alt="{html.escape(alt)}" src="{source}">{below}</figure>')
 
 
 def grid(*figures: Html) -> Html:
-    """Figures side by side where there is room, else one below the other."""
+    """Figures side by side if the page is wide enough, else one below the other."""
     return Html(f'<div class="grid">\n{_join(figures)}\n</div>')
 
 
 def details(summary: str, *blocks: str) -> Html:
-    """Blocks that are folded away under a line of text until it is clicked."""
+    """Blocks that are collapsed under a summary line until it is clicked."""
     return Html(f"<details><summary>{html.escape(summary)}</summary>\n{_join(blocks)}\n</details>")
 
 
@@ -87,7 +87,7 @@ def items(*texts: str) -> Html:
 
 
 def note(text: str) -> Html:
-    """A paragraph that is set off as a warning."""
+    """A paragraph that is highlighted as a warning."""
     return Html(f'<p class="note">{_inline(text)}</p>')
 
 
@@ -100,7 +100,7 @@ def _join(blocks: Sequence[str]) -> str:
 
 
 def _kind(cells: Sequence[str]) -> str:
-    """Attribute of the cells of a column."""
+    """HTML attribute of the cells of a column: number, short text or none."""
     if all(_is_number(cell) for cell in cells):
         return ' class="n"'
     return ' class="s"' if max(map(len, cells)) <= SHORT else ""

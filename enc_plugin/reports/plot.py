@@ -1,13 +1,11 @@
-"""The one look of all figures: curves with error bands, as the bytes of a PNG.
-
-Figures are made by matplotlib's objects alone: no pyplot, no backend, no rcParams. Equal data gives equal bytes. Series
-differ in colour (Okabe and Ito's, told apart by the colour-blind), in mark and in dash.
+"""Figures in one style: curves with error bands, as the bytes of a PNG.
 
     png = curves([Series("ENC", [1, 2], [70, 80], lower=[68, 79], upper=[72, 81])], "epoch", "top-1 accuracy (%)")
     save(png, "accuracy.png")
 
-A figure of another kind starts from :func:`new_axes` or :func:`new_figure`, takes its looks from :func:`look` and ends
-in :func:`to_png`.
+For other figures, use :func:`new_axes` or :func:`new_figure`, :func:`look` for the style of a series, and
+:func:`to_png`. Figures use only matplotlib's objects: no pyplot, no backend, no rcParams. Equal data gives equal bytes.
+Series differ in colour (the palette of Okabe and Ito, for colour-blind readers), in marker and in dash.
 """
 
 from __future__ import annotations
@@ -27,20 +25,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
-# Okabe and Ito without yellow, which is lost on white.
+# The palette of Okabe and Ito without yellow, which is hardly visible on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>pP"
-# Lengths coprime to each other: sixty series and more before a look comes again.
+# The lengths of these three lists have no common divisor, so a style repeats only after more than sixty series.
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 DPI = 170
-SIZE = (4.6, 3.3)  # inches: the text stays readable when a phone shrinks the figure to its width
-MANY_POINTS = 30  # from here on marks would hide the line
+SIZE = (4.6, 3.3)  # inches; the text stays readable at the width of a phone
+MANY_POINTS = 30  # with this many points or more, only some get a marker
 LONGEST_LABEL = 40  # characters
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name; ``lower`` and ``upper`` bound a band around ``y``. What is not finite leaves a gap."""
+    """A named curve; ``lower`` and ``upper`` bound a band around ``y``. Values that are not finite leave a gap."""
 
     name: str
     x: Sequence[float]
@@ -50,13 +48,13 @@ class Series:
 
     @classmethod
     def with_error(cls, name: str, x: Sequence[float], y: Sequence[float], error: Sequence[float]) -> Series:
-        """Points with a band of ``error`` to each side, such as their standard error."""
+        """A curve with the band ``y - error`` to ``y + error``."""
         y, error = np.asarray(y, dtype=np.float64), np.asarray(error, dtype=np.float64)
         return cls(name, x, y, y - error, y + error)
 
 
 def look(index: int) -> dict:
-    """Keywords ``color``, ``marker`` and ``linestyle`` of the series of that number."""
+    """Arguments ``color``, ``marker`` and ``linestyle`` of the series with number ``index``."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -65,17 +63,17 @@ def look(index: int) -> dict:
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """Empty figure of that width and height in inches."""
+    """Empty figure with the given width and height in inches."""
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def new_axes(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = SIZE) -> Axes:
-    """Empty axes on a figure of their own (``axes.figure``), of ``size`` inches."""
+    """Empty axes on a new figure (``axes.figure``) of ``size`` inches."""
     axes = new_figure(size).subplots()
     axes.set_xlabel(xlabel)
-    # Longer lines than the axis would run out of the picture; formulas are not broken.
+    # Labels longer than the axis are wrapped, except for formulas.
     lines = [[line] if "$" in line else textwrap.wrap(line, int(size[1] * 11)) for line in ylabel.split("\n")]
     axes.set_ylabel("\n".join(part for parts in lines for part in parts))
     if title:
@@ -87,11 +85,11 @@ def new_axes(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float
 
 
 def draw(axes: Axes, series: Series, index: int, **keywords) -> None:
-    """Draw a line with its band; ``keywords`` of ``Axes.plot`` stand above the look of ``index``."""
+    """Draw a line with its band in the style of ``index``; ``keywords`` of ``Axes.plot`` take precedence."""
     y = _finite(series.y)
     options = look(index) | {"linewidth": 1.4, "markersize": 4.5, "label": shorten(series.name)} | keywords
     if len(y) >= MANY_POINTS:
-        # A few marks, each series elsewhere, still tell lines apart.
+        # A few markers, at other points for each series.
         every = max(1, len(y) // 8)
         options.setdefault("markevery", (index * every // 5 % len(y), every))
     axes.plot(series.x, y, **options)
@@ -113,14 +111,14 @@ def curves(
     """Lines with error bands, as a PNG.
 
     Args:
-        series: What to draw, in the order of the legend. None draws nothing and keeps the looks of those behind it, so
-            that a run looks the same in every figure.
-        xlabel: What x is, with its unit; ``ylabel`` alike.
-        ylabel: What y is, with its unit.
-        title: Above the axes.
-        logy: Logarithmic y; left linear while no value is positive.
-        ylim: Limits of y; None leaves one to the data.
-        whole_x: Tick x at whole numbers only, as for epochs.
+        series: Curves in the order of the legend. None skips a series but keeps its style, so that a run has the same
+            style in every figure.
+        xlabel: Label of x, with its unit.
+        ylabel: Label of y, with its unit.
+        title: Title above the axes.
+        logy: Logarithmic y axis; ignored if no value is positive.
+        ylim: Limits of y; None: from the data.
+        whole_x: Put ticks of x only at integers, as for epochs.
     """
     axes = new_axes(xlabel, ylabel, title)
     drawn = [(index, one) for index, one in enumerate(series) if one is not None]
@@ -139,11 +137,11 @@ def curves(
 
 
 def to_png(figure: Figure, colors: int | None = 256) -> bytes:
-    """The figure's pixels without date or version; ``colors=None`` for photographs keeps every colour."""
+    """The figure as a PNG without date or version; ``colors=None`` keeps all colours, for photographs."""
     figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
     if colors is not None:
-        # Without dithering a chart looks the same in a third of the bytes.
+        # A palette without dithering makes the file of a chart three times smaller and does not change its look.
         image = image.quantize(colors, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     image.save(buffer, format="png", optimize=True, dpi=(figure.dpi, figure.dpi))
@@ -151,26 +149,26 @@ def to_png(figure: Figure, colors: int | None = 256) -> bytes:
 
 
 def save(png: bytes, path: str | Path) -> None:
-    """Write a PNG; its folder is made."""
+    """Write a PNG; its folder is created."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(png)
 
 
 def shorten(label: str, length: int = LONGEST_LABEL) -> str:
-    """At most ``length`` characters of the label: its beginning and its end; ``$`` is not mathematics."""
+    """Shorten a label to its first and last characters, ``length`` in total, and escape ``$``."""
     if len(label) > length:
         label = f"{label[: length // 2]}\N{HORIZONTAL ELLIPSIS}{label[len(label) - length + length // 2 + 1 :]}"
     return label.replace("$", r"\$")
 
 
 def legend_below(axes: Axes) -> None:
-    """Name the series below the axes, in as many columns as fit; the figure grows, the axes keep their size."""
+    """Add a legend below the axes, in as many columns as fit; the figure grows and the axes keep their size."""
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return
     figure = axes.figure
     width, height = figure.get_size_inches()
-    # A character is about 0.085 inches wide, a handle half an inch.
+    # A character is about 0.085 inches wide, a legend handle half an inch.
     columns = max(1, min(len(labels), int(width / (0.55 + 0.085 * max(map(len, labels))))))
     figure.set_size_inches(width, height + 0.1 + 0.21 * math.ceil(len(labels) / columns))
     options = {"frameon": False, "fontsize": 9, "handlelength": 2.6, "columnspacing": 1.2}
@@ -178,7 +176,7 @@ def legend_below(axes: Axes) -> None:
 
 
 def log_ticks(axis: Axis) -> None:
-    """Plain numbers on a logarithmic axis of few decades, where matplotlib writes powers of ten over each other."""
+    """Label a logarithmic axis of at most two decades with plain numbers; matplotlib's powers of ten would overlap."""
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
     if decades > 2:
@@ -188,11 +186,11 @@ def log_ticks(axis: Axis) -> None:
         axis.set_major_formatter("{x:g}")
     else:
         axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-        axis.set_major_formatter(ScalarFormatter(useOffset=False))  # as many digits as tell them apart
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))  # as many digits as the ticks need to differ
     axis.set_minor_formatter(NullFormatter())
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:
-    """As float64, NaN where a value is not finite: matplotlib leaves a gap there."""
+    """Convert to float64 with NaN for values that are not finite; matplotlib leaves a gap there."""
     array = np.asarray(values, dtype=np.float64)
     return np.where(np.isfinite(array), array, np.nan)

@@ -1,4 +1,4 @@
-"""Where a run comes from, as the head of its log file tells: config, date, seed, commit, machine, versions."""
+"""Origin of a run, read from the head of its log file: config, date, seed, commit, machine, versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _GPU = re.compile(r"^ +GPU [\d,]+: (.+)$", re.M)
 _PATTERNS = {
     "seed": re.compile(r"^ +seed: (\d+)$", re.M),
     "commit": re.compile(r" - Code: .*commit (\S+(?: \(changed\))?)"),
-    "processes": re.compile(r"^ +GPU number: (\d+)$", re.M),  # mmengine's word for the number of processes
+    "processes": re.compile(r"^ +GPU number: (\d+)$", re.M),  # mmengine logs the number of processes under this name
     "torch": re.compile(r"^ +PyTorch: (\S+)$", re.M),
     "mmengine": re.compile(r"^ +MMEngine: (\S+)$", re.M),
     "enc_plugin": re.compile(r" - Code: enc_plugin ([^\s,]+)"),
@@ -20,17 +20,17 @@ _PATTERNS = {
 
 
 def read_origin(work_dir: Path, start: Path) -> dict[str, str]:
-    """What is known of a start of a run, by the headings of a table.
+    """What the log says about the origin of a run, by table heading.
 
     Args:
-        work_dir: Folder of the run, where mmengine leaves the config under its name.
-        start: Folder of the start in it, named by the time, with the log.
+        work_dir: Folder of the run, into which mmengine copies the config.
+        start: Subfolder of one start of the run, named by its time, with the log.
     """
     found = {}
     configs = [path.name for path in work_dir.glob("*.py")]
     if len(configs) == 1:
         found["config"] = configs[0]
-    with contextlib.suppress(ValueError):  # a folder of another name
+    with contextlib.suppress(ValueError):  # the folder has another name
         found["started"] = f"{datetime.datetime.strptime(start.name, '%Y%m%d_%H%M%S'):%Y-%m-%d %H:%M}"
     log = start / f"{start.name}.log"
     if not log.is_file():

@@ -1,4 +1,4 @@
-"""Training runs as mmengine logged them: every scalar of a work dir, its resumed segments joined."""
+"""Training runs: all scalars that mmengine logged in a work dir, with resumed segments joined."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from .segments import counts_epochs, join, newest_start, read_segment
 
 @dataclass
 class Run:
-    """One run: its name, config, and every scalar as a list of (epoch or iteration, value).
+    """One run: its name, config, and each scalar as a list of (epoch or iteration, value).
 
     Attributes:
-        name: What a report calls it.
-        config: Config of its newest segment; empty if there is none.
-        scalars: Points of each key, ascending; training losses lie between whole epochs. Keys ``time`` and
-            ``data_time`` (seconds an iteration) are told apart as ``train/...`` and ``val/...``.
+        name: Name of the run in a report.
+        config: Config of the newest segment; empty if there is none.
+        scalars: Points of each key, ascending in x. Training losses have fractions of epochs as x. The keys ``time``
+            and ``data_time`` (seconds per iteration) become ``train/...`` and ``val/...``.
         by_epoch: Whether x counts epochs (else iterations).
-        iterations: How many were trained, as far as the log tells.
-        epoch_length: Iterations an epoch, as far as the log tells; 0 if it does not.
+        iterations: Number of trained iterations, as far as they were logged.
+        epoch_length: Iterations per epoch, estimated from the log; 0 if unknown.
         metrics: Keys that validation logged.
-        notes: What a reader should know: resumed, left out, not finite, not read.
-        work_dir: Where it was read.
-        measurements: Of each scalar that a hook of this plugin measured, its ``weights``, ``samples`` and ``unit``.
-        origin: Where it comes from, see :func:`enc_plugin.reports.run_log.read_origin`.
-        val_samples: Length of its validation set; None until it is counted.
+        notes: Remarks for the reader: resumed, left out, not finite, not read.
+        work_dir: Folder of the run.
+        measurements: For each scalar that a hook of this plugin measured, its ``weights``, ``samples`` and ``unit``.
+        origin: Origin of the run, see :func:`enc_plugin.reports.run_log.read_origin`.
+        val_samples: Length of the validation set; None before it is counted.
     """
 
     name: str
@@ -57,21 +57,21 @@ class Run:
 
     @property
     def is_enc(self) -> bool:
-        """Whether the config names a part of ENC in its model."""
+        """Whether the model of the config contains an ENC part."""
         return any("ENC" in name or name.startswith("enc_") for _, name in named_parts(self.config.get("model")))
 
     def num_samples(self, key: str) -> int | None:
-        """How many samples a scalar is of; None if that is not known."""
+        """Number of samples that a scalar was measured on; None if unknown."""
         told = re.match(r"\d+", self.measurements.get(key, {}).get("samples", ""))
         return int(told[0]) if told else self.val_samples if key in self.metrics else None
 
     def load_config(self) -> Config:
-        """The config of the newest start, as tools read it."""
+        """The config of the newest start."""
         return load_config(sorted(self.work_dir.glob("**/vis_data/config.py"))[-1])
 
     def count_validation_samples(self) -> None:
-        """Set ``val_samples`` to the length of the validation set, if it is here."""
-        with contextlib.suppress(Exception):  # a config is code: anything can go wrong in it
+        """Set ``val_samples`` to the length of the validation set, if the set can be built."""
+        with contextlib.suppress(Exception):  # a config is code, so it can raise anything
             self.val_samples = len(build_dataset(self.load_config(), "val"))
 
     def last(self, key: str) -> float:
@@ -84,12 +84,12 @@ class Run:
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Median of the logged training times, which the slow first iterations do not move; NaN if there is none."""
+        """Median of the logged training times, so that slow first iterations do not count; NaN if there is none."""
         return statistics.median(self.values("train/time") or [math.nan])
 
     @property
     def progress(self) -> str:
-        """Epochs or iterations trained, and those planned where there is more to come, such as ``5 of 8``."""
+        """Number of trained epochs or iterations; with the planned number if it is not reached, such as ``5 of 8``."""
         train = self.config.get("train_cfg") or {}
         planned = train.get("max_epochs" if self.by_epoch else "max_iters")
         done = max((points[-1][0] for points in self.scalars.values()), default=0)
@@ -100,20 +100,19 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
     """Read the run of a work dir: its newest start, with all segments that resumed it.
 
     Args:
-        work_dir: Folder that mmengine trained in, by epochs or by iterations, with or without this plugin; the run may
-            be in progress.
-        name: What the report calls the run; default: the folder's name.
+        work_dir: Work dir of mmengine, with or without this plugin; the run may be in progress.
+        name: Name of the run in the report; default: the name of the folder.
 
     Raises:
-        FileNotFoundError: If the folder holds no ``scalars.json``.
+        FileNotFoundError: If the folder contains no ``scalars.json``.
     """
     work_dir = Path(work_dir)
     logs = sorted(work_dir.glob("*/vis_data/scalars.json")) or sorted(work_dir.glob("vis_data/scalars.json"))
     if not logs:
-        reason = "holds no <time>/vis_data/scalars.json" if work_dir.is_dir() else "is no folder"
+        reason = "contains no <time>/vis_data/scalars.json" if work_dir.is_dir() else "is not a folder"
         raise FileNotFoundError(
-            f"work_dir: {work_dir} {reason}; give the folder that tools/train.py wrote to "
-            "(mmengine's LocalVisBackend writes that file, so the config's visualizer needs it)"
+            f"work_dir: {work_dir} {reason}; pass the folder that tools/train.py wrote to "
+            "(mmengine's LocalVisBackend writes that file, so the visualizer of the config must have it)"
         )
     run = Run(name or work_dir.resolve().name, {}, work_dir=work_dir)
     segments = [read_segment(path, run.notes) for path in logs]
@@ -126,16 +125,16 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
     run.measurements = _read_measurements(work_dir)
     training = [record for segment in chain for record in segment.training]
     if not training:
-        run.notes.append("nothing of its training is logged yet")
+        run.notes.append("no training was logged yet")
     run.by_epoch = counts_epochs(run.config, training)
     run.iterations = training[-1]["iter"] if training else 0
     if run.by_epoch:
-        # The last iteration of an epoch need not be logged: iter <= epoch * length for all, and lengths are whole.
+        # The last iteration of an epoch may not be logged, but iter <= epoch * length holds for all records.
         run.epoch_length = math.ceil(max((r["iter"] / max(r.get("epoch", 1), 1) for r in training), default=0))
     for segment in chain:
         join(run, segment)
     if run.by_epoch:
-        # Nor need the last iteration of the last epoch be, but its validation or measurement is.
+        # The last iterations of the last epoch may not be logged either, but its validation or measurement is.
         epochs = max((int(points[-1][0]) for points in run.scalars.values()), default=0)
         run.iterations = max(run.iterations, epochs * run.epoch_length)
     for key in ("loss", *run.metrics):
@@ -146,7 +145,7 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
 
 
 def default_names(work_dirs: Sequence[str | Path]) -> list[str]:
-    """The folders' names, with as many of their parents as it takes to tell them apart."""
+    """The names of the folders, preceded by as many parents as needed to make them different."""
     parts = [Path(work_dir).resolve().parts for work_dir in work_dirs]
     names = [Path(p[-1]).name if p else "" for p in parts]
     for depth in range(2, max(map(len, parts), default=0) + 1):

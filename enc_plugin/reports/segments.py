@@ -1,4 +1,4 @@
-"""The segments of a run's log: what each process wrote, which belong to the newest start, and how they join."""
+"""The segments of a run's log: one for each start or resumption of the run, and how to join them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Segment:
-    """What one process wrote between its start and its end."""
+    """The records that one training process wrote."""
 
     config: dict
     records: list[dict]
@@ -34,25 +34,25 @@ class Segment:
 
     @property
     def makes_up(self) -> bool:
-        """Whether it resumed and has trained nothing, but made up for the validation that was still due."""
+        """Whether the process resumed the run only for a validation that was still missing, without training."""
         return not self.training and any(map(_validates, self.records)) and bool(self.config.get("resume"))
 
     @property
     def log_interval(self) -> int:
-        """Iterations from one record of training to the next."""
+        """Iterations between two records of training."""
         return ((self.config.get("default_hooks") or {}).get("logger") or {}).get("interval", 10)
 
 
 def read_segment(path: Path, notes: list[str]) -> Segment:
-    """What stands in a ``scalars.json`` and in the config beside it; notes say what could not be read."""
+    """Read a ``scalars.json`` and the config beside it; append to ``notes`` if the config cannot be read."""
     config, file = {}, path.with_name("config.py")
     try:
         if file.is_file():
             config = Config.fromfile(file, import_custom_modules=False).to_dict()
-    except Exception as error:  # a config is code: anything can go wrong in it
+    except Exception as error:  # a config is code, so it can raise anything
         notes.append(f"{file.name} could not be read ({type(error).__name__}: {error})")
     records, broken = [], 0
-    # A run in progress may have written half of its last line.
+    # The last line of a run in progress may be incomplete.
     for line in path.read_text(errors="replace").split("\n")[:-1]:
         try:
             record = json.loads(line)
@@ -65,7 +65,7 @@ def read_segment(path: Path, notes: list[str]) -> Segment:
 
 
 def newest_start(segments: list[Segment], notes: list[str]) -> list[Segment]:
-    """The newest start in the folder and what resumed it."""
+    """The segments of the newest start in the folder: the start and its resumptions."""
     chain: list[Segment] = []
     left_out = 0
     for segment in segments:
@@ -96,16 +96,16 @@ def counts_epochs(config: dict, training: list[dict]) -> bool:
 
 
 def join(run: Run, segment: Segment) -> None:
-    """Add a segment's scalars to a run, in place of what an earlier one logged beyond where it resumed."""
+    """Add the scalars of a segment to a run, and drop earlier points after the iteration from which it resumed."""
     training = segment.training
     iteration = 0
-    if run.scalars:  # from where it resumed, as far as the log tells
+    if run.scalars:  # estimate the iteration from which the segment resumed
         iteration = training[0]["iter"] - segment.log_interval if training else run.iterations
         if training:
             _forget_beyond(run, iteration, training[0].get("epoch", 1) - 1)
     found: dict[str, dict[float, float]] = {}
     epoch = max((r.get("epoch", 0) for r in training), default=math.inf)
-    # Scalars without an iteration of their own, whose steps count iterations all the same.
+    # Scalars that are logged without "iter", but whose "step" counts iterations.
     by_iteration = {
         key
         for record in segment.records
@@ -121,7 +121,7 @@ def join(run: Run, segment: Segment) -> None:
             if "iter" in record:
                 x = _training_x(run, record)
             elif not run.by_epoch:
-                # LoggerHook counts validations in epochs, of which such a loop has none, unless it is told not to.
+                # LoggerHook logs validations with an epoch as step unless configured, which is 0 in an iteration loop.
                 x = x or (iteration if _validates(record) else 0)
             elif logged in by_iteration and run.epoch_length:
                 x = x / run.epoch_length
@@ -131,7 +131,7 @@ def join(run: Run, segment: Segment) -> None:
 
 
 def _forget_beyond(run: Run, iteration: int, epochs: int) -> None:
-    """Leave out the points behind the one from which a segment resumed."""
+    """Remove the points after the one from which a segment resumed."""
     start = max(iteration, epochs * run.epoch_length) / run.epoch_length if run.by_epoch else iteration
     kept = {key: [point for point in points if point[0] <= start] for key, points in run.scalars.items()}
     run.scalars = {key: points for key, points in kept.items() if points}
@@ -143,7 +143,7 @@ def _validates(record: dict) -> bool:
 
 
 def _key(run: Run, key: str, record: dict) -> str:
-    """What a run calls a scalar of a record; log_with_hierarchy writes the name of the loop before all of them."""
+    """Key of a scalar of a record in a run, without the loop prefix that log_with_hierarchy writes."""
     loop = "train" if "iter" in record else "val" if _validates(record) else ""
     key = key.removeprefix(f"{loop}/") if loop else key
     if loop and key in ("time", "data_time"):
@@ -155,7 +155,7 @@ def _key(run: Run, key: str, record: dict) -> str:
 
 @functools.cache
 def _is_by_iteration(key: str) -> bool:
-    """Whether a hook logs a scalar by iteration, whatever the training loop counts."""
+    """Whether a hook always logs a scalar by iteration, also in a training loop by epochs."""
     scalar = declared(SCALARS, key)
     return scalar is not None and scalar.by_iteration
 
@@ -164,5 +164,5 @@ def _training_x(run: Run, record: dict) -> float:
     if not run.by_epoch:
         return record["iter"]
     epoch = record.get("epoch", 1)
-    # Clamped: a run that resumed with another batch size has epochs of two lengths.
+    # Clamped, because the epochs of a run that resumed with another batch size have two lengths.
     return min(max(record["iter"] / run.epoch_length, epoch - 1), epoch)

@@ -1,4 +1,4 @@
-"""What the configs of runs have different."""
+"""Differences between the configs of runs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from . import page
 from .runs import Run
 
-# Settings that differ between any two runs and say nothing of what was trained.
+# Settings that may differ between two starts of the same training.
 _NOT_COMPARED = ("work_dir", "experiment_name", "launcher", "load_from", "resume")
-_FOLDED_ROWS = 30  # from here on the table starts folded away
+_FOLDED_ROWS = 30  # a table with this many rows is collapsed
 
 
 def config_differences(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows (dotted setting, value in each run) for settings that are not the same in all runs that have a config.
+    """Rows (dotted key, value in each run) of the settings that differ between the runs that have a config.
 
     An entry of a list of parts is named by its type, as in ``custom_hooks[GBRHook].interval``.
     """
@@ -26,13 +26,13 @@ def config_differences(runs: Sequence[Run]) -> list[list[str]]:
         for key, cells in rows.items()
         if len({cell for cell, there in zip(cells, known, strict=True) if there}) > 1
     }
-    # A test set is mostly the validation set once more.
-    twins = {key for key in rows if key.startswith("test_") and rows.get(f"val_{key[5:]}") == rows[key]}
-    return [[key, *cells] for key, cells in rows.items() if key not in twins]
+    # Settings of the test set are usually those of the validation set.
+    repeated = {key for key in rows if key.startswith("test_") and rows.get(f"val_{key[5:]}") == rows[key]}
+    return [[key, *cells] for key, cells in rows.items() if key not in repeated]
 
 
 def settings_section(runs: Sequence[Run]) -> list[page.Html]:
-    """The section of a page about it; nothing if there is one run alone."""
+    """The section about the differences; empty for a single run."""
     if len(runs) < 2:
         return []
     unknown = [run.name for run in runs if not run.config]

@@ -1,4 +1,4 @@
-"""The summary of runs: a row a run, a column for everything that any of them measured, and what that was of."""
+"""Summary tables of runs: results, what they were measured on, time and memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from . import page
 from .curves import keys_of, kind_of, main_metrics, x_unit
 from .runs import Run
 
-# A hook that tells the weights of its scalars measures them where it is due, which need not be the last validation.
+# Prefixes of the scalars of hooks that log which weights they measured. Their last value may be of another epoch than
+# the last validation.
 _FAMILIES = tuple({f"{scalar.name.split('/')[0]}/" for scalar in SCALARS if scalar.tells_weights})
 
 
 def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the summary table.
+    """Head and rows of the summary table: one row for each run.
 
-    A run's row is about one network: accuracy, GBR and FGSM are of the weights that its validation sees, which a column
-    names. A value from another epoch than the last validation says so.
+    A row is about one network: accuracy, GBR and FGSM are measured with the weights that validation uses, which are
+    named in a column. A value from another epoch than the last validation says so.
     """
     unit, columns, weights = x_unit(runs), _columns(runs), [_weights(run) for run in runs]
     rows = []
@@ -38,7 +39,7 @@ def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def measured(runs: Sequence[Run]) -> list[page.Html]:
-    """Of every column that was measured: weights, samples and unit, run by run where they differ."""
+    """A table of the weights, samples and unit of each measured column; one row for all runs that agree."""
     rows = []
     for key in (key for key in _columns(runs) if key.startswith(_FAMILIES)):
         known = [run for run in runs if key in run.scalars and key in run.measurements]
@@ -52,7 +53,7 @@ def measured(runs: Sequence[Run]) -> list[page.Html]:
 
 
 def _columns(runs: Sequence[Run]) -> dict[str, Scalar]:
-    """Keys that have a column: validation's main metrics, then what the hooks declare."""
+    """Keys with a column: the main metrics of validation, then the scalars that hooks declare with a column."""
     main = {key: kind_of(key) or Scalar(key, key, column=key) for key in main_metrics(runs)}
     kinds = {key: kind for key in keys_of(runs) if (kind := kind_of(key)) and kind.column}
     return {key: kind for key, kind in (main | kinds).items() if any(key in run.scalars for run in runs)}
@@ -69,7 +70,7 @@ def _cell(run: Run, key: str, kind: Scalar) -> str:
 
 
 def _weights(run: Run) -> str:
-    """Which weights the run's accuracy, GBR and FGSM are of, as far as its hooks have logged it."""
+    """The weights of the run's accuracy, GBR and FGSM: averaged or in training; empty if no hook logged them."""
     logged = [key for key in run.scalars if (kind := kind_of(key)) and kind.tells_weights]
     if not logged:
         return ""
@@ -78,7 +79,7 @@ def _weights(run: Run) -> str:
 
 
 def _when(run: Run, key: str) -> str:
-    """Where a measurement was made, if that is not where the run was validated last."""
+    """The epoch or iteration of a measurement, if it is not that of the last validation."""
     validated = [run.scalars[metric][-1][0] for metric in run.metrics if metric in run.scalars]
     if not key.startswith(_FAMILIES) or key not in run.scalars or not validated:
         return ""
@@ -107,12 +108,12 @@ def cost(runs: Sequence[Run]) -> page.Html:
             ]
         )
     table = page.table(*filled([*head, "peak memory (MB)"], rows))
-    text = "Training is the median time of an iteration times their number; validation is not counted."
+    text = "Training: the median time of an iteration times the number of iterations, without validation."
     return page.section("Cost", table, text)
 
 
 def filled(head: Iterable[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Without the columns that are empty in all rows."""
+    """Remove the columns that are empty in all rows."""
     head = list(head)
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return [head[i] for i in used], [[row[i] for i in used] for row in rows]

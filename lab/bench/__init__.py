@@ -1,1 +1,1 @@
-"""Benchmarks: a module a section, timed beside its rivals; ``python -m lab.bench`` runs them."""
+"""Benchmarks: one module for each section, run by ``python -m lab.bench``."""

@@ -1,6 +1,6 @@
-"""Training step of ResNet-18 at 4 x 64 x 64, eager and under torch.compile: plain, ENC and its rivals.
+"""Training step of ResNet-18 at 4 x 64 x 64, eager and under torch.compile: plain, ENC and similar layers.
 
-Without the epsilon shift, which is a part of the optimizer's step and not compiled.
+The epsilon shift is off, because it is part of the optimizer step, which is not compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .harness import interleave, ratios
 from .rivals import converted
 from .training_step import step
 
-NETWORKS = ("plain", "ENC, eq. 21", "ENC, eq. 22", "torch weight_norm", "timm StdConv2d", "naive eq. 22")
+NETWORKS = ("plain", "ENC wn", "ENC ws", "torch weight_norm", "timm StdConv2d", "naive ws")
 
 
 def _loss(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -24,7 +24,7 @@ def _loss(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tor
 
 
 def run(rounds: int = 25) -> dict:
-    """Both tables; about three minutes on a quiet core, most of it compilation."""
+    """Measure both tables; takes about three minutes on an idle core, mostly for compilation."""
     torch.manual_seed(0)
     images, labels = torch.randn(4, 3, 64, 64), torch.randint(1000, (4,))
     result: dict = {"what": "training step without the shift, ResNet-18, batch 4, 64 x 64, float32"}

@@ -1,6 +1,7 @@
-"""Four eps of FGSM on one batch: one gradient here against one for each eps in torchattacks and ART.
+"""FGSM with four eps on one batch, compared with torchattacks and ART, which compute a gradient for each eps.
 
-Adversarial images alone, no predictions on them: ResNet-18 (CIFAR), batch 64, four eps. In theory 0.25 of the others.
+ResNet-18 (CIFAR), batch 64. Only the adversarial images are computed, not their predictions. In theory, the time is
+0.25 times that of the others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BATCH = 64
 
 
 class Classifier(nn.Module):
-    """ResNet-18 for 32 x 32 images in 0..1, normalisation included."""
+    """ResNet-18 for 32 x 32 images in 0..1, with normalisation."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +36,7 @@ class Classifier(nn.Module):
 
 
 def run(rounds: int = 5, batch: int = BATCH) -> dict:
-    """Time the attack alone; ratios to torchattacks, round by round, and the largest difference of the images."""
+    """Measure the time of the attack and the largest difference between the images."""
     import torchattacks
     from art.attacks.evasion import FastGradientMethod
     from art.estimators.classification import PyTorchClassifier

@@ -1,4 +1,7 @@
-"""What a training step of ResNet-50 adds over plain, whatever the machine: ATen calls and memory kept for backward."""
+"""ATen calls and memory for backward of a training step of ResNet-50, compared with the plain network.
+
+These numbers do not depend on the machine.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from .rivals import converted
 
 
 class CallCount(TorchDispatchMode):
-    """Counts the ATen calls within the block; views are free and do not count."""
+    """Counts the ATen calls within the context, without views, which cost nothing."""
 
     FREE = ("view", "reshape", "detach", "t.default", "expand", "unsqueeze", "permute", "transpose", "alias")
     FREE += ("split.", "split_with_sizes.", "select.", "slice.", "as_strided.")
@@ -30,13 +33,13 @@ class CallCount(TorchDispatchMode):
 
 
 def footprint(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, int, int]:
-    """ATen calls of forward and of backward, and bytes kept between them (parameters included, each storage once)."""
-    drop_averages(model)  # they end after the first ten steps
+    """ATen calls of forward and backward, and bytes saved for backward (with parameters; each storage counts once)."""
+    drop_averages(model)  # startup averages would count, but end after the first ten steps
     kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage  # alive, so that no other takes its address
+        kept[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), CallCount() as forward:
@@ -48,7 +51,7 @@ def footprint(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, in
 
 
 class Logits(nn.Module):
-    """An mmpretrain classifier as the function from images to logits that it is."""
+    """An mmpretrain classifier as a module from images to logits."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -59,7 +62,7 @@ class Logits(nn.Module):
 
 
 def run(rounds: int = 1, batch: int = 4, size: int = 64) -> dict:
-    """Count once; ``rounds`` changes nothing."""
+    """Count once; ``rounds`` has no effect."""
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
     found = {}
@@ -71,17 +74,17 @@ def run(rounds: int = 1, batch: int = 4, size: int = 64) -> dict:
     forward, backward, plain = found["plain"]
     counts = {
         name: {
-            "calls_a_layer_forward": (row[0] - forward) / len(weights),
-            "calls_a_layer_backward": (row[1] - backward) / len(weights),
+            "calls_per_layer_forward": (row[0] - forward) / len(weights),
+            "calls_per_layer_backward": (row[1] - backward) / len(weights),
             "kept_for_backward_over_plain_in_weights": (row[2] - plain) / elements,
         }
         for name, row in found.items()
     }
     kept = "kept_for_backward_over_plain_in_weights"
     return {
-        "what": f"ResNet-50, batch {batch}, {size} x {size}: calls and memory over plain, a layer",
+        "what": f"ResNet-50, batch {batch}, {size} x {size}: calls and memory over plain, per layer",
         "counts": counts,
-        # The classifier's batch norm and the row statistics come to 0.002 of the weights.
+        # The batch norm of the classifier and the row statistics have 0.002 times the size of the weights.
         "goals": [
             goal(f"{name}: memory over plain, in weights", row[kept], 1.01)
             for name, row in counts.items()

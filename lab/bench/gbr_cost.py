@@ -1,7 +1,8 @@
-"""GBR: exact against torch.func and a plain loop, orthonormal against Gaussian probes, and what the hook costs a run.
+"""Cost of GBR, on one thread in float32.
 
-One thread, float32. Sections: ``exact`` (time and memory), ``probes`` (standard error, time to 2 %), ``imagenet`` (one
-projection beside a training step), ``hook`` (512 samples beside a CIFAR-10 epoch).
+Sections: ``exact`` (time and memory, compared with torch.func and a plain loop), ``probes`` (standard error of random
+orthonormal and Gaussian directions, and time to a standard error of 2 %), ``imagenet`` (one projection compared with a
+training step), ``hook`` (512 samples compared with an epoch of CIFAR-10).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CLASSES = 10
 
 
 def loop(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What one would write: a backward pass for each class."""
+    """The obvious implementation: a backward pass for each class."""
     x = images.clone().requires_grad_()
     out = model(x)
     total = 0
@@ -46,7 +47,7 @@ def jacrev(model: nn.Module, images: torch.Tensor, chunk: int | None = None) -> 
 
 
 def floor(model: nn.Module, images: torch.Tensor):
-    """A forward pass and one pass back to the inputs, each to be timed alone."""
+    """A forward pass, and a backward pass to the inputs, to be timed separately."""
     x = images.clone(memory_format=torch.preserve_format).requires_grad_()
     out = model(x)
     direction = torch.zeros_like(out)
@@ -97,7 +98,7 @@ def exact_section(rounds: int, batch: int = 16) -> dict:
 
 
 def peak_memory(method: str, samples: int) -> float:
-    """Peak resident memory in MB above that of the model at rest, in a process of its own."""
+    """Peak resident memory in MB, minus that of the idle model, in a separate process."""
     command = [sys.executable, "-m", "lab.bench.gbr_cost", method, str(samples)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
@@ -108,7 +109,7 @@ def print_peak(method: str, samples: int) -> None:
     model = resnet18().eval()
     images = torch.randn(samples, 3, 32, 32)
     at_rest = _resident_kb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if method == "enc_plugin":
         gbr(model, images, batch_size=16, projections=None)
     else:
@@ -117,7 +118,7 @@ def print_peak(method: str, samples: int) -> None:
 
 
 def _resident_kb(field: str) -> int:
-    # Not getrusage's ru_maxrss: a child process inherits its parent's.
+    # Not ru_maxrss of getrusage, which a child process inherits from its parent.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -142,7 +143,7 @@ def trained_on_digits(steps: int = 150) -> tuple[nn.Module, torch.Tensor]:
 
 
 def gram(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """``J J^T`` of each sample, ``(N, C, C)``: all that a probe's value depends on."""
+    """``J J^T`` of each sample, ``(N, C, C)``, which determines the value of each direction."""
     parts = []
     for x in images.split(16):
         x = x.clone().requires_grad_()
@@ -154,7 +155,7 @@ def gram(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def relative_errors(grams: torch.Tensor, projections: int, draws: int = 200) -> dict[str, float]:
-    """Standard error of the mean over these samples that the probes alone cause, over the mean."""
+    """Relative standard error of the mean over these samples that comes from the random directions."""
     count, size = grams.shape[:2]
     mean = grams.diagonal(dim1=1, dim2=2).sum(1).mean()
     frames = torch.stack([_orthonormal(size, projections, seed) for seed in range(draws * count)])
@@ -195,7 +196,7 @@ def probes_section(rounds: int, samples: int = 32, wanted: float = 0.02) -> dict
         rounds,
     )
     return {
-        "what": "standard error of the mean GBR of logits by probes alone, relative; 200 draws",
+        "what": "relative standard error of the mean GBR of logits that comes from random directions; 200 draws",
         "fixed_samples": errors,
         "at_512_samples": totals,
         "time": ratios(seconds, "exact"),
@@ -220,7 +221,7 @@ def imagenet_section(rounds: int, batch: int = 16) -> dict:
     measure = lambda: gbr(model, images, projections=1, batch_size=batch)  # noqa: E731
     seconds = interleave({"training step": train_step, "one projection": measure}, rounds)
     return {
-        "what": f"ResNet-50, 1000 classes, batch {batch}, 224 x 224: one projection beside a training step",
+        "what": f"ResNet-50, 1000 classes, batch {batch}, 224 x 224: one projection compared with a training step",
         "to_training_step": ratios(seconds, "training step"),
         "bound": {"one projection": 0.75},
     }
@@ -228,7 +229,7 @@ def imagenet_section(rounds: int, batch: int = 16) -> dict:
 
 def hook_section(rounds: int, batch: int = 64, num_samples: int = 512, epoch: int = 50_000) -> dict:
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(0, CLASSES, (batch,))
-    result = {"what": f"{num_samples} samples beside an epoch of {epoch}, ResNet-20 (CIFAR), batch {batch}"}
+    result = {"what": f"{num_samples} samples compared with an epoch of {epoch}, ResNet-20 (CIFAR), batch {batch}"}
     for name in ("plain", "ENC"):
         model = resnet20().eval()
         if name == "ENC":
@@ -261,7 +262,7 @@ def hook_section(rounds: int, batch: int = 64, num_samples: int = 512, epoch: in
 
 
 def run(rounds: int = 7) -> dict:
-    """All sections; about five minutes on a quiet core."""
+    """Run all sections; takes about five minutes on an idle core."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     return {
@@ -272,5 +273,5 @@ def run(rounds: int = 7) -> dict:
     }
 
 
-if __name__ == "__main__":  # the process of ``peak_memory``
+if __name__ == "__main__":  # started by ``peak_memory``
     print_peak(sys.argv[1], int(sys.argv[2]))

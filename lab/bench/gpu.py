@@ -1,8 +1,8 @@
-"""On a GPU: training and optimizer steps, measurements and inference of ResNet-50, beside the plain network and rivals.
+"""GPU benchmark of ResNet-50: training steps, optimizer steps, measurements and inference, of ENC and similar layers.
 
-Times are those between CUDA events around several calls, so that the host's launches count where the GPU waits for
-them. Each part gets a share of the minutes, and the result is written after each: a GPU may be lent for a quarter of an
-hour. Without a GPU ``run`` works too, on the CPU, to try it out; such figures say nothing about GPUs.
+Times are measured by CUDA events around several calls, so kernel launches count only if the GPU waits for them. Each
+part gets a share of the minutes, and the result is saved after each part, for short sessions on a GPU. ``run`` also
+works on the CPU, to test it; these times say nothing about GPUs.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .rivals import CONVERSIONS, sgd
 
 NEEDS_CUDA = True
 
-ENC = ("ENC, eq. 22", "ENC, eq. 21", "ENC, eq. 20", "ENC, eq. 23")
-# Otherwise a network on a GPU computes the weights of all layers together, and under torch.compile each layer its own.
+ENC = ("ENC ws", "ENC wn", "ENC fro", "ENC centered_fro")
+# By default, the weights of all layers are computed together on a GPU, and layer by layer under torch.compile.
 BY_LAYER = ", layer by layer"
 RIVALS = ("timm StdConv2d", "mmcv ConvWS2d", "torch weight_norm", "a copy of the weight")
-# Each compiles for up to a minute: the first ones count most, if the time is short.
-COMPILED = ("plain", "ENC, eq. 22", "timm StdConv2d", "torch weight_norm", "ENC, eq. 21", "ENC, eq. 20", "ENC, eq. 23")
+# Compiling each takes up to a minute. The most important ones come first, in case the time is up.
+COMPILED = ("plain", "ENC ws", "timm StdConv2d", "torch weight_norm", "ENC wn", "ENC fro", "ENC centered_fro")
 PRECISIONS = {
     "bfloat16 channels_last": (torch.bfloat16, torch.channels_last),
     "float32": (None, torch.contiguous_format),
@@ -45,20 +45,20 @@ EPS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 
 @dataclass(frozen=True)
 class Setting:
-    """Networks, pictures and time of a part."""
+    """Networks, images and time of a part."""
 
-    converted: Callable[[str], nn.Module]  # by name, on the CPU; the same object each time
+    converted: Callable[[str], nn.Module]  # network by name, on the CPU; returns the same object each time
     batch: int
     size: int
     rounds: int
-    until: float  # of time.perf_counter
+    until: float  # end of the part, as time.perf_counter()
 
     @property
     def device(self) -> torch.device:
         return pick_device(None)
 
     def pictures(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """``count`` pictures and labels, by default a batch."""
+        """``count`` images and labels, by default one batch."""
         count = count or self.batch
         images = torch.rand(count, 3, self.size, self.size, device=self.device)
         return images, torch.randint(10, (count,), device=self.device)
@@ -66,11 +66,11 @@ class Setting:
     def network(self, name: str, layout: torch.memory_format = torch.contiguous_format) -> nn.Module:
         """A copy of the network on the device."""
         network = copy.deepcopy(self.converted(name)).to(self.device)
-        # mmcv's layer takes views of its weight, which need the plain format.
+        # mmcv's layer takes views of its weight, which fail in channels_last format.
         return network if name == "mmcv ConvWS2d" else network.to(memory_format=layout)
 
     def timed(self, calls: dict[str, Callable], reference: str, in_a_row: int = 5) -> dict:
-        """Table of ratios, of as many rounds as the time allows, three at least."""
+        """Table of ratios, with as many rounds as the time allows, but at least three."""
         clock = partial(event_clock, calls=in_a_row) if self.device.type == "cuda" else wall_clock
         start = time.perf_counter()
         interleave(calls, rounds=0, warmup=2, clock=clock)
@@ -80,7 +80,7 @@ class Setting:
 
 
 def _step(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None, compiled: bool) -> Callable:
-    """A call that takes one step of fused SGD with the shift, under autocast to ``dtype`` if given."""
+    """A function that takes one step of fused SGD with the shift, under autocast to ``dtype`` if given."""
     optimizer = sgd(network.train(), fused=True)
 
     def loss() -> Tensor:
@@ -98,14 +98,14 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype
 
 
 def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
-    """Steps of all networks, and the memory that each adds at its peak: weights, momentum, activations, gradients."""
+    """Training steps of all networks, and their peak memory: weights, momentum, activations and gradients."""
     dtype, layout = PRECISIONS[precision]
     images, labels = setting.pictures()
     images = images.contiguous(memory_format=layout)
     calls, memory, failed = {}, {}, {}
     for name in COMPILED if compiled else ("plain", ENC[0], ENC[0] + BY_LAYER, *ENC[1:], *RIVALS):
         if len(calls) > 1 and time.perf_counter() > setting.until:
-            failed[name] = "not tried: the time was up"
+            failed[name] = "not tried, because the time was up"
             continue
         before = _allocated()
         try:
@@ -113,13 +113,13 @@ def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
             call()
             memory[name] = {"MiB at the peak": _peak(call) - before}
             calls[name] = call
-        except Exception as error:  # the fault of one is no reason to lose the others
+        except Exception as error:  # the other networks are still measured
             failed[name] = _text(error)
     return {"to_plain": setting.timed(calls, "plain"), "peak": memory, "failed": failed}
 
 
 def optimizer_step(setting: Setting) -> dict:
-    """The optimizer's step alone, by one operation for each kind of arithmetic (foreach) and by one kernel (fused)."""
+    """The optimizer step, with the foreach and the fused implementation of SGD."""
     calls = {}
     for name in ("plain", *ENC):
         for options in ({"foreach": True}, {"fused": True}):
@@ -131,8 +131,8 @@ def optimizer_step(setting: Setting) -> dict:
 
 
 def measurements(setting: Setting) -> dict:
-    """GBR and FGSM of four batches of pictures, in units of a training step of one batch in float32."""
-    network = setting.network("ENC, eq. 22")
+    """GBR and FGSM of four batches of images, compared with a training step of one batch in float32."""
+    network = setting.network("ENC ws")
     images, labels = setting.pictures(4 * setting.batch)
     step = _step(network, images[: setting.batch], labels[: setting.batch], None, False)
     forward = partial(network, mode="tensor")
@@ -156,12 +156,12 @@ def measurements(setting: Setting) -> dict:
 
 
 def inference(setting: Setting) -> dict:
-    """Forward passes in eval mode, of one picture and of a batch: live, where each computes its weights, and folded."""
+    """Forward passes in eval mode with one image and with a batch: live, which compute their weights, and folded."""
     found = {}
     for precision, (dtype, layout) in PRECISIONS.items():
-        names = ("plain", "ENC, eq. 22", "ENC, eq. 22" + BY_LAYER)
+        names = ("plain", "ENC ws", "ENC ws" + BY_LAYER)
         networks = {name: setting.network(name, layout).eval() for name in names}
-        networks["ENC, eq. 22, folded"] = fold(networks["ENC, eq. 22"]).eval()
+        networks["ENC ws, folded"] = fold(networks["ENC ws"]).eval()
         networks["plain again"] = copy.deepcopy(networks["plain"])
         for batch in (1, setting.batch):
             images = setting.pictures(batch)[0].contiguous(memory_format=layout)
@@ -176,7 +176,7 @@ def inference(setting: Setting) -> dict:
     return found
 
 
-# Name, share of the time, and what to do.
+# Name -> share of the time, function.
 PARTS: dict[str, tuple[float, Callable[[Setting], dict]]] = {
     "step, bfloat16 channels_last": (0.2, partial(training, precision="bfloat16 channels_last")),
     "optimizer step": (0.05, optimizer_step),
@@ -198,17 +198,17 @@ def run(
     build: Callable[[], nn.Module] = resnet50,
     parts: tuple[str, ...] = tuple(PARTS),
 ) -> Iterator[dict]:
-    """The result after each part, within about ``minutes``.
+    """Run the parts within about ``minutes`` and yield the result after each part.
 
     Args:
-        rounds: Of each table, at most.
-        minutes: For all parts together. A compilation that has begun is not interrupted.
-        batch, size: Of the pictures.
-        build: The plain network, whose head has at least ten classes.
-        parts: Which parts, of :data:`PARTS`.
+        rounds: Maximum number of rounds of each table.
+        minutes: Time for all parts together. A compilation is not interrupted.
+        batch, size: Batch size and side of the images.
+        build: Builds the plain network, with at least ten classes.
+        parts: Names of the parts, from :data:`PARTS`.
     """
     torch.backends.cudnn.benchmark = True
-    result: dict = {"what": f"{build.__name__}, pictures of {size} x {size}, batch {batch}, fused SGD with momentum"}
+    result: dict = {"what": f"{build.__name__}, images of {size} x {size}, batch {batch}, fused SGD with momentum"}
     base = build()
 
     @functools.cache
@@ -226,7 +226,7 @@ def run(
         left -= share
         try:
             result[part] = measure(setting)
-        except Exception as error:  # the fault of one part is no reason to lose the others
+        except Exception as error:  # the other parts still run
             result[part] = {"failed": {part: _text(error)}}
         result["counts"] = {
             f"{name}, {part.removeprefix('step, ')}": row
@@ -235,9 +235,9 @@ def run(
             for name, row in result[part].get("peak", {}).items()
         }
         result["goals"] = [
-            goal(f"{part}: ENC, eq. 22, to plain", result[part]["to_plain"]["ENC, eq. 22"], 1.02)
+            goal(f"{part}: ENC ws, to plain", result[part]["to_plain"]["ENC ws"], 1.02)
             for part in result
-            if part.startswith("step, bfloat16") and "ENC, eq. 22" in result[part].get("to_plain", {})
+            if part.startswith("step, bfloat16") and "ENC ws" in result[part].get("to_plain", {})
         ]
         yield result
         gc.collect()
@@ -250,12 +250,12 @@ def _text(error: Exception) -> str:
 
 
 def _allocated() -> float:
-    """Memory of tensors on the GPU, in MiB; 0 without a GPU."""
+    """Allocated GPU memory in MiB; 0 without a GPU."""
     return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
 
 
 def _peak(call: Callable[[], None]) -> float:
-    """Most memory of tensors on the GPU during ``call``, in MiB; 0 without a GPU."""
+    """Peak of the allocated GPU memory during ``call``, in MiB; 0 without a GPU."""
     if not torch.cuda.is_available():
         call()
         return 0.0

@@ -1,4 +1,4 @@
-"""Interleaved timing: A B C ... A B C ..., so that a machine whose speed drifts slows all candidates alike."""
+"""Interleaved timing (A B C ... A B C ...), so that a drift of the machine's speed affects all candidates equally."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lab.provenance import provenance
 
 
 def wall_clock(call: Callable[[], object]) -> float:
-    """Seconds of a call by the wall clock, without those of garbage that was there before."""
+    """Wall-clock seconds of a call, after a garbage collection."""
     gc.collect()
     start = time.perf_counter()
     call()
@@ -26,7 +26,7 @@ def wall_clock(call: Callable[[], object]) -> float:
 
 
 def event_clock(call: Callable[[], object], calls: int = 5) -> float:
-    """Seconds of a call on the GPU, the mean of ``calls`` in a row: between an event before the first and one after."""
+    """Seconds of a call on the GPU: the mean of ``calls`` successive calls, measured by CUDA events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -43,7 +43,7 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[Callable[[], object]], float] = wall_clock,
 ) -> dict[str, list[float]]:
-    """Seconds of each call: every candidate runs once in each of ``rounds`` rounds; ``warmup`` rounds do not count."""
+    """Run each candidate once in each of ``rounds`` rounds; return the seconds, without those of ``warmup`` rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup + rounds):
         for name, call in candidates.items():
@@ -54,10 +54,10 @@ def interleave(
 
 
 def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
-    """Per candidate: median seconds, and the median round-by-round ratio to ``reference`` with its 95 % interval.
+    """For each candidate, the median seconds, and the median of the ratios to ``reference`` within each round.
 
-    The interval is that of order statistics, whatever the distribution; below six rounds, which have none at 95 %, it
-    is from the smallest to the largest ratio. Those two are in the table, too.
+    The 95 % interval of the median ratio is by order statistics, for any distribution. With fewer than six rounds there
+    is none, and the smallest and largest ratio are used instead. The table has these two as well.
     """
     table = {}
     for name, times in seconds.items():
@@ -76,7 +76,7 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[st
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on: processor, GPU, threads, versions, and the commit (``-dirty`` if files differ)."""
+    """The machine and software of a result: processor, GPU, threads, versions, and commit (see :func:`provenance`)."""
     found = provenance(ROOT)
     return {
         "cpu": found["processor"],
@@ -89,7 +89,7 @@ def machine() -> dict[str, object]:
 
 
 def goal(what: str, found: float | dict[str, float], at_most: float, at_least: float = 0.0) -> dict[str, object]:
-    """A line of the table of goals: ``found``, a row of :func:`ratios` or a count, lies in ``at_least..at_most``."""
+    """A row of the table of goals: ``found`` (a row of :func:`ratios`, or a count) should be in the given range."""
     if not isinstance(found, dict):
         found = dict.fromkeys(("ratio", "ratio_low", "ratio_high"), found)
     value, low, high = (found[key] for key in ("ratio", "ratio_low", "ratio_high"))
@@ -97,21 +97,21 @@ def goal(what: str, found: float | dict[str, float], at_most: float, at_least: f
 
 
 def held(row: dict) -> str:
-    """Whether a goal holds: ``yes`` or ``no`` if its whole interval says so."""
+    """Whether a goal holds: ``yes`` or ``no`` if the whole interval is inside or outside of the range."""
     if row["at_least"] <= row["low"] and row["high"] <= row["at_most"]:
         return "yes"
     return "**no**" if row["low"] > row["at_most"] or row["high"] < row["at_least"] else "within the noise"
 
 
 def write_section(path: Path, result: dict) -> None:
-    """Write the figures, with the machine beside them, to ``path``, a JSON file, and their bar chart next to it."""
+    """Write a result and the machine to the JSON file ``path``, and a bar chart next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1, sort_keys=False) + "\n")
     draw_ratios(path)
 
 
 def tables(result: dict, name: str = "") -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-    """All tables of :func:`ratios` within a result, each with its name, such as ``exact, to enc_plugin``."""
+    """Find all tables of :func:`ratios` in a result, with their names, such as ``exact, to enc_plugin``."""
     for key, value in result.items():
         if isinstance(value, dict) and value:
             title = f"{name}, {key}" if name else key
@@ -122,7 +122,7 @@ def tables(result: dict, name: str = "") -> Iterator[tuple[str, dict[str, dict[s
 
 
 def draw_ratios(path: Path) -> None:
-    """Write the chart of a section's JSON file: a panel of bars for each table, whiskers over the median's interval."""
+    """Draw the chart of a section's JSON file: a bar chart for each table, with the interval of each median."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,14 +153,15 @@ def draw_ratios(path: Path) -> None:
 
 
 def readme(folder: Path) -> str:
-    """Text of the results' README: the goals, and the tables and charts of all sections, from the JSON files alone."""
+    """Text of the README of the results, from the JSON files: goals, and tables and charts of all sections."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m lab.bench --readme` from the JSON files here. Ratios are medians of interleaved",
-        "rounds (A B C ... A B C ...), with 95 % intervals of the median (below six rounds: all rounds); below 1 is",
-        "faster. A goal holds, or does not, if the whole interval says so.",
+        "Written by `python -m lab.bench --readme` from the JSON files here. Ratios are medians over interleaved",
+        "rounds (A B C ... A B C ...), with 95 % intervals of the median (with fewer than six rounds: the range of all",
+        "rounds); below 1 is faster. A goal holds or does not hold if the whole interval says so. ENC fro, wn, ws and",
+        "centered_fro are the variants of eq. 20, 21, 22 and 23.",
         "",
         "## Goals",
         "",

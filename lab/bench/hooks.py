@@ -1,6 +1,6 @@
-"""What each hook costs a run: real training of the ENC ResNet-20 by ENCRunner on random pictures, every hook timed.
+"""Time that each hook adds to a run: training of the ENC ResNet-20 by ENCRunner on random images.
 
-Costs by the iteration and by the epoch are measured apart and put together for an epoch of 50,000 pictures.
+Times per iteration and per epoch are measured separately and combined for an epoch of 50,000 images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BY_EPOCH = (
 
 @DATASETS.register_module()
 class RandomPictures(BaseDataset):
-    """Pictures of noise, 32 x 32, in the form of CIFAR10Folder."""
+    """Random images of 32 x 32 pixels, with the samples of a CIFAR10Folder."""
 
     METAINFO = {"classes": [str(i) for i in range(10)]}
 
@@ -54,7 +54,7 @@ class RandomPictures(BaseDataset):
 
 
 def config(work_dir: str, rounds: int, iterations: int, validation: int, samples: int) -> Config:
-    """``rounds`` epochs of ``iterations`` steps on the configuration of the study's network."""
+    """Config with ``rounds`` epochs of ``iterations`` steps, for the network of the study."""
     hooks = [
         dict(type="GBRHook", num_samples=samples, projections=None),
         dict(type="GBRHook", num_samples=samples, projections=1, name="logits_projected"),
@@ -81,7 +81,7 @@ def config(work_dir: str, rounds: int, iterations: int, validation: int, samples
 
 
 def label(hook: Hook) -> str:
-    """Name of a row: the hook's type, for GBRHook with how it measures."""
+    """Name of a hook in the table: its type, with the options that matter for its time."""
     name = type(hook).__name__
     if name == "GBRHook":
         return f"{name}, {'exact' if hook.projections is None else f'{hook.projections} projection'}"
@@ -91,7 +91,7 @@ def label(hook: Hook) -> str:
 
 
 def time_stages(hook: Hook) -> dict[str, list[float]]:
-    """Let every stage of ``hook`` note the seconds of each call, from now on."""
+    """Record the seconds of each call of each stage of ``hook`` from now on."""
     seconds: dict[str, list[float]] = {}
 
     def noting(call: Callable, notes: list[float]) -> Callable:
@@ -109,7 +109,7 @@ def time_stages(hook: Hook) -> dict[str, list[float]]:
 
 
 def run(rounds: int = 3, iterations: int = 20, validation: int = 10_000, samples: int = 512) -> dict:
-    """``rounds`` epochs of ``iterations`` steps and a validation; about five minutes on a quiet core."""
+    """Train ``rounds`` epochs of ``iterations`` steps and a validation; takes about five minutes on an idle core."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work_dir:
         cfg = config(work_dir, rounds, iterations, validation, samples)
@@ -117,7 +117,7 @@ def run(rounds: int = 3, iterations: int = 20, validation: int = 10_000, samples
         runner = RUNNERS.build(cfg)
         seconds = {label(hook): time_stages(hook) for hook in runner.hooks}
         runner.train()
-        whole = statistics.median(runner.message_hub.get_scalar("train/time").data[0])  # of an iteration with its hooks
+        whole = statistics.median(runner.message_hub.get_scalar("train/time").data[0])  # an iteration with all hooks
     by_iteration = {name: sum(_each(stages, BY_ITERATION)) for name, stages in seconds.items()}
     step = whole - sum(by_iteration.values())
     count, validations = EPOCH / BATCH, validation / BATCH_VAL
@@ -125,17 +125,17 @@ def run(rounds: int = 3, iterations: int = 20, validation: int = 10_000, samples
     for name, stages in seconds.items():
         by_epoch = sum(_each(stages, BY_EPOCH)) + validations * sum(_each(stages, BY_VALIDATION))
         rows[name] = {
-            "ms_an_iteration": 1e3 * by_iteration[name],
-            "seconds_an_epoch": by_epoch,
+            "ms_per_iteration": 1e3 * by_iteration[name],
+            "seconds_per_epoch": by_epoch,
             "percent_of_an_epoch": 100 * (by_iteration[name] + by_epoch / count) / step,
         }
     what = (
-        f"hooks of an ENC ResNet-20 run, batch {BATCH}, beside an epoch of {EPOCH} pictures; GBR of {samples} samples, "
-        f"FGSM on {validation}"
+        f"hooks of an ENC ResNet-20 run, batch {BATCH}, compared with an epoch of {EPOCH} images; GBR on {samples} "
+        f"samples, FGSM on {validation}"
     )
     return {"what": what, "step_ms": 1e3 * step, "counts": rows}
 
 
 def _each(stages: dict[str, list[float]], names: Iterable[str]) -> list[float]:
-    """Median seconds of a call of each stage."""
+    """Median seconds per call for each stage."""
     return [statistics.median(stages[name]) for name in names if stages.get(name)]

@@ -1,7 +1,7 @@
-"""Inference, ResNet-50: the stock network, ENC live and folded, and rivals live; one picture, and batches of 32.
+"""Inference of ResNet-50 with one image and with batches of 32: plain, ENC live and folded, and similar layers live.
 
-The stock network runs twice a round: how far from 1 the ratio of two equal networks gets on this machine. Folded
-follows a network of its own kind; those that write effective weights have runs of their own.
+The plain network runs twice in each round, which shows how far the ratio of two equal networks is from 1 on this
+machine. Live networks, which write effective weights to memory, and folded networks are timed in separate runs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .rivals import converted
 SIZE = 224
 LIVE = (
     "plain",
-    "ENC, eq. 21",
-    "ENC, eq. 22",
+    "ENC wn",
+    "ENC ws",
     "torch weight_norm",
     "timm StdConv2d",
-    "naive eq. 22",
+    "naive ws",
     "a copy of the weight",
 )
 
 
 def timed(networks: dict[str, nn.Module], images: torch.Tensor, rounds: int) -> dict:
-    """Forward passes in eval mode; ratios to ``plain``, round by round."""
+    """Time forward passes in eval mode; ratios to ``plain``."""
 
     def forward(network: nn.Module) -> None:
         with torch.inference_mode():
@@ -41,18 +41,18 @@ def timed(networks: dict[str, nn.Module], images: torch.Tensor, rounds: int) -> 
 
 
 def run(rounds: int = 41) -> dict:
-    """Batch 1 in ``rounds`` rounds, batch 32 in an eighth of them; about five minutes on a quiet core."""
+    """Measure ``rounds`` rounds with batch 1 and an eighth with batch 32; takes about five minutes on an idle core."""
     torch.manual_seed(0)
     live = {name: network.eval() for name, network in converted(resnet50(), LIVE).items()}
     plain = live["plain"]
-    folded = {"plain": plain, "ENC, folded": fold(live["ENC, eq. 22"]), "plain again": copy.deepcopy(plain)}
+    folded = {"plain": plain, "ENC, folded": fold(live["ENC ws"]), "plain again": copy.deepcopy(plain)}
     result: dict = {"what": f"inference, ResNet-50, {SIZE} x {SIZE}, float32"}
     for batch in (1, 32):
         images = torch.randn(batch, 3, SIZE, SIZE)
         count = rounds if batch == 1 else max(3, rounds // 8)
         result[f"folded_batch_{batch}"] = timed(folded, images, count)
         result[f"live_batch_{batch}"] = timed(live, images, count)
-    goals = [goal("live ENC, eq. 22, batch 1, to plain", result["live_batch_1"]["ENC, eq. 22"], 1.03)]
+    goals = [goal("live ENC ws, batch 1, to plain", result["live_batch_1"]["ENC ws"], 1.03)]
     for batch in (1, 32):
         found = result[f"folded_batch_{batch}"]["ENC, folded"]
         goals.append(goal(f"folded ENC, batch {batch}, to plain", found, 1.02, 0.98))

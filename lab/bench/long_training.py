@@ -1,18 +1,18 @@
-"""Tens of thousands of steps on scale-invariant weights: where their length goes with and without the epsilon shift.
+"""The norm of scale-invariant weights over tens of thousands of steps, with and without the epsilon shift.
 
 ``python -m lab.bench.long_training`` runs 50,000 steps and writes a JSON file and a figure into
 ``lab/results/long_training/``.
 
-Gradients of scale-invariant weights are orthogonal to them, and of norm c / r for rows of length r. A step of SGD with
-learning rate lr and decay lambda towards the length e therefore takes r to
+"Length" is the norm of a row. Gradients of scale-invariant weights are orthogonal to them, and their norm is c / r for
+rows of length r. So a step of SGD with learning rate lr and decay lambda towards the length e changes r to r' with
 
-    r'^2 = ((1 - lr lambda) r + lr lambda e)^2 + (lr c / r)^2,
+    r'^2 = ((1 - lr lambda) r + lr lambda e)^2 + (lr c / r)^2.
 
-which comes to rest where, up to terms of order lr lambda, r^3 (r - e) = lr c^2 / (2 lambda): at e without a gradient,
-at (lr c^2 / (2 lambda))^(1/4) without the shift, and nowhere, but for 0, without both.
+Up to terms of order lr lambda, the fixed point is at r^3 (r - e) = lr c^2 / (2 lambda): at e without a gradient, at
+(lr c^2 / (2 lambda))^(1/4) without the shift, and at 0 without both.
 
-Weights in bfloat16 keep 8 bits: a decay of less than 2^-9 per step rounds away. Theirs is therefore ten times as large
-as that of the float32 weights, 5e-3 in place of 5e-4.
+Weights in bfloat16 have 8 bits, so a relative change below 2^-9 per step is lost in rounding. Their decay per step is
+therefore ten times as large as that of the float32 weights, 5e-3 instead of 5e-4.
 """
 
 from __future__ import annotations
@@ -51,29 +51,29 @@ class Toy:
 
     @property
     def name(self) -> str:
-        """Unique, and fit for a module's name."""
+        """A unique name that is valid as the name of a module."""
         return "_".join(
             [self.variant, "shifted" if self.shift else "plain", "noisy" if self.noise else "fitted", self.dtype]
         )
 
     @property
     def target(self) -> float:
-        """Length that the shift draws to: its epsilon is that length, or the standard deviation of n elements."""
+        """Target length of the shift. Its eps is this length, or for centered variants the standard deviation."""
         elements = {"ws": COLUMNS, "centered_fro": ROWS * COLUMNS}.get(self.variant, 1)
         return SHIFT * math.sqrt(elements)
 
     @property
     def freedom(self) -> tuple[int, int]:
-        """Rows that are normalised on their own, and the directions in which each of them can turn."""
+        """Number of rows that are normalised independently, and degrees of freedom of the direction of each."""
         rows = ROWS if self.variant in ("wn", "ws") else 1
         return rows, ROWS * COLUMNS // rows - (2 if self.variant in ("ws", "centered_fro") else 1)
 
     def gradient_scale(self, lr: float) -> float:
-        """c, such that noise without the shift comes to rest at the shift's length, too; 0 without noise."""
+        """c; chosen so that noise without the shift has its fixed point at the target of the shift; 0 without noise."""
         return math.sqrt(2 * DECAY * self.target**4 / lr) if self.noise else 0.0
 
     def noise_std(self, lr: float) -> float:
-        """Standard deviation of the elements of d loss / d What: What's rows are W's over r sqrt(rows)."""
+        """Standard deviation of the elements of the gradient with respect to What."""
         rows, directions = self.freedom
         return self.gradient_scale(lr) * math.sqrt(rows / directions)
 
@@ -95,19 +95,19 @@ TOYS = [
 
 
 def simulate(toys: list[Toy], steps: int, lr: float, start: float, records: int = 50) -> dict[str, dict]:
-    """Train toys side by side with SGD, ``param_groups_enc`` and ``add_shift``; weights and noise have seed 0.
+    """Train all toys at once with SGD, ``param_groups_enc`` and ``add_shift``; weights and noise have seed 0.
 
     Args:
-        toys: Which ones.
+        toys: The toys to train.
         steps: Number of steps.
         lr: Learning rate.
-        start: Length of the rows at the start, in units of :attr:`Toy.target`.
-        records: How often to measure, evenly spaced.
+        start: Initial length of the rows, in units of :attr:`Toy.target`.
+        records: Number of measurements, evenly spaced.
 
     Returns:
-        By toy's name, lists over the measured steps: ``step``, ``length`` (of the rows, their mean), ``gradient``
-        (Frobenius norm), ``effective_lr``; and ``target``, ``predicted`` (length at the end), ``norm`` (of W at the
-        end), ``first_bad`` (the first step with NaN or infinity in weights or gradients, None: no step).
+        For each toy by name, lists over the measured steps: ``step``, ``length`` (mean over rows), ``gradient``
+        (Frobenius norm), ``effective_lr``; and ``target``, ``predicted`` (final length), ``norm`` (final norm of W),
+        ``first_bad`` (first step with NaN or infinity in weights or gradients, or None).
     """
     torch.manual_seed(0)
     layers = {}
@@ -155,7 +155,7 @@ def simulate(toys: list[Toy], steps: int, lr: float, start: float, records: int 
 
 
 def draw_lengths(found: dict[str, dict], path: Path) -> None:
-    """Length, gradient and effective learning rate of float32 weights, and the length of bfloat16 weights."""
+    """Draw length, gradient and effective learning rate of float32 weights, and the length of bfloat16 weights."""
     import matplotlib.pyplot as plt
 
     looks = {
@@ -189,7 +189,7 @@ def draw_lengths(found: dict[str, dict], path: Path) -> None:
                     axis.annotate(names, (run["step"][-1], height), (0, 6), textcoords="offset points", ha="right")
             axis.set_yscale("log")
             if quantity == "length":
-                axis.set_ylim(bottom=1e-9)  # of what shrinks without end, enough to see it
+                axis.set_ylim(bottom=1e-9)  # lengths without shift and gradient shrink far below
             axis.set_title(f"{dtype}, lr {RUNS[dtype]['lr']}, decay {DECAY}", fontsize=11)
             axis.set_ylabel(label)
         for axis in axes[1]:
@@ -202,7 +202,7 @@ def draw_lengths(found: dict[str, dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Run the whole length, and write both files."""
+    """Run all steps and write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50_000)
     parser.add_argument("--out", type=Path, default=RESULTS / "long_training")
@@ -222,7 +222,7 @@ def main() -> None:
 
 
 def _rounded(value: float) -> float | None:
-    """Four digits; JSON knows no NaN."""
+    """Round to four digits; None for NaN and infinity, which JSON does not have."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 

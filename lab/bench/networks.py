@@ -1,4 +1,4 @@
-"""The networks that the benchmarks run on."""
+"""The networks of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import enc_plugin  # noqa: F401  (registers ResNetCIFAR6n)
 
 
 def classifier(backbone: str, channels: int, classes: int = 10, **options) -> nn.Module:
-    """A backbone of mmpretrain, which ends in ``channels`` maps, their average, and a linear layer."""
+    """An mmpretrain classifier: a backbone with ``channels`` output maps, average pooling, and a linear layer."""
     return build_classifier(
         dict(
             type="ImageClassifier",

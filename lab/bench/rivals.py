@@ -1,4 +1,4 @@
-"""The layers that ENC is timed against, put into the same networks in the place of every convolution."""
+"""The layers that ENC is compared with, which replace the convolutions of the same networks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DECAY, LR, MOMENTUM = 1e-4, 1e-3, 0.9
 
 
 class NaiveConv2d(nn.Conv2d):
-    """Eq. 22 as one would write it down, with alpha 1."""
+    """The obvious implementation of ENC ``'ws'`` (eq. 22) with alpha 1."""
 
     def forward(self, input: Tensor) -> Tensor:
         mean = self.weight.mean((1, 2, 3), keepdim=True)
@@ -28,21 +28,22 @@ class NaiveConv2d(nn.Conv2d):
 
 
 class CopyConv2d(nn.Conv2d):
-    """The floor of all layers that compute their weight: it is a copy of the parameter."""
+    """A convolution with a copy of its weight: the lower limit of the time of any layer that computes its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight.clone(), self.bias)
 
 
 def replace_convolutions(model: nn.Module, cls: type[nn.Conv2d]) -> nn.Module:
-    """Put layers of ``cls`` with the same settings and weights in the place of all ``nn.Conv2d``, in place."""
+    """Replace all ``nn.Conv2d`` in ``model`` by ``cls`` with the same settings and weights."""
     for module in list(model.modules()):
         for name, conv in module.named_children():
             if type(conv) is nn.Conv2d:
                 options = {k: getattr(conv, k) for k in ("stride", "padding", "dilation", "groups")}
-                twin = cls(conv.in_channels, conv.out_channels, conv.kernel_size, bias=conv.bias is not None, **options)
-                twin.load_state_dict(conv.state_dict())
-                setattr(module, name, twin)
+                options["bias"] = conv.bias is not None
+                new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
+                new.load_state_dict(conv.state_dict())
+                setattr(module, name, new)
     return model
 
 
@@ -61,18 +62,18 @@ def _torch_weight_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-# Name to conversion in place. The rivals below ENC replace the convolutions alone, except torch's, which takes the
-# classifier too; ENC converts every layer and gives the classifier a batch norm.
+# Name -> in-place conversion. ENC converts every layer and adds a batch norm to the classifier, torch's weight norm
+# converts every layer, and the others convert only convolutions.
 CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda model: model,
-    "ENC, eq. 20": _enc("fro"),
-    "ENC, eq. 21": _enc("wn"),
-    "ENC, eq. 22": _enc("ws"),
-    "ENC, eq. 23": _enc("centered_fro"),
+    "ENC fro": _enc("fro"),
+    "ENC wn": _enc("wn"),
+    "ENC ws": _enc("ws"),
+    "ENC centered_fro": _enc("centered_fro"),
     "torch weight_norm": _torch_weight_norm,
     "timm StdConv2d": lambda model: replace_convolutions(model, StdConv2d),
     "mmcv ConvWS2d": lambda model: replace_convolutions(model, ConvWS2d),
-    "naive eq. 22": lambda model: replace_convolutions(model, NaiveConv2d),
+    "naive ws": lambda model: replace_convolutions(model, NaiveConv2d),
     "a copy of the weight": lambda model: replace_convolutions(model, CopyConv2d),
 }
 
@@ -83,7 +84,7 @@ def converted(model: nn.Module, names: tuple[str, ...] = tuple(CONVERSIONS)) -> 
 
 
 def sgd(model: nn.Module, shift: bool = True, **options) -> torch.optim.SGD:
-    """SGD with momentum and decay; on an ENC network with the epsilon shift, elsewhere one group of all parameters."""
+    """SGD with momentum and weight decay; with the epsilon shift for an ENC network, else with a single group."""
     groups = param_groups_enc(model, DECAY, shift_eps=DEFAULT_SHIFT_EPS if shift else 0.0)
     if not any("shift_eps" in group for group in groups):
         return torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY, **options)

@@ -1,4 +1,4 @@
-"""How the time of GBR grows with classes, projections, samples and processes: ResNet-20 (CIFAR), batch 8."""
+"""The time of GBR as a function of classes, projections, samples and processes; ResNet-20 (CIFAR), batch 8."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _share(samples: int) -> int:
 
 
 def run(rounds: int = 7) -> dict:
-    """All four; about a minute on quiet cores."""
+    """Measure all four; takes about a minute on idle cores."""
     torch.manual_seed(0)
     model = resnet20().eval()
     by_classes = {f"{c} classes": partial(_gbr, resnet20(c).eval()) for c in (10, 20, 40, 80)}

@@ -1,7 +1,7 @@
-"""Training step (forward, backward, optimizer): plain, ENC and its rivals, from small images to large ones.
+"""Training step (forward, backward, optimizer) of plain, ENC and similar layers, for small and large images.
 
-The plain network runs twice a round: how far from 1 the ratio of two equal networks gets on this machine. A layer that
-computes its weight costs at least what a copy of it costs.
+The plain network runs twice in each round, which shows how far the ratio of two equal networks is from 1 on this
+machine. A layer that computes its weight takes at least the time of one that copies it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .harness import goal, interleave, ratios
 from .networks import resnet20, resnet50
 from .rivals import converted, sgd
 
-# Network, classes, batch, size, share of the rounds. At 8 x 224 x 224 a weight's part is four times that at 32.
+# Network, classes, batch, size, share of the rounds.
 CASES = {
     "resnet50_4x64": (resnet50, 1000, 4, 64, 1.0),
     "resnet20_128x32": (resnet20, 10, 128, 32, 1.0),
@@ -27,7 +27,7 @@ BOUNDS = {"resnet50_4x64": 1.10, "resnet50_8x224": 1.02}
 
 
 def step(model: nn.Module, loss: Callable[[], torch.Tensor], shift: bool = True) -> Callable[[], None]:
-    """A call that takes one step of SGD down ``loss``, for ENC with the epsilon shift."""
+    """A function that takes one SGD step on ``loss``; ``shift``: with the epsilon shift if the network is ENC."""
     model.train()
     optimizer = sgd(model, shift)
 
@@ -40,7 +40,7 @@ def step(model: nn.Module, loss: Callable[[], torch.Tensor], shift: bool = True)
 
 
 def case(name: str, rounds: int) -> tuple[dict, list[dict]]:
-    """Times of one case, and its lines of the table of goals."""
+    """The times of one case, and its rows of the table of goals."""
     build, classes, batch, size, factor = CASES[name]
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
@@ -51,28 +51,28 @@ def case(name: str, rounds: int) -> tuple[dict, list[dict]]:
     networks = converted(build())
     networks["plain again"] = converted(build(), ("plain",))["plain"]
     steps = {key: step(network, loss_of(network)) for key, network in networks.items()}
-    for key in ("ENC, eq. 21", "ENC, eq. 22"):  # the layers alone: the rivals know no shift
+    for key in ("ENC wn", "ENC ws"):  # without the shift, for a comparison of the layers
         network = converted(build(), (key,))[key]
         steps[f"{key}, no shift"] = step(network, loss_of(network), shift=False)
     seconds = interleave(steps, max(3, round(rounds * factor)), warmup=2)
     found = {
-        "what": f"training step, {build.__name__}, batch {batch}, {size} x {size}, float32, data loading left out",
+        "what": f"training step, {build.__name__}, batch {batch}, {size} x {size}, float32, without data loading",
         "to_plain": ratios(seconds, "plain"),
     }
     goals = []
     if name in BOUNDS:
-        goals.append(goal(f"{name}: ENC, eq. 22, to plain", found["to_plain"]["ENC, eq. 22"], BOUNDS[name]))
-    for rival in ("timm StdConv2d", "mmcv ConvWS2d", "naive eq. 22"):
-        goals.append(goal(f"{name}: ENC, eq. 22, to {rival}", ratios(seconds, rival)["ENC, eq. 22"], 1.0))
-    for ours in ("ENC, eq. 21", "ENC, eq. 21, no shift"):
+        goals.append(goal(f"{name}: ENC ws, to plain", found["to_plain"]["ENC ws"], BOUNDS[name]))
+    for rival in ("timm StdConv2d", "mmcv ConvWS2d", "naive ws"):
+        goals.append(goal(f"{name}: ENC ws, to {rival}", ratios(seconds, rival)["ENC ws"], 1.0))
+    for ours in ("ENC wn", "ENC wn, no shift"):
         goals.append(goal(f"{name}: {ours}, to torch weight_norm", ratios(seconds, "torch weight_norm")[ours], 1.0))
     return found, goals
 
 
 def run(rounds: int = 41) -> dict:
-    """All cases; about eleven minutes on a quiet core."""
+    """Run all cases; takes about eleven minutes on an idle core."""
     torch.set_num_threads(1)
-    result: dict = {"what": "training step (forward, backward, SGD), float32, data loading left out"}
+    result: dict = {"what": "training step (forward, backward, SGD), float32, without data loading"}
     goals = []
     for name in CASES:
         result[name], found = case(name, rounds)

@@ -65,7 +65,7 @@ def test_charts_and_text_are_written_from_the_figures_alone(bench, tmp_path):
         shutil.copy(BENCH / f"{name}.json", tmp_path)
     bench("--readme", "--results", tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"optimizer.png"}  # counts have no chart
-    assert "| footprint | ENC, eq. 22: memory over plain, in weights |" in (tmp_path / "README.md").read_text()
+    assert "| footprint | ENC ws: memory over plain, in weights |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_a_layer_adds_few_calls_and_keeps_one_weight_more_than_plain(variant, fo
 
 
 @pytest.mark.parametrize(("variant", "calls"), [("fro", 6), ("wn", 3), ("ws", 3), ("centered_fro", 3)])
-def test_the_shift_adds_few_calls_a_layer_to_the_optimizers_step(variant, calls):
+def test_the_shift_adds_few_calls_per_layer_to_the_optimizers_step(variant, calls):
     model = network(variant)
     counts = []
     for shift_eps in (0, 1e-3):
@@ -164,10 +164,10 @@ def test_every_hook_of_a_run_is_timed():
     rows = found["counts"]
     assert found["step_ms"] > 0
     gbr, fgsm = rows["GBRHook, exact"], rows["FGSMHook, 4 eps"]
-    assert gbr["seconds_an_epoch"] > rows["GBRHook, 1 projection"]["seconds_an_epoch"] > 0
-    seconds = fgsm["ms_an_iteration"] / 1e3 + fgsm["seconds_an_epoch"] * 128 / 50_000
+    assert gbr["seconds_per_epoch"] > rows["GBRHook, 1 projection"]["seconds_per_epoch"] > 0
+    seconds = fgsm["ms_per_iteration"] / 1e3 + fgsm["seconds_per_epoch"] * 128 / 50_000
     assert fgsm["percent_of_an_epoch"] == pytest.approx(100 * seconds / (found["step_ms"] / 1e3))
-    assert rows["ENCMonitorHook, every iteration"]["ms_an_iteration"] > 0
+    assert rows["ENCMonitorHook, every iteration"]["ms_per_iteration"] > 0
 
 
 @pytest.mark.slow
@@ -176,10 +176,10 @@ def test_the_section_for_a_gpu_runs_on_a_cpu_and_is_left_out_there(bench, tmp_pa
     *_, found = gpu.run(rounds=1, minutes=30, batch=2, size=8, build=resnet20, parts=parts)
     tables = dict(harness.tables(found))
     steps = tables["step, bfloat16 channels last, to plain"]
-    assert {"plain", "ENC, eq. 22, layer by layer", *gpu.ENC, *gpu.RIVALS} == set(steps)
+    assert {"plain", "ENC ws, layer by layer", *gpu.ENC, *gpu.RIVALS} == set(steps)
     assert not any(found[part].get("failed") for part in parts)
-    assert tables["inference, float32, batch 1"]["ENC, eq. 22, folded"]["rounds"] == 1
+    assert tables["inference, float32, batch 1"]["ENC ws, folded"]["rounds"] == 1
     assert found["counts"]["plain, float32"] == {"MiB at the peak": 0.0}
-    assert found["goals"][0]["what"] == "step, bfloat16 channels_last: ENC, eq. 22, to plain"
+    assert found["goals"][0]["what"] == "step, bfloat16 channels_last: ENC ws, to plain"
     assert "gpu: left out, because there is no CUDA device" in bench("--only", "gpu", "--results", tmp_path)
     assert not (tmp_path / "gpu.json").exists()

@@ -71,7 +71,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 
 def test_names_and_work_dirs_must_match(work_dirs, tmp_path):
-    with pytest.raises(ValueError, match="names: expected one name a work dir, at least one; got 1 for 2"):
+    with pytest.raises(ValueError, match="names: expected .* one name for each, got 2 work dirs and 1 names"):
         write_report(work_dirs, tmp_path / "report.html", ["one"])
 
 
@@ -223,7 +223,7 @@ def test_measurements_in_different_units_are_not_to_be_compared(tmp_path):
         (work_dirs[-1] / "measurements.json").write_text(json.dumps({"gbr/logits": told}))
     write_report(work_dirs, tmp_path / "report.html", norms=False)
     page = (tmp_path / "report.html").read_text()
-    assert "gbr/logits differ in their unit (logits² per squared gray level; logits² per squared standard" in page
+    assert "gbr/logits differs between runs (logits² per squared gray level; logits² per squared standard" in page
 
 
 def test_the_page_says_where_each_run_comes_from(work_dirs, tmp_path):
@@ -263,7 +263,7 @@ def test_a_start_that_would_take_most_of_a_logarithmic_axis_is_left_off_it_and_t
     gbr = [{"gbr/logits": value, "gbr/logits_sem": 0.1, "step": i} for i, value in enumerate((1e-7, 20.0, 30.0))]
     write_log(tmp_path, [gbr[0], *epoch(1, 3.0, 10.0), gbr[1], *epoch(2, 2.0, 20.0), gbr[2]])
     write_report([tmp_path], tmp_path / "report.html", ["mine"], norms=False)
-    assert "Off the axis at the start: mine 1e-07." in (tmp_path / "report.html").read_text()
+    assert "First values beyond the axis: mine 1e-07." in (tmp_path / "report.html").read_text()
     assert _without_first([Series("a", [0, 1, 2], [10.0, 20.0, 30.0])]) == (None, "")
     assert _without_first([Series("a", [0, 1, 2], [1e-7, 20.0, 30.0])])[0] == (10.0, 60.0)
 

@@ -105,7 +105,7 @@ def test_missing_archives_and_work_dirs_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="^prepare_cifar10: archive: there is no file a.zip"):
         run_tool("prepare_cifar10", ["a.zip"], monkeypatch)
-    with pytest.raises(SystemExit, match="^report: work_dir: nowhere is no folder"):
+    with pytest.raises(SystemExit, match="^report: work_dir: nowhere is not a folder"):
         run_tool("report", ["nowhere"], monkeypatch)
 
 

@@ -6,6 +6,7 @@ from enc_plugin.installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
 import argparse
+import functools
 import json
 import logging
 import re
@@ -16,7 +17,6 @@ from pathlib import Path
 import torch
 import yaml
 from mmengine.analysis import get_model_complexity_info
-from mmengine.config import Config
 from torch import nn
 
 from enc_plugin.build import build_model, load_config
@@ -34,74 +34,52 @@ class Complexity:
     flops: int
 
 
-def complexity(model: nn.Module, side: int = 224) -> Complexity:
-    """Size of ``model`` for an image of ``side`` x ``side`` pixels.
-
-    Args:
-        model: Any ``nn.Module`` that takes images ``(1, 3, side, side)``.
-        side: Height and width of the image, in pixels.
-    """
+def complexity(model: nn.Module) -> Complexity:
+    """Size of ``model`` for an image of 224 x 224 pixels."""
     model.eval()
+    image = torch.zeros(1, 3, 224, 224)
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # mmengine warns of each operator and module that it does not count
     try:
-        counts = get_model_complexity_info(
-            model, inputs=torch.zeros(1, 3, side, side), show_table=False, show_arch=False
-        )
+        counts = get_model_complexity_info(model, inputs=image, show_table=False, show_arch=False)
     finally:
         logging.disable(previous)
     return Complexity(int(counts["params"]), int(counts["flops"]))
 
 
-class Measured:
-    """Complexity of the networks of configs; each network is measured only once."""
+_measured: dict[str, tuple[Complexity, Complexity]] = {}  # by network
 
-    def __init__(self):
-        self._configs: dict[Path, tuple[Complexity, Complexity]] = {}
-        self._networks: dict[str, tuple[Complexity, Complexity]] = {}
 
-    def trained(self, path: Path) -> Complexity:
-        """Complexity of the network that the config builds."""
-        return self._measure(path)[0]
-
-    def folded(self, path: Path) -> Complexity:
-        """Complexity of the network after :func:`enc_plugin.fold` (the same network if it has no ENC layers)."""
-        return self._measure(path)[1]
-
-    def _measure(self, path: Path) -> tuple[Complexity, Complexity]:
-        path = path.resolve()
-        if path not in self._configs:
-            self._configs[path] = self._measure_network(load_config(path))
-        return self._configs[path]
-
-    def _measure_network(self, config: Config) -> tuple[Complexity, Complexity]:
-        # Configs with the same network may differ in loss and augmentation.
-        network = {key: value for key, value in config.model.to_dict().items() if key != "train_cfg"}
-        network["head"] = {key: value for key, value in network.get("head", {}).items() if key != "loss"}
-        key = json.dumps(network, sort_keys=True, default=str)
-        if key not in self._networks:
-            model = build_model(config).eval()
-            trained = complexity(model)
-            folded = complexity(fold(model)) if next(enc_layers(model), None) is not None else trained
-            self._networks[key] = trained, folded
-        return self._networks[key]
+@functools.cache
+def complexities(path: Path) -> tuple[Complexity, Complexity]:
+    """Complexity of the network that the config at ``path`` builds, and of the plain network after folding."""
+    config = load_config(path)
+    # Configs with the same network may differ in loss and augmentation.
+    network = {key: value for key, value in config.model.to_dict().items() if key != "train_cfg"}
+    network["head"] = {key: value for key, value in network.get("head", {}).items() if key != "loss"}
+    key = json.dumps(network, sort_keys=True, default=str)
+    if key not in _measured:
+        model = build_model(config).eval()
+        trained = complexity(model)
+        folded = complexity(fold(model)) if next(enc_layers(model), None) is not None else trained
+        _measured[key] = trained, folded
+    return _measured[key]
 
 
 COLUMNS = {
-    "params (M)": lambda measured, path: f"{measured.trained(path).params / 1e6:.2f}",
-    "GFLOPs": lambda measured, path: f"{measured.trained(path).flops / 1e9:.3f}",
-    "params, folded (M)": lambda measured, path: f"{measured.folded(path).params / 1e6:.2f}",
-    "GFLOPs, folded": lambda measured, path: f"{measured.folded(path).flops / 1e9:.3f}",
+    "params (M)": lambda trained, folded: f"{trained.params / 1e6:.2f}",
+    "GFLOPs": lambda trained, folded: f"{trained.flops / 1e9:.3f}",
+    "params, folded (M)": lambda trained, folded: f"{folded.params / 1e6:.2f}",
+    "GFLOPs, folded": lambda trained, folded: f"{folded.flops / 1e9:.3f}",
 }
 
 
-def fill_tables(text: str, folder: Path, measured: Measured) -> str:
+def fill_tables(text: str, folder: Path) -> str:
     """Fill the measured columns (:data:`COLUMNS`) of all Markdown tables in ``text``.
 
     Args:
         text: A README. Its tables need a column ``config`` with links to config files.
         folder: Folder that the links are relative to.
-        measured: Source of the numbers.
 
     Returns:
         The text with these cells replaced.
@@ -115,9 +93,9 @@ def fill_tables(text: str, folder: Path, measured: Measured) -> str:
         elif not head:
             head = cells
         elif "config" in head and (link := re.search(r"\((\S+\.py)\)", cells[head.index("config")])):
-            path = folder / link[1]
+            sizes = complexities((folder / link[1]).resolve())
             for column in set(head) & set(COLUMNS):
-                cells[head.index(column)] = COLUMNS[column](measured, path)
+                cells[head.index(column)] = COLUMNS[column](*sizes)
             line = f"| {' | '.join(cells)} |"
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -132,12 +110,11 @@ def imagenet_configs(configs: Path) -> Iterator[Path]:
             yield path
 
 
-def metafile(configs: Path, measured: Measured) -> str:
+def metafile(configs: Path) -> str:
     """Text of ``configs/metafile.yml``, from which mmpretrain's model list and MIM read the configs.
 
     Args:
         configs: The folder of the configs.
-        measured: Source of the numbers.
 
     Returns:
         YAML, without results, because there are no trained weights. The paper's results are in the READMEs.
@@ -153,16 +130,18 @@ def metafile(configs: Path, measured: Measured) -> str:
         "Paper": PAPER,
         "README": "configs/README.md",
     }
-    models = [
-        {
-            "Name": path.stem,
-            "Metadata": {"FLOPs": measured.folded(path).flops, "Parameters": measured.folded(path).params},
-            "In Collection": "ENC",
-            "Results": [{"Task": "Image Classification", "Dataset": "ImageNet-1k", "Metrics": {}}],
-            "Config": f"configs/{path.relative_to(configs).as_posix()}",
-        }
-        for path in imagenet_configs(configs)
-    ]
+    models = []
+    for path in imagenet_configs(configs):
+        _, folded = complexities(path.resolve())
+        models.append(
+            {
+                "Name": path.stem,
+                "Metadata": {"FLOPs": folded.flops, "Parameters": folded.params},
+                "In Collection": "ENC",
+                "Results": [{"Task": "Image Classification", "Dataset": "ImageNet-1k", "Metrics": {}}],
+                "Config": f"configs/{path.relative_to(configs).as_posix()}",
+            }
+        )
     comment = "# Written by python -m lab.zoo: sizes are measured from the built models, folded.\n"
     return comment + yaml.safe_dump({"Collections": [collection], "Models": models}, sort_keys=False, width=120)
 
@@ -177,9 +156,8 @@ def update(configs: Path, write: bool = True) -> list[Path]:
     Returns:
         The files that were out of date.
     """
-    measured = Measured()
-    texts = {path: fill_tables(path.read_text(), path.parent, measured) for path in configs.rglob("README.md")}
-    texts[configs / "metafile.yml"] = metafile(configs, measured)
+    texts = {path: fill_tables(path.read_text(), path.parent) for path in configs.rglob("README.md")}
+    texts[configs / "metafile.yml"] = metafile(configs)
     changed = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     for path in changed if write else ():
         path.write_text(texts[path])

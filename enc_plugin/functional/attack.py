@@ -92,9 +92,7 @@ def pgd(
     each ``eps`` and returns the last iterate. Like :func:`fgsm`, it has no side effects.
 
     Args:
-        forward: As in :func:`fgsm`.
-        images: As in :func:`fgsm`.
-        labels: As in :func:`fgsm`.
+        forward, images, labels, lower, upper, loss: As in :func:`fgsm`.
         eps: As in :func:`fgsm`; each value of a sequence is attacked from the start.
         steps: Number of gradients, 1 to 9,999.
         step_size: Change of a pixel in one step (a), in the unit of ``images``. None: ``2.5 * eps / steps``, with which
@@ -102,9 +100,6 @@ def pgd(
         random_start: Start from a uniformly random point of the ball, clipped to the bounds; else from the images.
         generator: Generator of the random start, on the device of ``images``. None: a new generator with seed 0 for
             each ``eps``; the global random state is not used.
-        lower: As in :func:`fgsm`.
-        upper: As in :func:`fgsm`.
-        loss: As in :func:`fgsm`.
 
     Returns:
         As :func:`fgsm`.
@@ -153,10 +148,7 @@ def input_gradient(
     float32 or float64, so it does not underflow in half precision. TensorFloat-32 is not used.
 
     Args:
-        forward: As in :func:`fgsm`.
-        images: As in :func:`fgsm`.
-        labels: As in :func:`fgsm`.
-        loss: As in :func:`fgsm`.
+        forward, images, labels, loss: As in :func:`fgsm`.
 
     Returns:
         The gradient, of the shape, dtype and device of ``images``, and the logits ``(N, C)`` of the same forward pass.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def check_integer(name: str, value: object, minimum: int, *, below: int | None = None, none: str | None = None) -> None:
-    """Raise unless ``value`` is an integer >= ``minimum``.
+    """Raise ``TypeError`` unless ``value`` is an integer, and ``ValueError`` unless it is >= ``minimum``.
 
     Args:
         name: Name of the argument.
@@ -19,10 +19,6 @@ def check_integer(name: str, value: object, minimum: int, *, below: int | None =
         minimum: Smallest accepted value.
         below: Exclusive upper bound, or None.
         none: Meaning of None, for the error message. If it is not given, None raises.
-
-    Raises:
-        TypeError: If ``value`` is not an integer.
-        ValueError: If ``value`` is out of range.
     """
     if value is None and none is not None:
         return
@@ -44,17 +40,13 @@ def check_seed(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object, expected: str, accepts: Callable[[float], bool]) -> None:
-    """Raise unless ``value`` is a real number that ``accepts`` returns True for.
+    """Raise ``TypeError`` unless ``value`` is a real number, and ``ValueError`` unless ``accepts(value)`` is true.
 
     Args:
         name: Name of the argument.
         value: Value of the argument.
         expected: The accepted range in words.
         accepts: Whether a number is in the range. It must return False for NaN to make NaN raise.
-
-    Raises:
-        TypeError: If ``value`` is not a number.
-        ValueError: If ``value`` is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")

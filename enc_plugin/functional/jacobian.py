@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -68,7 +69,12 @@ def gbr(
         >>> gbr(lambda x: x @ weight.T + 1, torch.zeros(2, 2))
         tensor([14., 14.])
     """
-    _check_gbr(forward, inputs, output, labels, projections, generator, seeds, batch_size)
+    check_type("forward", forward, Callable, "a model or another callable")
+    check_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator or None")
+    check_output(output)
+    check_projections(projections)
+    check_integer("batch_size", batch_size, 1)
+    _check_samples(inputs, output, labels, seeds)
     values = []
     with reading(inputs.device):
         if projections is not None and seeds is None:
@@ -146,16 +152,12 @@ def gbr_penalty(
 def check_forward(
     forward: Callable[[Tensor], Tensor], inputs: Tensor, output: str = "logits", labels: Tensor | None = None
 ) -> None:
-    """Raise if ``forward`` is random or its samples depend on each other, as :func:`gbr` does in its first batch.
+    """Raise, as :func:`gbr` does, if ``forward`` is random or samples depend on each other.
 
     Call it once before many calls of :func:`squared_norms`, which do not check.
 
     Args:
         forward, inputs, output, labels: As in :func:`gbr`. With fewer than three samples, a dependence may be missed.
-
-    Raises:
-        ValueError: As :func:`gbr`.
-        TypeError: As :func:`gbr`.
     """
     with reading(inputs.device):
         _squared_norms(forward, inputs.detach(), output, labels, 1, list(range(len(inputs))), check=True)
@@ -185,18 +187,19 @@ def _squared_norms(
     check: bool,
 ) -> Tensor:
     """:func:`gbr` of one batch; ``check`` as in :func:`check_forward`."""
-    if check:
-        with refuse_random(forward, inputs):
-            x, out = _graph(forward, inputs, output, labels)
-    else:
-        x, out = _graph(forward, inputs, output, labels)
+
+    def graph(part: slice) -> tuple[Tensor, Tensor]:
+        return _graph(forward, inputs[part], output, None if labels is None else labels[part])
+
+    with refuse_random(forward, inputs) if check else nullcontext():
+        x, out = graph(slice(None))
     directions, scale = _directions(out.shape[1], projections, seeds, out)
     total = torch.zeros(len(x), dtype=_at_least_float32(x), device=x.device)
     check = check and len(x) > 1
     for i, direction in enumerate(directions):
         keep = i + 1 < len(directions)
         if check and i == 0:
-            gradient = _checked_gradient(forward, inputs, output, labels, x, out, direction, keep)
+            gradient = _checked_gradient(graph, x, out, direction, keep)
         else:
             gradient = _input_gradient(out, x, direction, keep)
         total += gradient.reshape(len(x), -1).to(total.dtype).square().sum(1)
@@ -204,14 +207,7 @@ def _squared_norms(
 
 
 def _checked_gradient(
-    forward: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    output: str,
-    labels: Tensor | None,
-    x: Tensor,
-    out: Tensor,
-    direction: Tensor,
-    keep: bool,
+    graph: Callable[[slice], tuple[Tensor, Tensor]], x: Tensor, out: Tensor, direction: Tensor, keep: bool
 ) -> Tensor:
     """Gradient along ``direction``. Also checks, almost for free, that no sample's output depends on another sample.
 
@@ -229,7 +225,7 @@ def _checked_gradient(
             "forward: expected each sample's output to depend on that sample alone, but it depends on other samples of "
             "the batch; look for batch statistics, or operations along dimension 0"
         )
-    own_x, own_out = _graph(forward, inputs[middle], output, None if labels is None else labels[middle])
+    own_x, own_out = graph(middle)
     own = _input_gradient(own_out, own_x, direction[middle])
     return torch.cat([gradient[:index], own, gradient[index + 1 :]])
 
@@ -338,33 +334,19 @@ def _at_least_float32(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.dtype, torch.float32)
 
 
-def _check_gbr(
-    forward: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    output: str,
-    labels: Tensor | None,
-    projections: int | None,
-    generator: torch.Generator | None,
-    seeds: Tensor | None,
-    batch_size: int,
-) -> None:
-    check_type("forward", forward, Callable, "a model or another callable")
+def _check_samples(inputs: Tensor, output: str, labels: Tensor | None, seeds: Tensor | None) -> None:
     check_floating_tensor("inputs", inputs, "; convert them with inputs.float()")
     check_type("labels", labels, (Tensor, type(None)), "a tensor of class numbers or None")
-    check_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator or None")
     check_type("seeds", seeds, (Tensor, type(None)), "a tensor of integers or None")
-    check_output(output)
     if inputs.ndim == 0:
         raise ValueError("inputs: expected a batch (N, ...), got a scalar")
     if output == "label_prob" and (labels is None or labels.shape != inputs.shape[:1] or not holds_integers(labels)):
         got = "None" if labels is None else f"shape {tuple(labels.shape)} of {labels.dtype}"
         raise ValueError(f"labels: 'label_prob' needs {len(inputs)} class numbers, got {got}")
-    check_projections(projections)
     if seeds is not None and (seeds.shape != inputs.shape[:1] or not holds_integers(seeds)):
         raise ValueError(f"seeds: expected {len(inputs)} integers, got shape {tuple(seeds.shape)} of {seeds.dtype}")
     if seeds is not None and seeds.numel() and not 0 <= int(seeds.min()) <= int(seeds.max()) < 2**32:
         raise ValueError(f"seeds: expected integers from 0 to 2^32 - 1, got {int(seeds.min())}..{int(seeds.max())}")
-    check_integer("batch_size", batch_size, 1)
 
 
 def check_output(output: str) -> None:

@@ -166,9 +166,7 @@ def imprecise_rows(weight: Tensor, variant: str, kept: Tensor | None = None) -> 
     float32. The result for each row is compared with that of the row divided by its largest element, in float64.
 
     Args:
-        weight: Free weight W, as in :func:`enc_weight`, finite.
-        variant: As in :func:`enc_weight`.
-        kept: As in :func:`enc_weight`.
+        weight, variant, kept: As in :func:`enc_weight`.
 
     Returns:
         Boolean tensor, ``(out,)`` (whole-layer variants: ``(1,)``): whether the effective weight of the row is not

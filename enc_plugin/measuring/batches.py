@@ -17,7 +17,7 @@ from .untouched import recomputed, untouched
 
 
 def check_batches(loader: DataLoader, model: nn.Module, steps: int | None = None) -> None:
-    """Raise if a training loader has no batch, or a batch of one for which a batch norm gets one value per channel.
+    """Raise ``ValueError`` if any rank has no training batch, or one in which a batch norm gets one value per channel.
 
     One training sample runs through the network to find these batch norms. All ranks must call it.
 
@@ -25,9 +25,6 @@ def check_batches(loader: DataLoader, model: nn.Module, steps: int | None = None
         loader: Training data loader.
         model: The model, not wrapped.
         steps: Number of batches that will be drawn; None: whole epochs.
-
-    Raises:
-        ValueError: If there is such a batch on any rank.
     """
     # With some samplers, the ranks have different numbers of samples.
     found = [pair for pair in all_gather_object(_samples_and_size(loader)) if pair is not None]
@@ -80,17 +77,14 @@ def norms_of_single_values(loader: DataLoader, model: nn.Module) -> list[str]:
 
 
 def check_penalty(loader: DataLoader, model: nn.Module, compiles: bool) -> None:
-    """Raise if a model with a GBR penalty cannot differentiate its gradients, tested on two training samples.
+    """Raise ``ValueError`` if a model with a GBR penalty cannot differentiate its gradients.
 
-    All ranks must call it.
+    It is tested on two training samples. All ranks must call it.
 
     Args:
         loader: Training data loader.
         model: The model, not wrapped; without ``gbr_penalty`` nothing is tested.
         compiles: Whether the run compiles the model.
-
-    Raises:
-        ValueError: If the model cannot be trained with the penalty; names the option that is in the way.
     """
     penalty = getattr(model, "gbr_penalty", None)
     if penalty is None:

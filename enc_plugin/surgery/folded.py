@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional.bounds import bound_chain
 from ..layers import ENCLayer, StockLayer, batch_norm_affine
 from ..table import first_few, format_table
 from .recording import RecordError, record_forward
 from .scale_paths import norms_that_fold
+from .trace import Trace
 from .used_weight import UnclearWeightError, UsedWeight, used_weight
 
 
@@ -130,22 +132,31 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
         if isinstance(layer, ENCLayer) and layer.enc_norm is not None:
             norms.insert(0, layer.enc_norm)
         folded.update(norms)
-        sq_gain = torch.ones(())
-        for norm in norms:
-            sq_gain = sq_gain * batch_norm_affine(norm)[0].square()
-        first = trace.calls[layer][0].input
         try:
-            if first is None:
-                raise UnclearWeightError("its input is not a tensor")
-            used = used_weight(layer, first.shape, with_map=inputs is not None)
+            used = _used_weight(trace, layer, with_map=inputs is not None)
         except UnclearWeightError as error:
             table.unclear[name] = str(error)
             used = UsedWeight(torch.tensor([math.nan]), torch.tensor([math.nan]))
-        map_sq_norm = None
-        if inputs is not None and used.map_rows is not None:
-            map_sq_norm = (used.map_rows * sq_gain).sum().item()
-        sq_norm = (used.rows * sq_gain).sum().item()
-        table.append(FoldedRow(name, type(layer).__name__, tuple(names[norm] for norm in norms), sq_norm, map_sq_norm))
+        sq_norm, map_sq_norm = _folded_norms(used, norms)
+        norm_names = tuple(names[norm] for norm in norms)
+        map_sq_norm = None if inputs is None else map_sq_norm
+        table.append(FoldedRow(name, type(layer).__name__, norm_names, sq_norm, map_sq_norm))
     ran = {trace.norm_of(op) for op in trace.ops} - inside
     table.unfolded = [name for name, module in model.named_modules() if module in ran - folded]
     return table
+
+
+def _used_weight(trace: Trace, layer: StockLayer, with_map: bool) -> UsedWeight:
+    first = trace.calls[layer][0].input
+    if first is None:
+        raise UnclearWeightError("its input is not a tensor")
+    return used_weight(layer, first.shape, with_map)
+
+
+def _folded_norms(used: UsedWeight, norms: list[_BatchNorm]) -> tuple[float, float | None]:
+    """Squared norms of a weight and of its linear map (None if unknown), with the batch norms ``norms`` folded in."""
+    sq_gain = torch.ones(())
+    for norm in norms:
+        sq_gain = sq_gain * batch_norm_affine(norm)[0].square()
+    map_sq_norm = None if used.map_rows is None else (used.map_rows * sq_gain).sum().item()
+    return (used.rows * sq_gain).sum().item(), map_sq_norm

@@ -29,7 +29,7 @@ if __name__ == "__main__":
         sys.exit()
     import torch
 
-    from .harness import draw_ratios, readme, write_section
+    from .output import draw_ratios, readme, write_section
 
     torch.set_num_threads(1)  # times are for one thread, unless a section says otherwise
     options = {key: getattr(args, key) for key in ("rounds", "minutes") if getattr(args, key) is not None}

@@ -12,6 +12,7 @@ import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -206,20 +207,28 @@ def probes_section(rounds: int, samples: int = 32, wanted: float = 0.02) -> dict
     }
 
 
-def imagenet_section(rounds: int, batch: int = 16) -> dict:
-    model = classifier("ResNet", 2048, classes=1000, depth=50).eval()
-    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
+def training_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """A function that takes one step of SGD with momentum and leaves ``model`` in eval mode."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
-    def train_step():
+    def step() -> None:
         model.train()
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         model.eval()
 
-    measure = lambda: gbr(model, images, projections=1, batch_size=batch)  # noqa: E731
-    seconds = interleave({"training step": train_step, "one projection": measure}, rounds)
+    return step
+
+
+def imagenet_section(rounds: int, batch: int = 16) -> dict:
+    model = classifier("ResNet", 2048, classes=1000, depth=50).eval()
+    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
+    candidates = {
+        "training step": training_step(model, images, labels),
+        "one projection": lambda: gbr(model, images, projections=1, batch_size=batch),
+    }
+    seconds = interleave(candidates, rounds)
     return {
         "what": f"ResNet-50, 1000 classes, batch {batch}, 224 x 224: one projection compared with a training step",
         "to_training_step": ratios(seconds, "training step"),
@@ -234,16 +243,7 @@ def hook_section(rounds: int, batch: int = 64, num_samples: int = 512, epoch: in
         model = resnet20().eval()
         if name == "ENC":
             to_enc(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-        def train_step(model=model, optimizer=optimizer):
-            model.train()
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            model.eval()
-
-        candidates = {"training step": train_step}
+        candidates = {"training step": training_step(model, images, labels)}
         for projections in (None, 1):
             how = "exact" if projections is None else "one projection"
             candidates[how] = lambda m=model, p=projections: gbr(m, images, projections=p, batch_size=batch)

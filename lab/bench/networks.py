@@ -22,9 +22,9 @@ def classifier(backbone: str, channels: int, classes: int = 10, **options) -> nn
     )
 
 
-def resnet18(classes: int = 10) -> nn.Module:
+def resnet18() -> nn.Module:
     """ResNet-18 for 32 x 32 images."""
-    return classifier("ResNet_CIFAR", 512, classes, depth=18)
+    return classifier("ResNet_CIFAR", 512, depth=18)
 
 
 def resnet20(classes: int = 10) -> nn.Module:

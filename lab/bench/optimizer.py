@@ -40,7 +40,6 @@ def run(rounds: int = 41) -> dict:
         "to_torch_sgd": table,
         "groups": {name: len(o.param_groups) for name, o in optimizers.items()},
         "goals": [
-            goal(f"{name}, with the shift, to torch SGD", table[name], 1.25)
-            for name in ("ENC ws", "ENC ws, fused")
+            goal(f"{name}, with the shift, to torch SGD", table[name], 1.25) for name in ("ENC ws", "ENC ws, fused")
         ],
     }

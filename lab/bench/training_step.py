@@ -46,7 +46,7 @@ def case(name: str, rounds: int) -> tuple[dict, list[dict]]:
     images, labels = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
 
     def loss_of(network: nn.Module) -> Callable[[], torch.Tensor]:
-        return lambda: cross_entropy(network.head.fc(network.extract_feat(images)[0]), labels)
+        return lambda: cross_entropy(network(images), labels)
 
     networks = converted(build())
     networks["plain again"] = converted(build(), ("plain",))["plain"]

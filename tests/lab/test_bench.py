@@ -14,7 +14,7 @@ from torch import nn
 from enc_plugin import to_enc
 from enc_plugin.optim import add_shift, param_groups_enc
 from lab import RESULTS
-from lab.bench import gpu, harness, hooks
+from lab.bench import gpu, harness, hooks, output
 from lab.bench.footprint import CallCount, footprint
 from lab.bench.networks import resnet20
 
@@ -51,7 +51,7 @@ def bench(monkeypatch, capsys):
 def test_every_benchmark_is_a_section_and_the_harness_is_not(bench):
     names = bench("--list", code=0).split()
     assert {"gbr_cost", "training_step", "footprint", "optimizer"} <= set(names)
-    assert not {"harness", "rivals", "networks"} & set(names)
+    assert not {"harness", "networks", "output", "rivals"} & set(names)
     for name in names:
         assert callable(importlib.import_module(f"lab.bench.{name}").run), name
 
@@ -80,13 +80,13 @@ def test_a_section_runs_and_writes_its_figures(bench, tmp_path, section):
 
 def test_the_committed_text_is_that_of_the_committed_figures():
     text = (BENCH / "README.md").read_text()
-    assert text == harness.readme(BENCH)
+    assert text == output.readme(BENCH)
     for path in BENCH.glob("*.json"):
         result = json.loads(path.read_text())
-        for _, rows in harness.tables(result):
+        for _, rows in output.tables(result):
             for name, row in rows.items():
                 assert f"| {name} | {row['seconds'] * 1e3:.1f} | {row['ratio']:.3f} [" in text
-        assert not any(harness.tables(result)) or path.with_suffix(".png").is_file()
+        assert not any(output.tables(result)) or path.with_suffix(".png").is_file()
 
 
 def test_ratios_have_the_interval_of_order_statistics():
@@ -100,12 +100,12 @@ def test_ratios_have_the_interval_of_order_statistics():
 
 def test_a_goal_holds_or_not_only_if_its_whole_interval_says_so():
     row = {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1}
-    assert harness.held(harness.goal("a", row, at_most=1.1)) == "yes"
-    assert harness.held(harness.goal("a", row, at_most=1.05)) == "within the noise"
-    assert harness.held(harness.goal("a", row, at_most=0.8)) == "**no**"
-    assert harness.held(harness.goal("a", row, at_most=2.0, at_least=0.95)) == "within the noise"
-    assert harness.held(harness.goal("a", row, at_most=2.0, at_least=1.2)) == "**no**"
-    assert harness.held(harness.goal("memory", 1.0, at_most=1.0)) == "yes"
+    assert output.held(harness.goal("a", row, at_most=1.1)) == "yes"
+    assert output.held(harness.goal("a", row, at_most=1.05)) == "within the noise"
+    assert output.held(harness.goal("a", row, at_most=0.8)) == "**no**"
+    assert output.held(harness.goal("a", row, at_most=2.0, at_least=0.95)) == "within the noise"
+    assert output.held(harness.goal("a", row, at_most=2.0, at_least=1.2)) == "**no**"
+    assert output.held(harness.goal("memory", 1.0, at_most=1.0)) == "yes"
 
 
 # Over plain, a layer. Forward: scale and one fused op (eq. 20: scale, two norms, division, product).
@@ -174,7 +174,7 @@ def test_every_hook_of_a_run_is_timed():
 def test_the_section_for_a_gpu_runs_on_a_cpu_and_is_left_out_there(bench, tmp_path):
     parts = tuple(part for part in gpu.PARTS if "compiled" not in part)
     *_, found = gpu.run(rounds=1, minutes=30, batch=2, size=8, build=resnet20, parts=parts)
-    tables = dict(harness.tables(found))
+    tables = dict(output.tables(found))
     steps = tables["step, bfloat16 channels last, to plain"]
     assert {"plain", "ENC ws, layer by layer", *gpu.ENC, *gpu.RIVALS} == set(steps)
     assert not any(found[part].get("failed") for part in parts)

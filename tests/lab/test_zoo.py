@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import CONFIGS
 
-from lab.zoo import Measured, fill_tables
+from lab.zoo import fill_tables
 
 
 def test_tables_are_filled_from_the_built_model_alone(tmp_path):
@@ -16,7 +16,7 @@ def test_tables_are_filled_from_the_built_model_alone(tmp_path):
         "| config | params (M) | GFLOPs | paper |\n| --- | --- | --- | --- |\n| [x](resnet8.py) | 9 | 9 | 7 |\n\nend\n"
     )
     (tmp_path / "resnet8.py").write_text(f"_base_ = '{CONFIGS / 'digits' / 'resnet8_enc-ws_1xb64.py'}'\n")
-    filled = fill_tables(text, tmp_path, Measured()).splitlines()
+    filled = fill_tables(text, tmp_path).splitlines()
     assert filled[2].startswith("| [x](resnet8.py) | 0.08 | ")
     assert filled[2].endswith(" | 7 |")
     assert filled[3:] == ["", "end"]

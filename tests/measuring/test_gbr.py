@@ -75,7 +75,9 @@ def test_probabilities_are_those_that_the_head_predicts(head, space):
 @pytest.mark.parametrize("head", ["sigmoid", "temperature"])
 def test_the_softmax_of_the_true_class_is_refused_where_the_head_predicts_something_else(head):
     model = classifier(HEADS[head][0], **NORMALISED)
-    with pytest.raises(ValueError, match="'label_prob' is the softmax of the true class, but .*Head predicts other"):
+    with pytest.raises(
+        ValueError, match="'label_prob' is the softmax of the true class, but the scores of .*Head are not the softmax"
+    ):
         measure_gbr(model, FixedSamples(Noise(), [], range(5), 2), output="label_prob")
 
 
@@ -93,7 +95,7 @@ def test_a_head_without_scores_is_refused_by_name():
 
     samples = FixedSamples(Noise(), [], range(5), 2)
     assert measure_gbr(Bare().eval(), samples).mean > 0
-    with pytest.raises(ValueError, match="'probs' needs a head that predicts scores .* which Linear does not"):
+    with pytest.raises(ValueError, match="'probs' needs a head that predicts scores .* but Linear does not"):
         measure_gbr(Bare().eval(), samples, output="probs")
 
 

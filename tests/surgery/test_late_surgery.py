@@ -39,7 +39,7 @@ def test_an_optimizer_from_before_is_warned_of_at_its_first_step_with_the_names(
     to_enc(model, alpha="learnable")
     (text,) = step(model, optimizer)
     assert "no optimizer holds 4 of these: '0.log_alpha', '4.log_alpha', '4.norm.weight', '4.norm.bias'." in text
-    assert "Make the optimizer after to_enc" in text
+    assert "Create the optimizer after to_enc" in text
     assert step(model, optimizer) == []
 
 

@@ -16,7 +16,7 @@ def test_parameters_outside_of_layers_go_by_their_own_names_and_gains_and_tokens
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_heads=2, init_values=1e-5)
     report = to_enc(model)
     assert report.skipped == {"pos_embed": "1x5x12 parameter of VisionTransformer, not of one of its layers"}
-    assert "\nplain: pos_embed (1x5x12 parameter of VisionTransformer itself" in report.table
+    assert "\nplain: pos_embed (1x5x12 parameter of VisionTransformer, not of" in report.table
 
 
 def test_a_network_of_layers_that_normalise_their_own_weights_is_warned_of():

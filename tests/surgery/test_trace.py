@@ -173,7 +173,7 @@ def test_a_failed_pass_leaves_nothing_behind_either():
     model = Restless()
     before = {m: dict(m.__dict__) for m in model.modules()}
     with pytest.raises(
-        RecordError, match=r"Restless does not run on the example of shape \(2, 9, 5, 5\) .*pass a batch"
+        RecordError, match=r"Restless does not run on the example of shape \(2, 9, 5, 5\) .*pass an input batch"
     ):
         record_forward(model, torch.ones(2, 9, 5, 5))
     assert all(module.__dict__ == attributes for module, attributes in before.items())

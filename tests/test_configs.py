@@ -285,7 +285,7 @@ def test_train_tool_runs_an_imagenet_config_on_a_miniature_folder(miniature_imag
     options += ["train_dataloader.batch_size=5", "val_dataloader.batch_size=5", "train_cfg.max_epochs=1"]
     config = CONFIGS / "table2" / "resnet50_enc-cutmix-ls_8xb32.py"
     run_tool("train", [config, "--work-dir", tmp_path, "--cfg-options", *options], monkeypatch)
-    assert "54 layers (ws, alpha 1), 1 with a batch norm" in next(tmp_path.glob("*/*.log")).read_text()
+    assert "54 layers (ws, alpha 1), 1 with an added batch norm" in next(tmp_path.glob("*/*.log")).read_text()
     lines = scalars(tmp_path)
     assert any("accuracy/top1" in line and np.isfinite(line["accuracy/top1"]) for line in lines)
     assert (tmp_path / "epoch_1.pth").is_file()

@@ -131,7 +131,7 @@ def test_the_installed_tools_train_test_measure_attack_fold_and_report(user, ran
     assert f"{user.package}/__init__.py" in ran["end"]
     assert user.ran_from_the_wheel("run")
     assert user.ran_from_the_wheel("tested")
-    assert "ENC: 10 layers (ws, alpha 1), 1 with a batch norm" in ran["train"]
+    assert "ENC: 10 layers (ws, alpha 1), 1 with an added batch norm" in ran["train"]
     assert "accuracy/top1" in ran["test"]
     assert "gbr" in (user.folder / "gbr.json").read_text()
     assert "FGSM" in ran["attack"]
@@ -143,7 +143,7 @@ def test_the_installed_tools_train_test_measure_attack_fold_and_report(user, ran
 
 def test_mmpretrains_own_tool_trains_a_config_on_top_of_the_packages(user):
     printed = user.run(sys.executable, STOCK_TRAIN, "own.py", "--work-dir", "stock", *SHORT)
-    assert "ENC: 10 layers (ws, alpha 1), 1 with a batch norm" in printed
+    assert "ENC: 10 layers (ws, alpha 1), 1 with an added batch norm" in printed
     assert user.ran_from_the_wheel("stock")
     assert any("accuracy/top1" in line for line in scalars(user.folder / "stock"))
 

@@ -55,7 +55,7 @@ def test_an_enc_run_starts_in_forty_lines_without_noise(enc_run):
     head = before_the_first_iteration(output)
     assert len(head) <= 40
     assert not [word for word in NOISE if word in output]
-    assert sum("10 layers (ws, alpha 1), 1 with a batch norm" in line for line in head) == 1
+    assert sum("10 layers (ws, alpha 1), 1 with an added batch norm" in line for line in head) == 1
     assert "\x1b" not in output  # plain lines in a pipe
     assert len(re.findall(r"Epoch\(train\) \[1\]\[\d/3\].*eta: .*loss: ", output)) == 3
 

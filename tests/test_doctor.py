@@ -189,7 +189,7 @@ BAD_CONFIGS = {
         "model = dict(head=dict(num_classes=10))\nval_evaluator = dict(topk=(1, 11))",
         "data",
         "val_evaluator asks for the top 11 of 10 classes",
-        "val_evaluator = dict(topk=1)",
+        "set dict(topk=1) for val_evaluator",
     ),
     # RepLKNet takes a conv_cfg and ignores it.
     "a conv_cfg that reaches no layer": (
@@ -210,7 +210,7 @@ BAD_CONFIGS = {
         'custom_imports = dict(imports=["enc_plugin", "no_such_module"])',
         "config",
         "no_such_module",
-        "install what custom_imports names",
+        "install the modules of custom_imports",
     ),
 }
 
@@ -231,7 +231,7 @@ def test_two_bases_with_one_key_are_named_with_the_remedy(tmp_path):
     (finding,) = check_config(str(tmp_path / "both.py"))
     assert finding.state == BROKEN
     assert "model" in finding.found
-    assert "may not set one key" in finding.advice
+    assert "may not set the same key" in finding.advice
 
 
 def test_an_imagenet_config_is_examined_without_its_data():

@@ -66,7 +66,7 @@ def test_the_page_is_whole_and_loads_nothing(work_dirs, tmp_path):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="give the folder that tools/train.py wrote to"):
+    with pytest.raises(FileNotFoundError, match="pass the folder that tools/train.py wrote to"):
         load_run(tmp_path)
 
 

@@ -52,7 +52,7 @@ CASES = {
     "no checkpoint": ("enc", "no.pth", "there is no file no.pth"),
     "a damaged checkpoint": ("enc", "damaged.pth", "is damaged"),
     "a plain checkpoint for an ENC config": ("enc", "plain.pth", "plain"),
-    "an ENC checkpoint for a plain config": ("plain", "enc.pth", "ENC where this model's are plain|nothing to fold"),
+    "an ENC checkpoint for a plain config": ("plain", "enc.pth", "ENC but plain in this model|nothing to fold"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .agreement import agree
 from .claims import NOT_TESTED
 from .figures import Figure
 from .grid import cell_efolds
@@ -21,24 +22,36 @@ METHOD = (
     "of equal seeds are not paired, since the data show hardly any correlation within a seed. Where cells are compared "
     "by their ratio (x), means are geometric. Intervals are not corrected for their number. A result is one so far "
     f"while its arena has runs to go. No word rests on fewer than {MIN_SEEDS} seeds. Claims, effects and words were "
-    "declared before the runs of the arena overfit, and after those of the other three. The networks and schedules are "
+    "declared before the runs of the arena overfit and of those for a GPU (g0 to g4), and after those of the other "
+    "three. The networks and schedules are "
     "far smaller than the paper's: a word is about this scale."
 )
 
 
 def summary_table(found: Results, parts: Sequence[Section]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row a claim, and last a row of what has not been tested."""
-    arenas = list(found.grid.arenas)
-    rows = [
-        [
-            part.title,
-            part.claim.split(". Measured")[0].removeprefix("The paper: ").rstrip("."),
-            *(shown_verdict(found, part, arena) for arena in arenas),
-        ]
-        for part in parts
-        if part.verdicts
-    ]
-    return ["claim", "paper", *arenas], [*rows, ["Not tested", NOT_TESTED, *[""] * len(arenas)]]
+    """Head and rows: a row a claim, and last a row of what has not been tested.
+
+    Where an arena for a GPU is complete, it stands in the place of those that ask the same with less. These have no
+    column if nothing else is left in it.
+    """
+    claims = [part for part in parts if part.verdicts]
+    columns = {}
+    for arena in found.arenas:
+        cells = [_seen_in_full(found, part, arena) or shown_verdict(found, part, arena) for part in claims]
+        if any(cell and not cell.startswith("see ") for cell in cells):
+            columns[arena] = cells
+    papers = [part.claim.split(". Measured")[0].removeprefix("The paper: ").rstrip(".") for part in claims]
+    rows = [[part.title, paper, *row] for part, paper, *row in zip(claims, papers, *columns.values(), strict=True)]
+    return ["claim", "paper", *columns], [*rows, ["Not tested", NOT_TESTED, *[""] * len(columns)]]
+
+
+def _seen_in_full(found: Results, part: Section, arena: str) -> str:
+    """ "see ..." if a complete arena asks the same with more; "" if there is none."""
+    complete = set(found.grid.arenas) - {run.cell.arena.name for run in found.missing}
+    for name, other in found.grid.arenas.items():
+        if arena in other.instead_of and name in complete and {name, arena} <= set(part.verdicts) and agree(found):
+            return f"see {name}"
+    return ""
 
 
 def shown_verdict(found: Results, part: Section, arena: str) -> str:
@@ -61,7 +74,8 @@ def arena_lines(found: Results) -> list[str]:
     lines = []
     for name, arena in found.grid.arenas.items():
         efolds = cell_efolds(found.grid.cells[name][0])
-        lines.append(f"{name}: {arena.title}; {efolds:.2g} e-folds of decay (the paper: 33)")
+        none = "" if found.of_arena(name) else "; not run yet"
+        lines.append(f"{name}: {arena.title}; {efolds:.2g} e-folds of decay (the paper: 33){none}")
     return lines
 
 

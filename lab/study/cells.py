@@ -49,6 +49,51 @@ arenas = dict(
     ),
 )
 
+# Arenas for a GPU (`python -m lab.side_by_side`). The first repeats runs of another arena: do both ways of training agree?
+arenas["g0"] = dict(arenas["quarter"], title="the arena quarter again, on a GPU", for_gpu=True, repeats="quarter")
+measured = [
+    dict(type="GBRHook", num_samples=512, projections=1, output="logits", interval=10),
+    dict(type="GBRHook", num_samples=512, projections=1, output="probs", interval=10),
+    dict(type="FGSMHook", eps=(1, 2, 4, 8), interval=1000),  # all test images, after the last epoch alone
+]
+thirty_epochs = {
+    "train_cfg": dict(max_epochs=30, val_interval=3),
+    "param_scheduler.milestones": [9, 18, 27],
+    "optim_wrapper.optimizer.weight_decay": 4e-3,  # 31 e-folds
+    "custom_hooks": measured,
+}
+sixty_epochs = {
+    "train_cfg": dict(max_epochs=60, val_interval=3),
+    "param_scheduler.milestones": [18, 36, 54],
+    "optim_wrapper.optimizer.weight_decay": 2e-3,  # 31 e-folds
+    "custom_hooks": measured,
+}
+thirty = dict(
+    config="lab/study/cifar10_resnet20.py",
+    images=50_000,
+    epochs=30,
+    overrides=thirty_epochs,
+    pgd=dict(eps=[2], steps=10),
+    for_gpu=True,
+)
+everything = "CIFAR-10 (JPEG), all 50,000 training images"
+arenas |= dict(
+    g1=dict(thirty, title=f"{everything}, 30 epochs, ResNet-20, decay 4e-3", instead_of=("overfit", "full")),
+    g2=dict(
+        thirty,
+        title=f"{everything}, 60 epochs, ResNet-20, decay 2e-3",
+        epochs=60,
+        overrides=sixty_epochs,
+        instead_of=("quarter",),
+    ),
+    g3=dict(thirty, title=f"{everything}, 30 epochs, ResNet-18, decay 4e-3", config="lab/study/cifar10_resnet18.py"),
+    g4=dict(
+        thirty,
+        title=f"{everything}, 30 epochs, ResNet-20, decay 1e-3",
+        overrides={**thirty_epochs, "optim_wrapper.optimizer.weight_decay": 1e-3},
+    ),
+)
+
 # --- What cells are made of. ---
 enc = {"model.type": "ENCImageClassifier"}
 enc_fro = {**enc, "model.enc": dict(variant="fro")}
@@ -66,6 +111,7 @@ wn = {"model.backbone.conv_cfg": dict(type="WNConv2d")}
 smooth = {"model.head.loss": dict(type="LabelSmoothLoss", label_smooth_val=0.1)}
 mixup = {"model.train_cfg": dict(augments=dict(type="Mixup", alpha=0.2))}
 cutmix = {"model.train_cfg": dict(augments=dict(type="CutMix", alpha=1.0))}
+cutmix_ls = {**cutmix, **smooth}
 # A square of half the side, filled with the mean pixel (BGR), which the preprocessor turns into zero.
 cutout = {
     "train_dataloader.dataset.pipeline": [
@@ -75,6 +121,7 @@ cutout = {
         dict(type="PackInputs"),
     ]
 }
+ws_bn = {**ws, **classifier_bn}
 bn_eps = {"default_hooks.bn_eps": dict(type="BatchNormEpsHook", eps=1e-12)}
 decay = "optim_wrapper.optimizer.weight_decay"
 lr = "optim_wrapper.optimizer.lr"
@@ -84,6 +131,32 @@ three, four, five = [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]
 # --- Cells that train alike, given batch norm (docs/gauge.md). ---
 kept, kept_bn = dict(gauge="row means kept"), dict(gauge="row means kept + classifier BN")
 removed, removed_bn = dict(gauge="row means removed"), dict(gauge="row means removed + classifier BN")
+
+# --- What several arenas for a GPU have in common. ---
+four_networks = {
+    "baseline": dict(title="plain", overrides={}, seeds=three, **kept),
+    "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=three, **kept_bn),
+    "ws-bn": dict(title="WS + classifier BN", overrides=ws_bn, seeds=three, **removed_bn),
+    "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=three, **removed_bn),
+}
+
+
+def with_decay(name, at):
+    """One of the four networks at another decay than the arena's."""
+    cell = four_networks[name]
+    title = cell["title"].removesuffix(", eq. 22")
+    return dict(title=f"{title}, decay {at}", overrides={**cell["overrides"], decay: float(at)}, seeds=cell["seeds"])
+
+
+def noise(std):
+    """Gaussian noise on the normalised input."""
+    return {"model.train_cfg": dict(augments=dict(type="GaussianNoise", std=std))}
+
+
+def penalty(weight):
+    """The GBR of the logits as a term of the loss."""
+    return {"model.type": "GBRImageClassifier", "model.gbr_penalty": dict(weight=weight)}
+
 
 # --- The cells of each arena, in the order in which they run. A cell's first seeds run before any cell's later ones. ---
 cells = dict(
@@ -96,9 +169,7 @@ cells = dict(
         # The constraint acts on the function here: no batch norm undoes the classifier's norm.
         "enc-ws-nobn": dict(title="ENC without classifier BN", overrides={**enc, **no_classifier_bn}, seeds=three),
         "ws": dict(title="WS", overrides=ws, seeds=five, **removed),
-        "ws-bn": dict(
-            title="WS + classifier BN", overrides={**ws, **classifier_bn}, seeds=list(range(12)), **removed_bn
-        ),
+        "ws-bn": dict(title="WS + classifier BN", overrides=ws_bn, seeds=list(range(12)), **removed_bn),
         "enc-ws-noshift": dict(title="ENC without the shift", overrides={**enc, **no_shift}, seeds=three, **removed_bn),
         "bn-shift": dict(
             title="plain + classifier BN + shift", overrides={**classifier_bn, **plain_shift}, seeds=three, **kept_bn
@@ -142,7 +213,7 @@ cells = dict(
         # the rival that the paper calls too costly
         "gbr-penalty": dict(
             title="GBR penalty 1e-3",
-            overrides={"model.type": "GBRImageClassifier", "model.gbr_penalty": dict(weight=1e-3)},
+            overrides=penalty(1e-3),
             seeds=three,
         ),
     },
@@ -150,7 +221,7 @@ cells = dict(
     overfit={
         "baseline": dict(title="plain", seeds=four, **kept),
         "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=four, **kept_bn),
-        "ws-bn": dict(title="WS + classifier BN", overrides={**ws, **classifier_bn}, seeds=four, **removed_bn),
+        "ws-bn": dict(title="WS + classifier BN", overrides=ws_bn, seeds=four, **removed_bn),
         "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=four, **removed_bn),
         "wd0": dict(title="plain, decay 0", overrides={decay: 0.0}, seeds=three),
         "wd1e-4": dict(title="plain, decay 1e-4", overrides={decay: 1e-4}, seeds=three),
@@ -182,5 +253,48 @@ cells = dict(
         "enc-wn": dict(title="ENC, eq. 21", overrides=enc_wn, seeds=five, **kept_bn),
         "enc-cfro": dict(title="ENC, eq. 23", overrides=enc_cfro, seeds=five),
         "wn": dict(title="WN", overrides=wn, seeds=five, **kept),
+    },
+    # Of runs that the study has: cells of the arena quarter, with seeds that have run there.
+    g0={name: {**four_networks[name], "seeds": five} for name in ("baseline", "ws-bn", "enc-ws")},
+    # Figures 1 and 3, table 1. Three seeds are whole by themselves; more are declared before they run.
+    g1={
+        **four_networks,
+        **{f"wd{at}": with_decay("baseline", at) for at in ("0", "1e-4", "5e-4", "1e-3", "1e-2")},
+        **{f"{name}-wd{at}": with_decay(name, at) for at in ("1e-4", "1e-3") for name in ("bn", "ws-bn", "enc-ws")},
+    },
+    # Tables 2 and 3, where augmentation has time to help.
+    g2={
+        "baseline": dict(title="plain", seeds=four, **kept),
+        "ws-bn": dict(title="WS + classifier BN", overrides=ws_bn, seeds=four, **removed_bn),
+        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=four, **removed_bn),
+        "ls": dict(title="LS", overrides=smooth, seeds=four),
+        "ws-bn-ls": dict(title="WS + classifier BN + LS", overrides={**ws_bn, **smooth}, seeds=four),
+        "enc-ls": dict(title="ENC + LS", overrides={**enc, **smooth}, seeds=four),
+        "cutmix": dict(title="CutMix", overrides=cutmix, seeds=four),
+        "ws-bn-cutmix": dict(title="WS + classifier BN + CutMix", overrides={**ws_bn, **cutmix}, seeds=four),
+        "enc-cutmix": dict(title="ENC + CutMix", overrides={**enc, **cutmix}, seeds=four),
+        "cutmix-ls": dict(title="CutMix + LS", overrides=cutmix_ls, seeds=four),
+        "ws-bn-cutmix-ls": dict(title="WS + classifier BN + CutMix + LS", overrides={**ws_bn, **cutmix_ls}, seeds=four),
+        "enc-cutmix-ls": dict(title="ENC + CutMix + LS", overrides={**enc, **cutmix_ls}, seeds=four),
+    },
+    # Does g1 hold near a training loss of zero?
+    g3={
+        **four_networks,
+        "wd5e-4": with_decay("baseline", "5e-4"),
+        **{f"{name}-wd5e-4": with_decay(name, "5e-4") for name in ("bn", "ws-bn", "enc-ws")},
+    },
+    # Clean accuracy against PGD-10: what a user who wants robustness should take, at three strengths each.
+    g4={
+        "plain": dict(title="plain", seeds=three),
+        **{f"wd{at}": with_decay("baseline", at) for at in ("4e-3", "1e-2", "2e-2")},
+        **{
+            f"noise{std}": dict(title=f"input noise {std}", overrides=noise(std), seeds=three)
+            for std in (0.1, 0.2, 0.4)
+        },
+        **{
+            f"penalty{x:g}": dict(title=f"GBR penalty {x:g}", overrides=penalty(x), seeds=three)
+            for x in (1e-3, 1e-2, 0.1)
+        },
+        **{f"enc-wd{at}": with_decay("enc-ws", at) for at in ("1e-3", "4e-3", "1e-2")},
     },
 )

@@ -6,7 +6,8 @@ that would be worth having is declared in its place, and ``paper`` says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from . import results as metrics
 from .results import Metric
@@ -27,6 +28,7 @@ class Claim:
         metric: What is measured. Metrics that compare by ratio are contrasted in their logarithms.
         effect: The paper's effect in the unit of the metric, a factor for ratios. Its side is the claimed one.
         beside: Contrasts without a verdict that tell why: other measures of the same cells, cells with a part of ENC.
+        elsewhere: Arenas that have other cells for it: the terms there, and the paper's effect for these.
         curve: Figures beside it: ``'accuracy'`` or ``'gbr'`` over training, ``'fgsm'`` over eps, or none.
     """
 
@@ -37,18 +39,25 @@ class Claim:
     metric: Metric
     effect: float
     beside: tuple[tuple[Terms, Metric], ...] = ()
+    elsewhere: Mapping[str, tuple[Terms, float]] = field(default_factory=dict)
     curve: str = ""
+
+    def asked_in(self, arena: str) -> tuple[Terms, float]:
+        """Terms and the paper's effect in an arena."""
+        return self.elsewhere.get(arena, (self.terms, self.effect))
 
 
 def _versus(cell: str, other: str) -> Terms:
     return (1, cell), (-1, other)
 
 
-_AUGMENTED: Terms = tuple(
-    term
-    for name in AUGMENTATIONS
-    for term in ((1 / len(AUGMENTATIONS), f"enc-{name}"), (-1 / len(AUGMENTATIONS), name))
-)
+def _augmented(*names: str) -> Terms:
+    """ENC with an augmentation against the augmentation alone, on average."""
+    return tuple(term for name in names for term in ((1 / len(names), f"enc-{name}"), (-1 / len(names), name)))
+
+
+_AUGMENTED = _augmented(*AUGMENTATIONS)
+_TWO_AUGMENTED = _augmented("cutmix", "ls")
 
 CLAIMS = (
     Claim(
@@ -98,6 +107,8 @@ CLAIMS = (
             (_versus("bn", PLAIN), metrics.GBR_LOGITS),
             (_versus(ENC, "wd1e-3"), metrics.GBR_LOGITS),
             (_versus(ENC, "wd3e-2"), metrics.GBR_LOGITS),
+            (_versus("enc-ws-wd1e-4", "wd1e-4"), metrics.GBR_LOGITS),
+            (_versus("enc-ws-wd1e-4", "wd1e-3"), metrics.GBR_LOGITS),
         ),
         curve="gbr",
     ),
@@ -126,6 +137,7 @@ CLAIMS = (
         _AUGMENTED,
         metrics.TOP1,
         effect=0.945,
+        elsewhere={"g2": (_TWO_AUGMENTED, 0.995)},
     ),
     Claim(
         "all-together",
@@ -142,6 +154,7 @@ CLAIMS = (
         _AUGMENTED,
         metrics.FGSM,
         effect=6.26,
+        elsewhere={"g2": (_TWO_AUGMENTED, 3.55)},
     ),
     Claim(
         "alpha",
@@ -157,11 +170,14 @@ CLAIMS = (
 DECAYS = {
     "quarter": {"wd0": 0.0, "wd1e-8": 1e-8, "wd1e-6": 1e-6, PLAIN: 1e-4, "wd1e-3": 1e-3, "wd1e-2": 1e-2},
     "overfit": {"wd0": 0.0, "wd1e-4": 1e-4, "wd1e-3": 1e-3, "wd3e-3": 3e-3, PLAIN: 8.5e-3, "wd3e-2": 3e-2},
+    "g1": {"wd0": 0.0, "wd1e-4": 1e-4, "wd5e-4": 5e-4, "wd1e-3": 1e-3, PLAIN: 4e-3, "wd1e-2": 1e-2},
 }
 DECAY_TITLE = "More weight decay, smaller GBR"
 DECAY_PAPER = "figure 1: the larger lambda, the smaller the GBR"
 NEEDED_EFOLDS = 1.0  # at the largest decay, below which decay hardly acts and the claim cannot be tested
 
+_OTHER_DECAYS = ("1e-4", "5e-4", "1e-3")
+_UNDER = ("cutmix", "ls", "cutmix-ls")
 # Questions that the paper does not ask: what each part does. No claim, hence no verdict.
 PARTS = (
     ("the classifier's batch norm, on the plain network", _versus("bn", PLAIN)),
@@ -171,5 +187,13 @@ PARTS = (
     ("removed row means, with the classifier's batch norm", _versus("ws-bn", "bn")),
     ("the constraint, on weight standardization + classifier BN", _versus(ENC, "ws-bn")),
     ("all of ENC but the classifier's batch norm", _versus(ENC, "bn")),
+    *((f"all of ENC, at decay {at}", _versus(f"{ENC}-wd{at}", f"wd{at}")) for at in _OTHER_DECAYS),
+    *(
+        (f"all of ENC but its classifier BN, at decay {at}", _versus(f"{ENC}-wd{at}", f"bn-wd{at}"))
+        for at in _OTHER_DECAYS
+    ),
+    *((f"the constraint, at decay {at}", _versus(f"{ENC}-wd{at}", f"ws-bn-wd{at}")) for at in _OTHER_DECAYS),
+    *((f"all of ENC, under {name}", _versus(f"enc-{name}", name)) for name in _UNDER),
+    *((f"the constraint, under {name}", _versus(f"enc-{name}", f"ws-bn-{name}")) for name in _UNDER),
 )
 NOT_TESTED = "SE, ResNeXt and DenseNet networks, Dropout, DropBlock, 300 epochs, ImageNet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -153,9 +154,14 @@ def _about_runs(found: Results) -> list[str]:
     ]
     lines += [f"Diverged: {result['id']}." for result in diverged]
     lines += [f"Failed: {result['id']}: {result['error']}" for result in failed]
-    if found.missing:
+    left = [run for run in found.missing if not run.cell.arena.for_gpu]
+    for_gpu = Counter(run.cell.arena.name for run in found.missing if run.cell.arena.for_gpu)
+    if for_gpu:
+        counts = ", ".join(f"{count} of {arena}" for arena, count in for_gpu.items())
+        lines.append(f"Runs for a GPU that are not run yet: {counts}.")
+    if left:
         seeds: dict[str, list[str]] = {}
-        for run in found.missing:
+        for run in left:
             seeds.setdefault(f"{run.cell.arena.name}/{run.cell.name}", []).append(str(run.seed))
         cells = [f"{cell} {', '.join(left)}" for cell, left in seeds.items()]
         lines.append(f"Seeds not run yet: {'; '.join(cells)}.")

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 from . import results as metrics
+from .agreement import agreement_section
 from .claims import ENC, PARTS, PLAIN
 from .figures import cells_by_class, scatters
+from .frontier import frontier_section
 from .grid import GAUGES
 from .projection_rule import projection_section
 from .results import Metric, Results
@@ -25,7 +27,8 @@ from .verdicts import Comparison, compare, effect_text, is_planned
 
 def question_sections(results: Results) -> list[Section]:
     """A section a question, in order."""
-    questions = (_classes, _parts, _gbr_and_accuracy, _learning_rates, _rival, projection_section, _cost)
+    questions = (_classes, _parts, _gbr_and_accuracy, _learning_rates, _rival, projection_section, frontier_section)
+    questions += (_cost, agreement_section)
     return [question(results) for question in questions]
 
 
@@ -37,7 +40,7 @@ def _classes(results: Results) -> Section:
         "ENC's effect is that of removed row means and of the classifier's batch norm. Cells without a class differ in "
         "decay, learning rate, augmentation or loss.",
     )
-    for arena in results.grid.cells:
+    for arena in results.arenas:
         members = {gauge: _members(results, arena, gauge) for gauge in GAUGES}
         rows = [_class_row(gauge, cells) for gauge, cells in members.items() if cells]
         head = ["class", "cells", "runs", "top-1 (%)", "95 % interval", "p that its cells are alike"]
@@ -77,7 +80,7 @@ def _parts(results: Results) -> Section:
         "Which part does the work, cell by cell?",
         "ENC changes several things at once; the paper has no controls for them, here they are.",
     )
-    for arena in results.grid.arenas:
+    for arena in results.arenas:
         rows = []
         for what, terms in PARTS:
             if not is_planned(results, arena, terms):
@@ -109,7 +112,7 @@ def _gbr_and_accuracy(results: Results) -> Section:
         metrics.LOG_PRODUCT,
         metrics.RESIDUAL_BOUND,
     )
-    for arena in results.grid.cells:
+    for arena in results.arenas:
         runs = results.of_arena(arena)
         rows = [
             row

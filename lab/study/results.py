@@ -110,6 +110,12 @@ class Results:
             if result["status"] == FINISHED:
                 self._cells.setdefault((result["arena"], result["cell"]), {})[result["seed"]] = result
 
+    @property
+    def arenas(self) -> list[str]:
+        """The arenas that questions are answered in: none that repeats another; those for a GPU once they have runs."""
+        named = self.grid.arenas.items()
+        return [name for name, arena in named if not arena.repeats and (self.of_arena(name) or not arena.for_gpu)]
+
     def __iter__(self) -> Iterator[dict]:
         """The finished runs, in the order of the grid."""
         return (self.runs[run.id] for run in self.grid.runs() if self._has(run.id, FINISHED))

@@ -52,19 +52,19 @@ def _claim(results: Results, claim: Claim) -> Section:
     """A claim is one contrast in every arena that plans its cells."""
     section = Section(claim.name, claim.title, f"The paper: {claim.paper}. Measured: {claim.metric.name}.")
     found = [
-        compare(results, arena, claim.terms, claim.metric)
-        for arena in results.grid.arenas
-        if is_planned(results, arena, claim.terms)
+        compare(results, arena, claim.asked_in(arena)[0], claim.metric)
+        for arena in results.arenas
+        if is_planned(results, arena, claim.asked_in(arena)[0])
     ]
     # An arena whose finished runs lack the measure was not measured for this claim.
     found = [c for c in found if c.effect is not None or not results.finished(c.arena, [x for _, x in c.terms])]
-    words = [decide(c.effect, claim.effect, claim.metric.as_ratio) for c in found]
+    words = [decide(c.effect, claim.asked_in(c.arena)[1], claim.metric.as_ratio) for c in found]
     section.verdicts = {c.arena: Verdict(word, effect_text(c)) for c, word in zip(found, words, strict=True)}
     section.tables += contrast_table(results, found, words)
     beside = found_contrasts(results, claim.beside)
     section.tables += contrast_table(results, beside, [c.seen for c in beside], "Beside it")
     if claim.curve:
-        section.figures = [figure for arena in results.grid.arenas for figure in claim_curves(results, claim, arena)]
+        section.figures = [figure for arena in results.arenas for figure in claim_curves(results, claim, arena)]
     return section
 
 
@@ -72,7 +72,7 @@ def _decay(results: Results) -> Section:
     """Judged by the order of all runs: a claim about a trend, where one contrast would take the ends alone."""
     section = Section("decay", DECAY_TITLE, f"The paper: {DECAY_PAPER}.")
     for arena, decays in DECAYS.items():
-        if arena not in results.grid.arenas:
+        if arena not in results.arenas:
             continue
         efolds = {cell.name: cell_efolds(cell) for cell in results.grid.cells[arena] if cell.name in decays}
         points, rows = [], []
@@ -110,7 +110,7 @@ def found_contrasts(results: Results, wanted: Sequence[tuple[Terms, Metric]]) ->
     """The contrasts that have an estimate, arena by arena."""
     found = [
         compare(results, arena, terms, metric)
-        for arena in results.grid.arenas
+        for arena in results.arenas
         for terms, metric in wanted
         if is_planned(results, arena, terms)
     ]

@@ -102,9 +102,11 @@ def decide(found: Interval | None, effect: float, ratio: bool = False) -> str:
 
 def effect_text(comparison: Comparison) -> str:
     """Difference (``+0.52 [+0.10, +0.94]``) or ratio (``x1.30 [1.10, 1.54]``)."""
-    found, metric = comparison.effect, comparison.metric
-    if found is None:
-        return ""
+    return "" if comparison.effect is None else interval_text(comparison.effect, comparison.metric)
+
+
+def interval_text(found: Interval, metric: Metric) -> str:
+    """The same of an estimate by itself."""
     sign, form = ("x", ".3g") if metric.as_ratio else ("", f"+{metric.digits}")
     text = f"{sign}{found.mean:{form}}"
     return f"{text} (one seed)" if found.n == 1 else f"{text} [{found.low:{form}}, {found.high:{form}}]"

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from lab import ROOT
 from lab.study import CELLS, load_grid
-from lab.study.answer import headlines
+from lab.study.agreement import agree, statement
+from lab.study.answer import headlines, summary_table
 from lab.study.claims import CLAIMS, DECAYS, PARTS
+from lab.study.frontier import beats, frontier_section
 from lab.study.grid import cell_efolds
 from lab.study.pages import all_sections
 from lab.study.projection_rule import FORMS, decision
@@ -135,10 +137,91 @@ def test_every_claim_is_a_contrast_of_planned_cells():
     for claim in CLAIMS:
         assert sum(weight for weight, _ in claim.terms) == pytest.approx(0), claim.name
         assert any(all(grid_has(arena, cell) for _, cell in claim.terms) for arena in GRID.arenas), claim.name
+        for arena, (terms, _) in claim.elsewhere.items():
+            assert sum(weight for weight, _ in terms) == pytest.approx(0), claim.name
+            assert all(grid_has(arena, cell) for _, cell in terms), claim.name
         assert claim.effect != (1 if claim.metric.as_ratio else 0), claim.name
     assert len(CLAIMS) + 1 <= 12, "the README's table fits on one screen"
     for _, terms in PARTS:
         assert any(all(grid_has(arena, cell) for _, cell in terms) for arena in GRID.arenas)
+
+
+def complete(arena, top1_of):
+    """A finished run for each planned one of an arena, with these accuracies by cell, a little apart by seed."""
+    runs = GRID.runs([arena])
+    return [made_up(arena, run.cell.name, run.seed, top1_of(run.cell.name) + run.seed / 100) for run in runs]
+
+
+def cells_of(found, claim):
+    """The row of a claim by column."""
+    head, rows = summary_table(found, all_sections(found))
+    return dict(zip(head, next(row for row in rows if row[0].startswith(claim)), strict=True))
+
+
+def test_an_arena_for_a_gpu_is_shown_once_it_has_runs():
+    plain = made_up()
+    assert "g1" not in cells_of(results(plain), "ENC raises")
+    assert cells_of(results(plain, made_up("g1")), "ENC raises")["g1"] == "not run yet"
+    assert "g0" not in cells_of(results(plain, made_up("g0")), "ENC raises")
+
+
+def test_a_complete_arena_for_a_gpu_stands_in_the_place_of_those_that_ask_with_less_if_both_ways_agree():
+    both = [*complete("quarter", lambda cell: 60.0), *complete("g0", lambda cell: 60.0)]
+    block = complete("g1", lambda cell: 81.0 if cell == "enc-ws" else 80.0)
+    done = results(*both, *block, made_up("full"), made_up("overfit"))
+    row = cells_of(done, "ENC raises")
+    assert "overfit" not in row
+    assert row["full"] == "see g1"
+    assert row["g1"].startswith("**holds** +1.00 [")
+    for runs in ([*both, *block[:-1]], block, [*both, *complete("g0", lambda cell: 62.0), *block]):
+        row = cells_of(results(*runs), "ENC raises")
+        assert row["full"] == row["overfit"] == "not run yet"
+    # What the arena does not ask stays where it was.
+    assert cells_of(done, "ENC beats weight")["full"] == "not run yet"
+
+
+def test_a_claim_about_augmentations_is_judged_on_those_that_an_arena_has():
+    gains = {"enc-cutmix": 1.0, "enc-ls": 0.2}
+    verdict = section_of(results(*complete("g2", lambda cell: 80 + gains.get(cell, 0))), "augmentations").verdicts["g2"]
+    assert (verdict.word, verdict.effect.split()[0]) == (HOLDS, "+0.60")
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "said"),
+    [
+        (0.0, 1, "both ways of training agree, accuracy within 0.01 points"),
+        (0.0, 150, "both ways of training are not shown to agree, accuracy within 1.79"),  # too wide an interval
+        (0.5, 1, "both ways of training are not shown to agree, accuracy within 0.5"),  # one that excludes 0
+    ],
+)
+def test_both_ways_of_training_agree_if_the_interval_says_so(gain, spread, said):
+    runs = [
+        made_up(arena, cell.name, seed, 60 + spread * seed / 100 + gain * (arena == "g0"))
+        for cell in GRID.cells["g0"]
+        for arena in ("g0", "quarter")
+        for seed in range(5)
+    ]
+    found = results(*runs)
+    assert statement(found, "g0").startswith(said)
+    assert agree(found) == ("training agree" in said)
+
+
+def test_nothing_agrees_before_it_has_run():
+    assert statement(results(), "g0") == "not run yet"
+    assert not agree(results())
+
+
+def test_a_method_is_beaten_by_one_that_is_better_both_clean_and_under_pgd():
+    cells = {"plain": (80, 5), "wd4e-3": (82, 9), "noise0.1": (78, 20), "enc-wd1e-3": (84, 4)}
+    runs = [
+        made_up("g4", cell, seed, clean + seed / 100, **{"pgd10/top1_eps2": attacked + seed / 100})
+        for cell, (clean, attacked) in cells.items()
+        for seed in range(3)
+    ]
+    found = results(*runs)
+    assert [cell for cell in cells if any(beats(found, other, cell) for other in cells)] == ["plain"]
+    (_, _, rows) = frontier_section(found).tables[0]
+    assert [row[-1] for row in rows] == ["plain, decay 4e-3", "none", "none", "none"]
 
 
 def grid_has(arena, name):
@@ -172,6 +255,7 @@ def test_the_arena_overfit_has_the_e_folds_of_the_papers_recipe():
     efolds = {arena: cell_efolds(cells[0]) for arena, cells in GRID.cells.items()}
     assert efolds["overfit"] == pytest.approx(33.3, abs=0.2)
     assert max(efolds[arena] for arena in ("quarter", "full", "digits")) < 1
+    assert min(efolds[arena] for arena in ("g1", "g2", "g3")) > 31
 
 
 def test_cells_of_a_class_are_pooled():

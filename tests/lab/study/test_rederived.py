@@ -49,9 +49,13 @@ ROWS = [
     ("ENC adds robustness", FOUR, fgsm, 6.26, False),
     ("A learnable alpha", {"enc-alearn": 1, "enc-ws": -1}, final("top1"), -0.36, False),
 ]
+# Arenas that have other cells for a row: these with weights, and the paper's effect.
+TWO = {f"{enc}{name}": sign / 2 for name in ("cutmix", "ls") for enc, sign in (("enc-", 1), ("", -1))}
+ELSEWHERE = {("ENC adds to Cutout", "g2"): (TWO, 0.995), ("ENC adds robustness", "g2"): (TWO, 3.55)}
 DECAYS = {
     "quarter": {"wd0": 0, "wd1e-8": 1e-8, "wd1e-6": 1e-6, "baseline": 1e-4, "wd1e-3": 1e-3, "wd1e-2": 1e-2},
     "overfit": {"wd0": 0, "wd1e-4": 1e-4, "wd1e-3": 1e-3, "wd3e-3": 3e-3, "baseline": 8.5e-3, "wd3e-2": 3e-2},
+    "g1": {"wd0": 0, "wd1e-4": 1e-4, "wd5e-4": 5e-4, "wd1e-3": 1e-3, "baseline": 4e-3, "wd1e-2": 1e-2},
 }
 
 
@@ -99,11 +103,12 @@ def table():
 @pytest.mark.parametrize(("title", "cells", "measure", "effect", "ratio"), ROWS, ids=[row[0] for row in ROWS])
 def test_a_row_of_the_table_follows_from_the_files(title, cells, measure, effect, ratio):
     (row,) = [row for name, row in table().items() if name.startswith(title)]
-    decided = 0
+    decided, asked = 0, (cells, effect)
     for arena, shown in row.items():
+        cells, effect = ELSEWHERE.get((title, arena), asked)
         values = {cell: [measure(run) for run in finished(arena, cell)] for cell in cells} if "[" in shown else {}
         if not values:
-            assert shown in ("", "**not testable**", "not run yet"), arena
+            assert shown in ("", "**not testable**", "not run yet") or shown.startswith("see g"), arena
             continue
         mean, low, high = welch([(cells[cell], np.log(v) if ratio else np.array(v)) for cell, v in values.items()])
         word, numbers = re.fullmatch(r"\*\*(.+)\*\* x?(\S+ \[\S+, \S+\])(?: so far)?", shown).groups()
@@ -128,5 +133,5 @@ def test_the_decay_row_follows_from_the_files(arena):
         (decay, run["final"]["gbr/logits"]) for cell, decay in DECAYS[arena].items() for run in finished(arena, cell)
     ]
     rho = stats.spearmanr(*zip(*runs, strict=True)).statistic if len(runs) > 2 else math.nan
-    shown = table()["More weight decay, smaller GBR"][arena]
+    shown = table()["More weight decay, smaller GBR"].get(arena, "")  # an arena without runs has no column
     assert f"rho {rho:+.2f} (" in shown if math.isfinite(rho) else "rho" not in shown

@@ -132,7 +132,8 @@ class Training:
 
     def _captured(self, size: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator)
+        if hasattr(graph, "register_generator_state"):  # newer versions of torch find the generator by themselves
+            graph.register_generator_state(self._generator)
         with torch.cuda.graph(graph, stream=self._stream):
             self._step(size)
         return graph

@@ -1,10 +1,10 @@
 """The paper's equations as functions of plain tensors. Depends only on torch."""
 
 from .attack import fgsm, pgd
-from .bounds import bound_chain, conv_map_sq_norm, robustness_delta, robustness_gap
+from .bounds import bound_chain, residual_log_bound, robustness_delta, robustness_gap
 from .decay import decay_efolds, shift_direction, shifted_l2_grad
 from .jacobian import gbr, gbr_penalty
-from .residual import map_spectral_norm, residual_log_bound
+from .linear_maps import conv_map_sq_norm, map_spectral_norm
 from .weights import VARIANTS, enc_weight
 
 __all__ = [

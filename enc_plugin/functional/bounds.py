@@ -1,17 +1,16 @@
-"""The bounds of the paper: theorems 1 and 2 (robustness), and eq. 17 (GBR by the weights' norms)."""
+"""Bounds on the GBR by the norms of the layers (eq. 17), and on the loss by robustness (theorems 1 and 2)."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_floating_tensor, check_integer, check_number, check_type
+from .checks import check_floating_tensor, check_number
 
 
 def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
@@ -26,7 +25,7 @@ def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
     Args:
         weights: The weights of the layers, ``(out, in)`` or ``(out, in / groups, *kernel)``. A number, or a tensor
             without dimensions, is taken as a squared norm. The inequality is about linear maps, so for a convolution
-            pass :func:`conv_map_sq_norm` instead of the kernel.
+            pass :func:`~enc_plugin.functional.conv_map_sq_norm` instead of the kernel.
 
     Returns:
         ``product`` and ``mean_power`` (infinite or 0 if a float cannot represent them), ``log_product`` and
@@ -80,103 +79,46 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 709 else value * math.inf
 
 
-def conv_map_sq_norm(
-    weight: Tensor,
-    input_size: Sequence[int],
-    *,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-) -> Tensor:
-    r"""Squared Frobenius norm of a zero-padded convolution, as a linear map on inputs of a given size.
+def residual_log_bound(
+    classifier_sq_norm: float, stem_norm: float, blocks: Iterable[tuple[float, Iterable[float]]]
+) -> float:
+    r"""Logarithm of an upper bound on the GBR of a residual network without biases.
 
-    .. math:: \lVert A \rVert_F^2 = \sum_k n_k \lVert W_{:,:,k} \rVert_F^2
+    .. math:: \mathrm{GBR} \le \lVert W_\mathrm{fc} \rVert_F^2\, \lVert A_\mathrm{stem} \rVert_2^2
+        \prod_b \bigl( \lVert S_b \rVert_2 + \textstyle\prod_i \lVert W_b^i \rVert_F \bigr)^2
 
-    where :math:`n_k` is the number of output positions at which kernel element k reads a pixel and not the padding.
-    This is the norm that the bound of eq. 17 needs. The norm of the kernel, which weight decay and ENC control, counts
-    each element once.
+    A block's Jacobian is :math:`D\,(S_b + W_b^k D_{k-1} \cdots W_b^1)` with slopes D of at most 1, so its spectral norm
+    is at most that of the shortcut plus the product of the branch's norms; the Frobenius norm of a product is at most
+    one factor's Frobenius norm times the others' spectral norms. (The product over all layers, as in eq. 17, is not a
+    bound.) All norms are of the linear maps in eval mode, with batch norms folded in; for a convolution see
+    :func:`~enc_plugin.functional.conv_map_sq_norm`. An average pooling before the classifier is left out, because its
+    spectral norm is at most 1.
 
     Args:
-        weight: Kernel, ``(out, in / groups, *kernel)``, with any number of groups.
-        input_size: Size of the input without batch and channels, ``(H, W)`` for images.
-        stride: As in torch's convolutions, a number or one per dimension.
-        padding: As in torch's convolutions, including ``'same'`` and ``'valid'``.
-        dilation: As in torch's convolutions.
+        classifier_sq_norm: Squared Frobenius norm of the classifier's weight.
+        stem_norm: Spectral norm of the stem (:func:`~enc_plugin.functional.map_spectral_norm`).
+        blocks: For each block, the spectral norm of its shortcut (1 for the identity) and the Frobenius norms of the
+            layers of its branch.
 
     Returns:
-        Scalar of the dtype of ``weight`` (float32 at least).
+        Natural logarithm of the bound; -inf where a factor is 0.
 
     Raises:
-        ValueError: If ``input_size`` does not fit the kernel, or an argument is out of range.
-        TypeError: If an argument has the wrong type.
+        ValueError: If a norm is negative.
 
     Example:
-        >>> conv_map_sq_norm(torch.ones(1, 1, 3), (4,), padding=1)  # the tridiagonal 4 x 4 matrix of ones
-        tensor(10.)
+        >>> round(residual_log_bound(4.0, 1.0, [(1.0, [2.0, 0.5])]), 4)  # 4 * (1 + 1)^2
+        2.7726
     """
-    check_floating_tensor("weight", weight)
-    if weight.ndim < 2:
-        raise ValueError(f"weight: expected (out, in / groups, *kernel), got shape {tuple(weight.shape)}")
-    kernel = weight.shape[2:]
-    check_type("input_size", input_size, (list, tuple), f"a sequence of {len(kernel)} sizes")
-    if len(input_size) != len(kernel):
-        raise ValueError(
-            f"input_size: expected {len(kernel)} sizes for a kernel of shape {tuple(weight.shape)}, "
-            f"got {tuple(input_size)}"
-        )
-    input_size = _per_dimension("input_size", input_size, len(kernel), 1)
-    strides = _per_dimension("stride", stride, len(kernel), 1)
-    dilations = _per_dimension("dilation", dilation, len(kernel), 1)
-    if isinstance(padding, str) and padding not in ("same", "valid"):
-        raise ValueError(f"padding: expected a number, one per dimension, 'same' or 'valid', got {padding!r}")
-    paddings = None if isinstance(padding, str) else _per_dimension("padding", padding, len(kernel), 0)
-    reads = []
-    for i, (size, taps) in enumerate(zip(input_size, kernel, strict=True)):
-        reach = dilations[i] * (taps - 1)
-        both = (reach if padding == "same" else 0) if paddings is None else 2 * paddings[i]
-        before = both // 2
-        if size + both <= reach:
-            raise ValueError(
-                f"input_size: expected input plus padding >= {reach + 1}, the size of the dilated kernel, got {size} + "
-                f"{both} (padding)"
-            )
-        outputs = torch.arange((size + both - reach - 1) // strides[i] + 1) * strides[i] - before
-        pixels = outputs[:, None] + torch.arange(taps) * dilations[i]
-        reads.append(pixels.where((pixels >= 0) & (pixels < size), -1))
-    return map_rows_sq_norm(weight, reads).sum()
+    factors = [math.sqrt(_norm("classifier_sq_norm", classifier_sq_norm)), _norm("stem_norm", stem_norm)]
+    for shortcut, branch in blocks:
+        factors.append(_norm("blocks", shortcut) + math.prod(_norm("blocks", norm) for norm in branch))
+    return 2 * sum(math.log(factor) if factor else -math.inf for factor in factors)
 
 
-def map_rows_sq_norm(weight: Tensor, reads: Sequence[Tensor]) -> Tensor:
-    r"""Squared norm of a convolution as a linear map, for each output channel and with any padding.
-
-    .. math:: \lVert A_j \rVert^2 = \sum_{k,l} n_{kl} \langle W_{j,:,k}, W_{j,:,l} \rangle
-
-    where :math:`n_{kl}` is the number of output positions at which the kernel elements k and l read the same pixel.
-    With zero padding, different elements never do, and the formula becomes that of :func:`conv_map_sq_norm`.
-
-    Args:
-        weight: Kernel, ``(out, in / groups, *kernel)``.
-        reads: For each dimension, a tensor ``(outputs, kernel size)`` with the index of the pixel that a kernel
-            element reads, -1 for a zero of the padding.
-
-    Returns:
-        ``(out,)``, of the dtype of ``weight`` (float32 at least).
-    """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    met = weight
-    for dim, pixels in enumerate(reads, start=2):
-        same = (pixels[:, :, None] == pixels[:, None, :]) & (pixels >= 0)[:, :, None]
-        met = torch.tensordot(met.movedim(dim, -1), same.sum(0).to(met), 1).movedim(-1, dim)
-    return (weight * met).flatten(1).sum(1)
-
-
-def _per_dimension(name: str, value: int | Sequence[int], count: int, minimum: int) -> list[int]:
-    values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value] * count
-    if len(values) != count:
-        raise ValueError(f"{name}: expected a number or {count} of them, got {value!r}")
-    for number in values:
-        check_integer(name, number, minimum, below=2**31)
-    return values
+def _norm(name: str, value: float) -> float:
+    check_number(name, value, "a norm, which is finite and not negative", lambda v: 0 <= v < math.inf)
+    return float(value)
 
 
 def robustness_gap(delta_s: float, n: int, num_cells: int, loss_bound: float, confidence: float) -> float:

@@ -40,13 +40,7 @@ class FixedSamples:
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        pipeline: Sequence,
-        indices: Sequence[int],
-        batch_size: int,
-        *,
-        own_loading: bool = True,
+        self, dataset: Dataset, pipeline: Sequence, indices: Sequence[int], batch_size: int, *, own_loading: bool = True
     ):
         self.dataset = dataset
         self.batches = in_batches(indices, batch_size)

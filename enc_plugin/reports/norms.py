@@ -56,13 +56,7 @@ def norms_section(runs: Sequence[Run], norms: Sequence[Norms]) -> list[page.Html
     png = plot.curves(series, "layer, from the input", "squared Frobenius norm", title, logy=True, whole_x=True)
     head = ["run", "checkpoint", "layers", "AM-GM slack", "batch norms that do not fold into a layer"]
     rows = [
-        [
-            run.name,
-            one.checkpoint,
-            f"{len(one.table)}",
-            f"{one.table.slack:.4g}",
-            f"{len(one.table.unfolded) or ''}",
-        ]
+        [run.name, one.checkpoint, f"{len(one.table)}", f"{one.table.slack:.4g}", f"{len(one.table.unfolded) or ''}"]
         for run, one in known
     ]
     blocks = [

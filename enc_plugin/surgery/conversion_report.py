@@ -64,13 +64,19 @@ class ConversionReport:
         return sum(layer.post_norm for layer in self.layers)
 
     def __str__(self) -> str:
-        kinds = sorted({f"{layer.variant}, alpha {layer.alpha}" for layer in self.layers})
-        text = f"{len(self)} ENC layers"
-        text += f" ({'; '.join(kinds)}), {self.num_post_norms} with an added batch norm" if self.layers else ""
-        text += f"; {len(self.skipped)} weights stay plain" if self.skipped else ""
-        text += f"; {len(self.guessed)} layers did not run in the recorded forward pass" if self.guessed else ""
-        text += f"; {len(self.without_norm)} have no norm after them" if self.without_norm else ""
-        return text if self.preserved is None else f"{text}; {self.preserved}"
+        kinds = "; ".join(sorted({f"{layer.variant}, alpha {layer.alpha}" for layer in self.layers}))
+        parts = [f"{len(self)} ENC layers"]
+        if self.layers:
+            parts[0] += f" ({kinds}), {self.num_post_norms} with an added batch norm"
+        if self.skipped:
+            parts.append(f"{len(self.skipped)} weights stay plain")
+        if self.guessed:
+            parts.append(f"{len(self.guessed)} layers did not run in the recorded forward pass")
+        if self.without_norm:
+            parts.append(f"{len(self.without_norm)} have no norm after them")
+        if self.preserved is not None:
+            parts.append(f"{self.preserved}")
+        return "; ".join(parts)
 
     __repr__ = __str__
 
@@ -78,15 +84,17 @@ class ConversionReport:
     def table(self) -> str:
         """A table of all ENC layers, then one line for each plain weight, each guess and each layer without a norm."""
         rows = [(x.name, x.type, x.variant, f"{x.alpha}", "yes" if x.post_norm else "") for x in self.layers]
-        text = format_table(("layer", "type", "variant", "alpha", "post-norm"), rows)
-        text = "\n".join([text, *(f"plain: {name} ({why})" for name, why in self.skipped.items())])
+        lines = [format_table(("layer", "type", "variant", "alpha", "post-norm"), rows)]
+        lines += [f"plain: {name} ({why})" for name, why in self.skipped.items()]
         added = [layer.name for layer in self.layers if layer.adds_bias]
         if added:
-            text += f"\nfolding adds a bias, which the stock layers do not have, to: {', '.join(added)}"
-        text = "\n".join([text, *(f"guessed: {name} ({why})" for name, why in self.guessed.items())])
+            lines.append(f"folding adds a bias, which the stock layers do not have, to: {', '.join(added)}")
+        lines += [f"guessed: {name} ({why})" for name, why in self.guessed.items()]
         if self.without_norm:
-            text += f"\nwithout a norm after them: {', '.join(self.without_norm)}"
-        return text if self.preserved is None else f"{text}\n{self.preserved}"
+            lines.append(f"without a norm after them: {', '.join(self.without_norm)}")
+        if self.preserved is not None:
+            lines.append(f"{self.preserved}")
+        return "\n".join(lines)
 
 
 def warn_of_doubts(

@@ -15,8 +15,7 @@ from .scale_fate import fate
 from .scale_paths import norms_that_fold
 from .trace import Trace
 
-# Class names of squeeze-and-excitation blocks in mmpretrain, mmcv, timm and torchvision; used if a network does not
-# run.
+# Class names of squeeze-and-excitation blocks in mmpretrain, mmcv, timm and torchvision, for networks that do not run.
 _SE_BLOCK = re.compile(r"^(Effective)?SE(Layer|Module|Block|Unit)|SqueezeExcit")
 _MOST_PARTS = 64
 

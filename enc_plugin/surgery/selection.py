@@ -137,15 +137,18 @@ def _check_names(name: str, layer: nn.Module, alpha: float | str, needs_norm: bo
 
 def _check_same_options(name: str, layer: StockLayer, variant: str, alpha: float | str, how: str) -> None:
     held = projection_of(layer)
-    own: tuple[str, float | str, str] | None = None
+    own: dict[str, float | str]
     if held is not None:
-        own = (held.enc_variant, held.enc_alpha, "project")
+        own = {"variant": held.enc_variant, "alpha": held.enc_alpha, "how": "project"}
     elif isinstance(layer, ENCLayer):
-        own = (layer.enc_variant, layer.enc_settings["alpha"], "reparametrize")
-    if own is not None and own != (variant, alpha, how):
-        (own_variant, own_alpha, own_how), other = own, f", how={how!r}" if own[2] != how else ""
+        own = {"variant": layer.enc_variant, "alpha": layer.enc_settings["alpha"], "how": "reparametrize"}
+    else:
+        return
+    given = {"variant": variant, "alpha": alpha, "how": how}
+    if own != given:
+        shown = [key for key in given if key != "how" or own[key] != given[key]]
+        own_text, given_text = (", ".join(f"{key}={options[key]!r}" for key in shown) for options in (own, given))
         raise ValueError(
-            f"layer {name!r} is already ENC with variant={own_variant!r}, alpha={own_alpha!r}"
-            f"{f', how={own_how!r}' if other else ''}, but to_enc was called with variant={variant!r}, alpha={alpha!r}"
-            f"{other}; use the same options, or exclude=[{name!r}]"
+            f"layer {name!r} is already ENC with {own_text}, but to_enc was called with {given_text}; use the same "
+            f"options, or exclude=[{name!r}]"
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..functional.bounds import map_rows_sq_norm
+from ..functional.linear_maps import map_rows_sq_norm
 from ..layers import ENCLayer, StockLayer
 from .restored import restored
 

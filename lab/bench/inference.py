@@ -18,15 +18,7 @@ from .networks import resnet50
 from .rivals import converted
 
 SIZE = 224
-LIVE = (
-    "plain",
-    "ENC wn",
-    "ENC ws",
-    "torch weight_norm",
-    "timm StdConv2d",
-    "naive ws",
-    "a copy of the weight",
-)
+LIVE = ("plain", "ENC wn", "ENC ws", "torch weight_norm", "timm StdConv2d", "naive ws", "a copy of the weight")
 
 
 def timed(networks: dict[str, nn.Module], images: torch.Tensor, rounds: int) -> dict:

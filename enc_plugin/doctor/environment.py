@@ -73,8 +73,8 @@ def _plugin() -> Iterator[Result]:
     missing = [x for x, r in (("ENCImageClassifier", MODELS), ("ENCAuditHook", HOOKS)) if r.get(x) is None]
     if missing:
         yield BROKEN, f"{', '.join(missing)} not in the registry", "run pip install -e . again"
-        return
-    yield OK, f"{where}; its parts are registered"
+    else:
+        yield OK, f"{where}; its parts are registered"
 
 
 def _importable_elsewhere(seconds: float) -> Iterator[Result]:
@@ -104,10 +104,10 @@ def _checkpoints() -> Iterator[Result]:
         history = {"train/loss": HistoryBuffer([1.0, 2.0], [1, 1])}
         save_checkpoint({"state_dict": layer.state_dict(), "message_hub": {"log_scalars": history}}, path)
         quietly(load_checkpoint, other, path)
-    if not torch.equal(layer.weight, other.weight):
+    if torch.equal(layer.weight, other.weight):
+        yield OK, "a checkpoint of mmengine was saved and loaded under weights_only"
+    else:
         yield BROKEN, "a checkpoint was loaded with other values than those saved", "reinstall torch"
-        return
-    yield OK, "a checkpoint of mmengine was saved and loaded under weights_only"
 
 
 def _cuda() -> Iterator[Result]:
@@ -126,20 +126,14 @@ def _cuda() -> Iterator[Result]:
 def _gloo(seconds: float) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         done = _process(["-c", _GLOO, folder], seconds)
-    if done.returncode == 0:
-        yield OK, "two processes summed a tensor"
-        return
     advice = "set GLOO_SOCKET_IFNAME=lo if the host name does not resolve; training on one process works without gloo"
-    yield NOTE, f"distributed training on the CPU fails: {_last_line(done)}", advice
+    yield from _trial(done, "two processes summed a tensor", "distributed training on the CPU fails", advice)
 
 
 def _compile(seconds: float) -> Iterator[Result]:
     done = _process(["-c", _COMPILE], seconds)
-    if done.returncode == 0:
-        yield OK, "compiled a function"
-        return
     advice = "install a C++ compiler (apt-get install g++), or do not set `compile` in the config"
-    yield NOTE, f"does not work: {_last_line(done)}", advice
+    yield from _trial(done, "compiled a function", "does not work", advice)
 
 
 def _threads() -> Iterator[Result]:
@@ -153,8 +147,8 @@ def _threads() -> Iterator[Result]:
     if torch.get_num_threads() > cores or spinning:
         advice = "export OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 OMP_NUM_THREADS=<cores / processes>"
         yield NOTE, f"{found}: idle threads slow other processes down", advice
-        return
-    yield OK, found
+    else:
+        yield OK, found
 
 
 def _process(arguments: list[str], seconds: float, **kwargs) -> subprocess.CompletedProcess:
@@ -165,7 +159,10 @@ def _process(arguments: list[str], seconds: float, **kwargs) -> subprocess.Compl
         return subprocess.CompletedProcess(command, 1, "", f"not done within {seconds:.0f} s")
 
 
-def _last_line(done: subprocess.CompletedProcess) -> str:
+def _trial(done: subprocess.CompletedProcess, works: str, fails: str, advice: str) -> Iterator[Result]:
+    if done.returncode == 0:
+        yield OK, works
+        return
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return (errors or lines or [f"exit code {done.returncode}"])[-1][:200]
+    yield NOTE, f"{fails}: {(errors or lines or [f'exit code {done.returncode}'])[-1][:200]}", advice

@@ -40,15 +40,11 @@ def check_extras() -> Iterator[Finding]:
     versions = {name: version_of(name) or version_of(f"{name}-skinny") for name in _EXTRAS}
     text = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "none"
     missing = [name for name, version in versions.items() if not version]
+    advice = ""
     if missing:
-        yield Finding(
-            "extras",
-            OK,
-            f"{text}; not installed: {', '.join(missing)}",
-            f"if you want to use them: pip install {' '.join(missing)}",
-        )
-    else:
-        yield Finding("extras", OK, text)
+        text += f"; not installed: {', '.join(missing)}"
+        advice = f"if you want to use them: pip install {' '.join(missing)}"
+    yield Finding("extras", OK, text, advice)
 
 
 def _package(module: str) -> Iterator[Result]:

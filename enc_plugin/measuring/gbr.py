@@ -133,7 +133,7 @@ def measure_gbr(
 def pick_batch_size(device: torch.device, trained_with: int | None) -> int:
     """Batch size of a measurement: 32, or on a GPU the batch size of training if that is larger.
 
-    A measurement needs less memory than a training step with the same batch size, because it has no gradients of
+    A measurement needs no more memory than a training step with the same batch size, because it has no gradients of
     weights. If the memory is still too small (after training in half precision), batches are split.
 
     Args:

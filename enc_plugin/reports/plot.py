@@ -28,7 +28,7 @@ from PIL import Image
 # The palette of Okabe and Ito without yellow, which is hardly visible on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>pP"
-# The lengths of these three lists have no common divisor, so a style repeats only after more than sixty series.
+# The lengths of these three lists are pairwise coprime, so a style repeats only after hundreds of series.
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 DPI = 170
 SIZE = (4.6, 3.3)  # inches; the text stays readable at the width of a phone

@@ -86,7 +86,7 @@ def test_save_best_that_would_miss_its_metric_is_refused_before_training(tmp_pat
         cfg.train_cfg = dict(by_epoch=False, max_iters=4, val_interval=2)
         cfg.param_scheduler = None
         cfg.train_dataloader.sampler.type = "InfiniteSampler"
-    with pytest.raises(ValueError, match=r"interval: with 2 .* save_best='fgsm/top1_eps8' .*set interval=1"):
+    with pytest.raises(ValueError, match=r"interval: with 2, .* save_best='fgsm/top1_eps8' .*set interval=1"):
         train(cfg)
 
 

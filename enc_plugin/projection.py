@@ -17,9 +17,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .decay_kinds import shrinking_power
 from .functional.checks import check_type
-from .functional.grouped import enc_weights
-from .functional.rotation import equilibrium_angle, rotate
-from .functional.weights import check_alpha, check_variant, enc_weight, is_centered, num_rows
+from .functional.retraction import retract_, turn_
+from .functional.rotation import equilibrium_angle
+from .functional.weights import check_alpha, check_variant, is_centered, num_rows
 from .running_step import RunningStep, calling_frame, steps_itself
 
 MODES = {
@@ -139,6 +139,7 @@ class _Projection:
         self.step: RunningStep | None = None
         self.depth = 0
         self.before: list[tuple[Group, list[int], list[Tensor]]] = []
+        self.copies: dict[int, list[Tensor]] = {}
         _watch_loading(optimizer)
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
         # The first to act after the step, so that others (an average of the weights) see weights on the set.
@@ -154,11 +155,35 @@ class _Projection:
         self.step, self.depth, self.before = RunningStep(frame, []), 0, []
         has_closure = callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
         with torch.no_grad():
-            for group in _own_groups(optimizer):
+            for index, group in enumerate(_own_groups(optimizer)):
                 _prepare(optimizer, group)
                 if "enc_shrink" not in group:
                     _start(group, not has_closure)
-                self.before.append((group, *_look(group, has_closure)))
+                self.before.append(self.look(index, group, has_closure))
+
+    def look(self, index: int, group: Group, has_closure: bool) -> tuple[Group, list[int], list[Tensor]]:
+        """Indices of the weights that the step will move, and copies of them if the step has to be known afterwards."""
+        # Of a closure, there are no gradients yet.
+        chosen = list(range(len(group["params"]))) if has_closure else _trained(group)
+        weights = [group["params"][i] for i in chosen]
+        if has_closure or group["enc_projection"] == "rotate" or group["enc_power"] != 2:
+            return group, chosen, self.copy(index, weights)
+        _scale([p.grad for p in weights], [group["enc_shrink"][i] ** 2 for i in chosen])
+        return group, chosen, []
+
+    def copy(self, index: int, weights: list[Tensor]) -> list[Tensor]:
+        """Copies of the weights of a group, which on a CPU take the memory of those of the step before.
+
+        There, new memory costs more than the copy, because the system has to clear it.
+        """
+        kept = self.copies.pop(index, [])
+        if [_layout(x) for x in kept] != [_layout(weight) for weight in weights]:
+            kept = [torch.empty_like(weight) for weight in weights]
+        if kept:
+            torch._foreach_copy_(kept, weights)
+            if kept[0].device.type == "cpu":
+                self.copies[index] = kept
+        return kept
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Take the weights back to the set."""
@@ -169,9 +194,8 @@ class _Projection:
             for group, chosen, before in self.before:
                 _finish(group, chosen, before)
             for group in _groups(optimizer):
-                if not steps_itself(
-                    optimizer, group
-                ):  # an average with earlier weights, as Lookahead's, leaves the set
+                # An average with earlier weights, as Lookahead's, leaves the set.
+                if not steps_itself(optimizer, group):
                     retract_(group["params"], group["enc_variant"], group["enc_alpha"])
         self.step, self.before = None, []
 
@@ -206,28 +230,20 @@ def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any
     return {**state, "param_groups": groups}
 
 
-def _look(group: Group, has_closure: bool) -> tuple[list[int], list[Tensor]]:
-    """Indices of the weights that the step will move, and copies of them if their step has to be known afterwards."""
-    if has_closure:  # there are no gradients yet
-        return list(range(len(group["params"]))), [p.clone() for p in group["params"]]
-    chosen = _trained(group)
-    weights = [group["params"][i] for i in chosen]
-    if group["enc_projection"] == "rotate" or group["enc_power"] != 2:
-        return chosen, [p.clone() for p in weights]
-    _scale([p.grad for p in weights], [group["enc_shrink"][i] ** 2 for i in chosen])
-    return chosen, []
-
-
 def _finish(group: Group, chosen: list[int], before: list[Tensor]) -> None:
-    weights, variant = [group["params"][i] for i in chosen], group["enc_variant"]
+    weights, variant, alpha = [group["params"][i] for i in chosen], group["enc_variant"], group["enc_alpha"]
     if group["enc_projection"] == "rotate":
-        angle = _angle(group)
-        for old, weight in zip(before, weights, strict=True):
-            weight.copy_(rotate(old, weight.sub_(old), angle, variant))
-    elif before:
-        for i, old, weight in zip(chosen, before, weights, strict=True):
-            weight.copy_(old.lerp(weight, group["enc_shrink"][i] ** group["enc_power"]))
-    retract_(weights, variant, group["enc_alpha"])
+        turn_(weights, before, _angle(group), variant, alpha)
+        return
+    if before:  # shorten the step
+        torch._foreach_sub_(weights, before)
+        _scale(weights, [group["enc_shrink"][i] ** group["enc_power"] for i in chosen])
+        torch._foreach_add_(weights, before)
+    retract_(weights, variant, alpha)
+
+
+def _layout(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _scale(tensors: list[Tensor], factors: list[float]) -> None:
@@ -254,22 +270,6 @@ def _row_lengths(weight: Tensor, variant: str) -> Tensor:
     """Norms of the rows (whole-layer variants: of the layer), without their means if the variant removes those."""
     rows = weight.double().reshape(num_rows(weight, variant), -1)
     return (rows - rows.mean(1, keepdim=True) if is_centered(variant) else rows).norm(dim=1)
-
-
-def retract_(weights: list[Tensor], variant: str, alpha: float) -> None:
-    """Take weights to the constraint set, in place: :func:`~enc_plugin.functional.enc_weight` of each."""
-    # On a GPU the host pays for each operation: there, a few for each length of rows instead of some for each layer.
-    is_alike = len({(weight.device, weight.dtype) for weight in weights}) == 1
-    if is_alike and weights[0].is_cuda:
-        retract_together_(weights, variant, alpha)
-        return
-    for weight in weights:
-        weight.copy_(enc_weight(weight, variant, alpha))
-
-
-def retract_together_(weights: list[Tensor], variant: str, alpha: float) -> None:
-    """:func:`retract_` for weights of one device and dtype, in a number of operations that goes by lengths of rows."""
-    torch._foreach_copy_(weights, enc_weights(weights, variant, [alpha] * len(weights)))
 
 
 def _angle(group: Group) -> float | Tensor:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .functional.decay import shift_direction, shift_directions
-from .functional.grouped import groups_of, has_whole_rows, rows_of
-from .functional.weights import is_whole_layer
+from .functional.grouped import blocks_of, groups_of
 
 # The shift replaces the decay term lambda W by lambda (W - eps U). How it does so depends on the optimizer:
 GRADIENT = "gradient"  # It adds lambda W to the gradient (SGD, Adam). The shift adds -lambda eps U to the gradient.
@@ -23,8 +22,6 @@ _ADD_DECAY_FIRST = tuple(
     getattr(torch.optim, name)
     for name in ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD")
 )
-
-_PIECE = 2**18  # elements: 1 MB in float32
 
 Offsets = list[tuple[list[Tensor], list[Tensor]]]
 
@@ -99,11 +96,10 @@ def _pieces(weights: list[Tensor], targets: list[Tensor], variant: str) -> Itera
             yield [weights[i] for i in members], [targets[i] for i in members]
     else:
         for weight, target in zip(weights, targets, strict=True):
-            if is_whole_layer(variant) or weight.stride() != target.stride() or not has_whole_rows(weight):
+            if weight.stride() != target.stride():
                 yield [weight], [target]
             else:
-                count = max(1, _PIECE * len(weight) // weight.numel())
-                pieces = zip(rows_of(weight).split(count), rows_of(target).split(count), strict=True)
+                pieces = zip(blocks_of(weight, variant), blocks_of(target, variant), strict=True)
                 yield from (([rows], [target_rows]) for rows, target_rows in pieces)
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from enc_plugin import to_enc
 from enc_plugin.functional import VARIANTS, enc_weight
+from enc_plugin.functional.retraction import retract_
 from enc_plugin.functional.rotation import equilibrium_angle
 from enc_plugin.functional.weights import num_rows
 from enc_plugin.layers import ENCLayer
-from enc_plugin.projection import add_projection, retract_, retract_together_
+from enc_plugin.projection import add_projection
 
 
 def network(seed=0):
@@ -320,19 +321,6 @@ class _Failing(torch.optim.SGD):
     def step(self, closure=None):
         super().step()
         raise ArithmeticError
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_weights_that_are_taken_back_together_are_those_that_are_taken_back_one_by_one(variant):
-    weights = [torch.randn(shape) for shape in ((4, 3, 3, 3), (6, 27), (5, 8), (4, 3, 3, 3))]
-    weights[0] = weights[0].to(memory_format=torch.channels_last)
-    others = [weight.clone() for weight in weights]
-    with torch.no_grad():
-        retract_(weights, variant, 2.0)
-        retract_together_(others, variant, 2.0)
-    for one, other in zip(weights, others, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
-        assert one.stride() == other.stride()
 
 
 def test_weights_without_a_gradient_rest():

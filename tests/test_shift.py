@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn, optim
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-import enc_plugin.shifted_decay
+import enc_plugin.functional.grouped
 from enc_plugin import ENCLinear, add_shift, param_groups_enc
 
 LR, DECAY, EPS = 0.05, 0.3, 0.5
@@ -814,7 +814,7 @@ def test_rows_in_pieces_are_shifted_as_the_whole(variant, monkeypatch):
     """On a CPU the terms are computed for as many rows as its cache holds."""
     found = []
     for piece in (2**18, 13):  # two rows
-        monkeypatch.setattr(enc_plugin.shifted_decay, "_PIECE", piece)
+        monkeypatch.setattr(enc_plugin.functional.grouped, "_BLOCK", piece)
         fc = layer(variant)
         optimizer = optim.SGD(groups_of(fc), lr=LR)
         fc.weight.grad = torch.ones_like(fc.weight)

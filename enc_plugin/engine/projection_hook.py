@@ -9,8 +9,9 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..functional.retraction import retract_
 from ..measuring.untouched import unwrap
-from ..projection import add_projection, retract_
+from ..projection import add_projection
 from ..surgery.projected import projected_layers
 from .wrappers import optim_wrappers
 

@@ -19,6 +19,8 @@ from .weights import enc_weight, is_centered, is_whole_layer, num_rows
 # The variants that this module implements for groups. Any other variant is computed layer by layer.
 GROUPED = ("fro", "wn", "ws", "centered_fro")
 
+_BLOCK = 2**18  # elements: 1 MB in float32
+
 
 def enc_weights(
     weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Tensor], dtype: torch.dtype | None = None
@@ -69,6 +71,13 @@ def rows_of(weight: Tensor) -> Tensor:
     """``(out, n)`` view with the elements of each row in memory order; a copy if rows are not contiguous in memory."""
     m, n = matrix_shape(weight)
     return weight.as_strided((m, n), (n, 1)) if has_whole_rows(weight) else weight.reshape(m, n).contiguous()
+
+
+def blocks_of(weight: Tensor, variant: str) -> tuple[Tensor, ...]:
+    """Views of the rows in blocks that fit into a CPU's cache; the weight if it counts as a whole or is in pieces."""
+    if is_whole_layer(variant) or not has_whole_rows(weight):
+        return (weight,)
+    return rows_of(weight).split(max(1, _BLOCK * len(weight) // weight.numel()))
 
 
 def has_whole_rows(tensor: Tensor) -> bool:

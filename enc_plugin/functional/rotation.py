@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,21 +37,45 @@ def rotate(weight: Tensor, update: Tensor, angle: float | Tensor, variant: str) 
     """
     check_variant(variant)
     check_weight(weight)
-    rows = num_rows(weight, variant)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    w, u = (x.reshape(rows, -1).to(dtype) for x in (weight, update))
-    mean = u.mean(1, keepdim=True) if is_centered(variant) else u.new_zeros(rows, 1)
-    along, whole, size = (torch.linalg.vecdot(x, y)[:, None] for x, y in ((u, w), (u, u), (w, w)))
+    w, u = (x.reshape(num_rows(weight, variant), -1).to(dtype) for x in (weight, update))
+    turned = u.clone()
+    mean = turned.mean(1, keepdim=True)
+    (gain,) = turn_rows_([w], [turned], angle, is_centered(variant))
+    if is_centered(variant):
+        turned.sub_(gain * mean)
+    return turned.reshape(weight.shape).to(weight.dtype)
+
+
+def turn_rows_(ws: Sequence[Tensor], us: Sequence[Tensor], angle: float | Tensor, centered: bool) -> list[Tensor]:
+    """Write turned rows in the place of the updates: the core of :func:`rotate`, for many matrices at once.
+
+    Operations on matrices go by their number; those on a number for each row do not.
+
+    Args:
+        ws: Matrices of rows ``(rows, n)``, float32 or float64, without means if ``centered``.
+        us: An update of each. Becomes the turned rows, with the mean that the update leaves in them.
+        angle: As in :func:`rotate`.
+        centered: Whether the mean of an update does not turn a row.
+
+    Returns:
+        For each matrix, by what the updates were multiplied, ``(rows, 1)``; so their means were, too.
+    """
+    along = torch.cat([torch.linalg.vecdot(u, w) for u, w in zip(us, ws, strict=True)])
+    whole, size = (torch.cat([torch.linalg.vector_norm(x, dim=1) for x in xs]).square() for xs in (us, ws))
     # |t|^2 without t: a pass over memory less. What rounding leaves of it has no direction.
-    squared = whole - u.shape[1] * mean.square() - along.square() / size
-    turns = squared > 64 * torch.finfo(w.dtype).eps * whole
+    squared = whole - along.square() / size
+    if centered:
+        squared -= torch.cat([u.mean(1).square() * u.shape[1] for u in us])
+    turns = squared > 64 * torch.finfo(squared.dtype).eps * whole
     # A number stays on the host: a tensor made of it would have to be copied to the device, which waits.
     sin, cos = (angle.sin(), angle.cos()) if isinstance(angle, Tensor) else (math.sin(angle), math.cos(angle))
     gain = torch.where(turns, sin * (size / squared).sqrt(), 0)
     kept = torch.where(turns, cos - gain * along / size, 1)
-    turned = torch.addcmul(w * kept, u, gain)
-    turned = turned.sub_(gain * mean) if is_centered(variant) else turned
-    return turned.reshape(weight.shape).to(weight.dtype)
+    gains, keeps = (numbers[:, None].split([len(w) for w in ws]) for numbers in (gain, kept))
+    for w, u, g, k in zip(ws, us, gains, keeps, strict=True):
+        u.mul_(g).addcmul_(w, k)
+    return list(gains)
 
 
 def equilibrium_angle(

@@ -30,10 +30,7 @@ _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class DecayRules:
-    """The paper's weight decay as a rule for each parameter.
-
-    Biases, learnable alphas and norm biases do not decay; norm weights do. ENC weights decay by the epsilon-shifted L2:
-    their groups hold the variant and the epsilon, which :mod:`enc_plugin.shift` applies in the optimizer's step.
+    """The paper's weight decay as a rule for each parameter, as :func:`param_groups_enc` describes it.
 
     Args:
         lr: Base learning rate, multiplied by each parameter's factor; None leaves it to the optimizer.
@@ -109,24 +106,21 @@ class DecayRules:
         groups: dict[str, dict] = {}
         layers = [layer for layer in module.modules() if isinstance(layer, ENCLayer)]
         variants = {p: layer.enc_variant for layer in layers for p in layer.free_weights()}
-        seen: set[nn.Parameter] = set()
-        names = []
+        names: dict[nn.Parameter, str] = {}
         for module_name, owner in module.named_modules(prefix=prefix):
             for leaf, param in owner.named_parameters(recurse=False):
-                if param in seen:  # a shared parameter gets the settings of its first owner
+                if param in names:  # a shared parameter gets the settings of its first owner
                     continue
-                seen.add(param)
-                name = f"{module_name}.{leaf}" if module_name else leaf
-                names.append(name)
+                names[param] = name = f"{module_name}.{leaf}" if module_name else leaf
                 hits = [key for key in by_length if key in name]
                 unmatched -= set(hits)
-                settings = self.settings(owner, leaf, param, custom_keys[hits[0]] if hits else {}, variants.get(param))
+                settings = self._settings(owner, leaf, param, custom_keys[hits[0]] if hits else {}, variants.get(param))
                 key = repr(settings)  # custom settings may be lists
                 groups.setdefault(key, {"params": [], **settings})["params"].append(param)
         if unmatched:
             raise ValueError(
                 f"custom_keys: {', '.join(map(repr, sorted(unmatched)))} matches no parameter; "
-                f"a key is a part of a parameter's name, such as {', '.join(map(repr, names[:3]))}"
+                f"a key is a part of a parameter's name, such as {', '.join(map(repr, [*names.values()][:3]))}"
             )
         return list(groups.values())
 
@@ -144,13 +138,8 @@ class DecayRules:
                 "config by enc=dict(how='project')"
             )
 
-    def settings(
-        self,
-        owner: nn.Module,
-        leaf: str,
-        param: nn.Parameter,
-        custom: Mapping[str, Any],
-        variant: str | None = None,
+    def _settings(
+        self, owner: nn.Module, leaf: str, param: nn.Parameter, custom: Mapping[str, Any], variant: str | None
     ) -> dict:
         """Group settings of one parameter: lr, weight_decay, and for an ENC weight its variant and shift.
 
@@ -161,14 +150,39 @@ class DecayRules:
             custom: The entry of ``custom_keys`` that applies to it, or an empty mapping.
             variant: Variant of the ENC layer if the parameter is one of its :meth:`ENCLayer.free_weights`, or None.
         """
+        lr_mult, decay_mult = self._factors(owner, leaf, param, custom)
+        settings = {k: v for k, v in custom.items() if k not in ("lr_mult", "decay_mult", "shift_eps", "projection")}
+        if self.lr is not None:
+            settings["lr"] = self.lr * lr_mult
+        if self.weight_decay is not None:
+            settings["weight_decay"] = self.weight_decay * decay_mult
+        projected = projection_of(owner) if leaf == "weight" else None
+        if projected is not None:
+            return settings | {
+                "enc_projection": custom.get("projection", self.options.get("projection", "retract")),
+                "enc_variant": projected.enc_variant,
+                "enc_alpha": projected.enc_alpha,
+            }
+        if leaf == "weight" and not isinstance(owner, ENCLayer) and isinstance(owner, _WEIGHTED):
+            variant = self.options.get("plain_shift")
+        if variant is not None and settings.get("weight_decay"):
+            settings["enc_variant"] = variant  # also if eps is 0, so that a run can be resumed with another epsilon
+            eps = custom.get("shift_eps", self.options.get("shift_eps", DEFAULT_SHIFT_EPS))
+            if eps > 0:
+                settings["shift_eps"] = eps
+        return settings
+
+    def _factors(
+        self, owner: nn.Module, leaf: str, param: nn.Parameter, custom: Mapping[str, Any]
+    ) -> tuple[float, float]:
+        """Factors of the learning rate and the weight decay of one parameter."""
         option = self.options.get
-        is_enc = isinstance(owner, ENCLayer)
         is_bias = leaf == "bias" or leaf.endswith("_bias")
         is_norm = isinstance(owner, _NORMS)
         lr_mult, decay_mult = option("lr_mult", 1.0), option("decay_mult", 1.0)
         if is_bias and not is_norm:
             lr_mult *= option("bias_lr_mult", 1.0)
-        if is_enc and leaf == "log_alpha":
+        if isinstance(owner, ENCLayer) and leaf == "log_alpha":
             decay_mult = 0.0
         elif is_bias:
             decay_mult *= option("bias_decay_mult", 0.0)
@@ -178,27 +192,7 @@ class DecayRules:
             decay_mult *= option("dwconv_decay_mult", 1.0)
         elif param.ndim == 1:
             decay_mult *= option("flat_decay_mult", 1.0)
-        lr_mult *= custom.get("lr_mult", 1.0)
-        decay_mult = custom.get("decay_mult", decay_mult)
-        extra = {k: v for k, v in custom.items() if k not in ("lr_mult", "decay_mult", "shift_eps", "projection")}
-
-        settings = dict(extra)
-        if self.lr is not None:
-            settings["lr"] = self.lr * lr_mult
-        if self.weight_decay is not None:
-            settings["weight_decay"] = self.weight_decay * decay_mult
-        eps = custom.get("shift_eps", option("shift_eps", DEFAULT_SHIFT_EPS))
-        held = projection_of(owner) if leaf == "weight" else None
-        if held is not None:
-            mode = custom.get("projection", option("projection", "retract"))
-            return settings | {"enc_projection": mode, "enc_variant": held.enc_variant, "enc_alpha": held.enc_alpha}
-        if leaf == "weight" and not is_enc and isinstance(owner, _WEIGHTED):
-            variant = option("plain_shift")
-        if variant is not None and settings.get("weight_decay"):
-            settings["enc_variant"] = variant  # also if eps is 0, so that a run can be resumed with another epsilon
-            if eps > 0:
-                settings["shift_eps"] = eps
-        return settings
+        return lr_mult * custom.get("lr_mult", 1.0), custom.get("decay_mult", decay_mult)
 
 
 def _check_not_negative(name: str, value: float) -> None:

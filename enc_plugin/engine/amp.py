@@ -24,9 +24,6 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     mmengine's ``AmpOptimWrapper`` needs an accelerator. On a CPU without bfloat16 instructions this wrapper warns,
     because training is then 7 to 30 times slower than in float32.
-
-    Args:
-        *args, **kwargs: As for mmengine's ``OptimWrapper``.
     """
 
     def __init__(self, *args, **kwargs):

@@ -19,9 +19,6 @@ class ENCCheckpointHook(CheckpointHook):
     mmengine's hook removes old files first (``max_keep_ckpts``, ``save_best``) and overwrites ``last_checkpoint`` in
     place, so a crash can leave nothing to resume from. ``ENCRunner`` replaces ``CheckpointHook`` by this hook. While a
     checkpoint is written, there is one file more than ``max_keep_ckpts``.
-
-    Args:
-        *args, **kwargs: As for mmengine's ``CheckpointHook``.
     """
 
     def before_train(self, runner: Runner) -> None:

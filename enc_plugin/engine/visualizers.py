@@ -13,9 +13,6 @@ class ENCWandbVisBackend(WandbVisBackend):
 
     The step is the x axis of every chart, as in TensorBoard, MLflow and ``scalars.json``: epochs for scalars that are
     logged once per epoch (validation, GBR, FGSM, the audit), iterations for those of training.
-
-    Args:
-        *args, **kwargs: As for mmengine's ``WandbVisBackend``.
     """
 
     def _init_env(self) -> None:

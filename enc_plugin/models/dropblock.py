@@ -126,11 +126,7 @@ class DropBlockResNet(_DropBlockMixin, ResNet):
 
 @MODELS.register_module()
 class DropBlockResNetCIFAR6n(_DropBlockMixin, ResNetCIFAR6n):
-    """:class:`ResNetCIFAR6n` with DropBlock, by default in the last two of its three stages.
-
-    Args:
-        *args, **kwargs, drop_prob, block_size, drop_stages: As for :class:`DropBlockResNet`.
-    """
+    """:class:`ResNetCIFAR6n` with DropBlock; takes the arguments of this class and of :class:`DropBlockResNet`."""
 
     arch_settings = _with_drop_block(ResNetCIFAR6n.arch_settings)
 

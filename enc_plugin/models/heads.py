@@ -31,9 +31,6 @@ class BNLinearClsHead(LinearClsHead):
 
     This baseline separates the effect of the constraint from that of the batch norm that it needs. The batch norm draws
     no random numbers, so the other weights are initialised as with ``LinearClsHead``.
-
-    Args:
-        *args, **kwargs: As for ``LinearClsHead``.
     """
 
     def __init__(self, *args, **kwargs):

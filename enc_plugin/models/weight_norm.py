@@ -21,9 +21,6 @@ class WNConv2d(RefusesRescaledRows, nn.Conv2d):
     without gains sets them to the row norms, so that the layer computes the same as the stock one. In a backbone,
     ``conv_cfg=dict(type='WNConv2d')`` replaces every convolution.
 
-    Args:
-        *args, **kwargs: As for the stock layer.
-
     Example:
         >>> layer = WNConv2d(16, 32, kernel_size=3)
         >>> round(layer.effective_weight.square().sum().item(), 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 from .installation import ROOT
 from .reports.compare import write_report
 
-RUNS = {"plain": "configs/demo/resnet8_plain.py", "ENC (eq. 22)": "configs/demo/resnet8_enc-ws.py"}
+RUNS = {"plain": "configs/demo/resnet8_plain.py", "ENC (ws)": "configs/demo/resnet8_enc-ws.py"}
 
 
 def run_demo(out: str | Path = "work_dirs/demo") -> Path:

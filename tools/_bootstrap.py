@@ -94,7 +94,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     from mmengine.config import DictAction
 
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="changes to the config, as in training")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--device", help="device, such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
 def add_checkpoints(parser: argparse.ArgumentParser) -> None:

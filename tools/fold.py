@@ -19,10 +19,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--num-samples", type=int, default=8, help="samples for the check (default: %(default)s)")
     parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-5,
-        help="accepted relative difference of outputs (default: %(default)s)",
+        "--tolerance", type=float, default=1e-5, help="accepted relative difference of outputs (default: %(default)s)"
     )
     parser.add_argument(
         "--unsafe-load", action="store_true", help="load pickled objects too, which runs any code in the checkpoint"

@@ -14,9 +14,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="report.html", help="page to write (default: %(default)s)")
     parser.add_argument("--title", default="ENC report", help="heading of the page (default: %(default)s)")
     parser.add_argument(
-        "--no-norms",
-        action="store_true",
-        help="leave out the norms of layers, which need models and checkpoints",
+        "--no-norms", action="store_true", help="leave out the norms of layers, which need models and checkpoints"
     )
     args = parser.parse_args()
     with _bootstrap.one_line("report"):

@@ -81,12 +81,7 @@ def _with_drop_block(arch_settings: dict) -> dict:
 
 class _DropBlockMixin:
     def __init__(
-        self,
-        *args,
-        drop_prob: float = 0.1,
-        block_size: int = 7,
-        drop_stages: tuple[int, ...] | None = None,
-        **kwargs,
+        self, *args, drop_prob: float = 0.1, block_size: int = 7, drop_stages: tuple[int, ...] | None = None, **kwargs
     ):
         if kwargs.get("with_cp"):
             raise ValueError("with_cp: DropBlock's blocks have no activation checkpointing; leave it out")

@@ -140,27 +140,13 @@ def measure_robustness(
     attacks = len(eps) * (2 if pgd_steps else 1)
     table = torch.zeros(4 + attacks, len(indices), dtype=torch.int64)
     spans = []
-
-    def attack(pixels: Tensor, labels: Tensor, number: int) -> Tensor:
-        gradient, logits = input_gradient(classify, pixels, labels)
-        adversarial = [sign_step(pixels, gradient, e, lower=0.0, upper=PIXEL_MAX) for e in eps]
-        if pgd_steps:
-            # A new generator for each batch, so that the random starts do not depend on the number of ranks.
-            for e in eps:
-                generator = torch.Generator(device).manual_seed(int(seed) * len(batches) + number)
-                options = dict(steps=pgd_steps, generator=generator, upper=PIXEL_MAX)
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "eps: .*half a grey level")  # Robustness.warnings has it
-                    adversarial.append(pgd(classify, pixels, labels, e, **options))
-        read = torch.ones_like(labels)
-        rows = [read, labels, ~_nonzero(gradient), logits.argmax(1), *(classify(x).argmax(1) for x in adversarial)]
-        return torch.stack([row.long() for row in rows])
-
     with untouched(classify), full_float32():
         for done, (i, (pixels, labels)) in enumerate(zip(own, loader, strict=True), 1):
             if len(labels):
                 spans.append(PixelSpan.of(pixels))
-                rows = attack(pixels.to(device).float(), labels.to(device), i)
+                # One seed for each batch, so that the random starts do not depend on the number of ranks.
+                start_seed = int(seed) * len(batches) + i
+                rows = _attack(classify, pixels.to(device).float(), labels.to(device), eps, pgd_steps, start_seed)
                 table[:, i * batch_size : i * batch_size + len(labels)] = rows.cpu()
             if progress is not None:
                 progress(done, len(own))
@@ -182,6 +168,23 @@ def measure_robustness(
         seconds=time.perf_counter() - start,
         left_out=len(indices) - len(labels),
     )
+
+
+def _attack(
+    classify: PixelClassifier, pixels: Tensor, labels: Tensor, eps: Sequence[float], pgd_steps: int, seed: int
+) -> Tensor:
+    """The columns of the table in :func:`measure_robustness` for a batch."""
+    gradient, logits = input_gradient(classify, pixels, labels)
+    adversarial = [sign_step(pixels, gradient, e, lower=0.0, upper=PIXEL_MAX) for e in eps]
+    for e in eps if pgd_steps else ():
+        generator = torch.Generator(pixels.device).manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "eps: .*half a grey level")  # Robustness.warnings has it
+            found = pgd(classify, pixels, labels, e, steps=pgd_steps, generator=generator, upper=PIXEL_MAX)
+        adversarial.append(found)
+    read = torch.ones_like(labels)
+    rows = [read, labels, ~_nonzero(gradient), logits.argmax(1), *(classify(x).argmax(1) for x in adversarial)]
+    return torch.stack([row.long() for row in rows])
 
 
 def check_pixel_eps(eps: float | Sequence[float]) -> list[float]:

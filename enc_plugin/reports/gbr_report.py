@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..build import build_dataset, load_config, load_model, pick_device
 from ..checkpoint_files import file_sha256
-from ..measuring.gbr import SPACES, check_options, input_unit, measure_gbr, pick_batch_size
+from ..measuring.gbr import SPACES, GBREstimate, check_options, input_unit, measure_gbr, pick_batch_size
 from ..measuring.pipelines import find_pipeline
 from ..measuring.samples import FixedSamples, choose_samples
 from ..refused import require_file
@@ -133,23 +133,9 @@ def measure_checkpoints(
                     seed=seed,
                     progress=lambda count: bar.advance(task, count),
                 )
-                low, high = found.interval
-                records.append(
-                    dict(
-                        config=config.filename,
-                        checkpoint=str(path),
-                        epoch=meta.get("epoch"),
-                        weights=meta["weights"],
-                        output=output,
-                        gbr=found.mean,
-                        sem=found.sem,
-                        low=low,
-                        high=high,
-                        median=found.median,
-                        unit=input_unit(model, space),
-                        seconds=found.seconds,
-                    )
-                )
+                origin = {"config": config.filename, "checkpoint": str(path), "epoch": meta.get("epoch")}
+                origin |= {"weights": meta["weights"], "output": output}
+                records.append(origin | _results(found) | {"unit": input_unit(model, space), "seconds": found.seconds})
     settings = {
         "num_samples": len(samples),
         "left_out": samples.left_out,
@@ -168,6 +154,11 @@ def measure_checkpoints(
     if plot is not None:
         draw_gbr(records, plot)
     return GBRReport(records, settings)
+
+
+def _results(found: GBREstimate) -> dict[str, float]:
+    low, high = found.interval
+    return {"gbr": found.mean, "sem": found.sem, "low": low, "high": high, "median": found.median}
 
 
 def draw_gbr(records: Sequence[dict], path: str | Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .draws import Recipe
 from .pictures import Pictures
+from .recipe import Recipe
 
 
 @cache

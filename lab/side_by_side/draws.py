@@ -2,70 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from mmengine.config import Config
 
-_KNOWN = {
-    "RandomCrop": {"crop_size", "padding"},
-    "RandomFlip": {"prob", "direction"},
-    "Cutout": {"shape", "pad_val", "prob"},
-    "PackInputs": set(),
-}
-_MIXED = {"Mixup": {"alpha"}, "CutMix": {"alpha"}, "GaussianNoise": {"std"}}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a config augments its training pictures.
-
-    Attributes:
-        size: Side of a picture, in pixels.
-        padding: Black pixels around it before the crop.
-        flip: Probability of a horizontal flip; None: no flip.
-        cut: Side of the square that is cut out; None: none.
-        fill: Pixel that fills the square.
-        mixing: ``'Mixup'``, ``'CutMix'`` or ``'GaussianNoise'``, and its strength; None: none.
-    """
-
-    size: int
-    padding: int
-    flip: float | None = None
-    cut: int | None = None
-    fill: tuple[float, ...] = ()
-    mixing: tuple[str, float] | None = None
-
-    @classmethod
-    def of(cls, cfg: Config) -> Recipe:
-        """That of a config.
-
-        Raises:
-            ValueError: If it augments in a way that is not known here; names the transform.
-        """
-        steps = {}
-        for step in cfg.train_dataloader.dataset.pipeline:
-            kind = step["type"]
-            if kind not in _KNOWN or set(step) - {"type"} != _KNOWN[kind]:
-                raise ValueError(f"pipeline: expected {', '.join(_KNOWN)} with the study's options, got {dict(step)}")
-            steps[kind] = step
-        if list(steps) != [kind for kind in _KNOWN if kind in steps] or "RandomCrop" not in steps:
-            raise ValueError(f"pipeline: expected RandomCrop first, then {', '.join(_KNOWN)} in this order")
-        flip, cut = steps.get("RandomFlip"), steps.get("Cutout")
-        if (flip and flip["direction"] != "horizontal") or (cut and cut["prob"] != 1.0):
-            raise ValueError(f"pipeline: expected horizontal flips and Cutout of every picture, got {flip}, {cut}")
-        mixing = (cfg.model.get("train_cfg") or {}).get("augments")
-        if mixing is not None and set(mixing) - {"type"} != _MIXED.get(mixing["type"]):
-            raise ValueError(f"augments: expected one of {', '.join(_MIXED)} with its strength, got {dict(mixing)}")
-        return cls(
-            size=steps["RandomCrop"]["crop_size"],
-            padding=steps["RandomCrop"]["padding"],
-            flip=flip and flip["prob"],
-            cut=cut and cut["shape"],
-            fill=tuple(cut["pad_val"]) if cut else (),
-            mixing=mixing and (mixing["type"], *(value for key, value in mixing.items() if key != "type")),
-        )
+from .recipe import Recipe
 
 
 class Draws:
@@ -103,7 +43,7 @@ class Draws:
         shuffled = torch.Generator().manual_seed(self._seed + number)
         numbers = {"order": [torch.randperm(sum(self._sizes), generator=shuffled).numpy()], "picture": []}
         for size in self._sizes:
-            numbers["picture"].append(np.array([self._picture() for _ in range(size)], np.uint8))
+            numbers["picture"].append(self._pictures(size))
             for name, value in self._mixing(size).items():
                 numbers.setdefault(name, []).append(value)
         if number + 1 in self._validated:
@@ -114,17 +54,38 @@ class Draws:
         """Each pass over a torch DataLoader draws a number for its workers, with or without workers."""
         torch.empty((), dtype=torch.int64).random_(generator=self._torch)
 
-    def _picture(self) -> tuple[int, int, int, int, int]:
-        """Augmentation of one picture; the draws of mmpretrain's transforms, in their order."""
-        draw, recipe = self._numpy, self._recipe
-        top, left = (draw.randint(0, 2 * recipe.padding + 1) for _ in range(2))
-        flipped = recipe.flip is not None and draw.random_sample() < recipe.flip
-        cut_top = cut_left = 0
-        if recipe.cut is not None:
-            draw.random_sample()  # whether to cut at all, which is certain
-            middle = (draw.uniform(recipe.size) for _ in range(2))  # from 1 to the size
-            cut_top, cut_left = (int(max(0, at - recipe.cut / 2)) for at in middle)
-        return top, left, flipped, cut_top, cut_left
+    def _pictures(self, count: int) -> np.ndarray:
+        """Augmentation of a batch: the draws of mmpretrain's transforms in their order, read off NumPy's random words.
+
+        A call of NumPy for each number would take half a second an epoch, in which a GPU waits.
+        """
+        recipe, last = self._recipe, 2 * self._recipe.padding
+        reals = (recipe.flip is not None) + 3 * (recipe.cut is not None)
+        before = self._numpy.get_state()
+        words = self._numpy.randint(0, 2**32, (8 + 2 * reals) * count + 64, dtype=np.uint32)
+        # An integer from 0 to ``last`` is the lowest bits of the first word in which they are not larger.
+        lowest = words & (2 ** last.bit_length() - 1)
+        fitting = np.where(lowest <= last, np.arange(len(words)), len(words))
+        following = np.minimum.accumulate(fitting[::-1])[::-1].tolist()
+        tops, lefts, at = [], [], 0
+        for _ in range(count):
+            tops.append(following[at])
+            lefts.append(following[tops[-1] + 1])
+            at = lefts[-1] + 1 + 2 * reals
+        self._numpy.set_state(before)
+        self._numpy.randint(0, 2**32, at, dtype=np.uint32)  # leaves the generator behind the words that were used
+
+        def real(number: int) -> np.ndarray:
+            """Real number ``number`` of each picture, uniform in [0, 1)."""
+            high, low = (words[np.array(lefts) + 1 + 2 * number + i] for i in range(2))
+            return ((high >> 5) * 2.0**26 + (low >> 6)) / 2.0**53
+
+        flipped = np.zeros(count) if recipe.flip is None else real(0) < recipe.flip
+        corner = np.zeros((2, count))
+        if recipe.cut is not None:  # the first of three numbers says whether to cut at all, which is certain
+            middle = np.stack([recipe.size + (1 - recipe.size) * real(reals - n) for n in (2, 1)])
+            corner = np.maximum(0, middle - recipe.cut / 2)
+        return np.stack([lowest[tops], lowest[lefts], flipped, *corner], 1).astype(np.uint8)
 
     def _mixing(self, size: int) -> dict[str, np.ndarray]:
         """How a batch is mixed with itself; the draws of mmpretrain's batch augmentations, in their order."""

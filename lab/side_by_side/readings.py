@@ -15,7 +15,7 @@ from ..study.measures import measure
 from .pictures import Pictures
 from .training import Training
 
-_ON_A_GPU = 2000  # images of a pass: small networks are a matter of launches
+_ON_A_GPU = 1000  # images of a pass: small networks are a matter of launches
 
 
 class Readings:
@@ -39,20 +39,20 @@ class Readings:
         training = self.training
         self._note("loss", loss)
         if training.epoch in training.validated:
-            with training.on_stream():
+            with training.measured() as model:
                 batch = self._large or training.cfg.val_dataloader.batch_size
-                self._note("accuracy/top1", accuracy(training.model, training.test, batch))
+                self._note("accuracy/top1", accuracy(model, training.test, batch))
         self._measure_gbr()
 
     def final(self) -> dict:
         """What a finished run is measured by."""
         training = self.training
         batch = self._large or training.cfg.val_dataloader.batch_size
-        with training.on_stream():
+        with training.measured() as model:
             options = {"num_samples": self._fgsm.get("num_samples"), "batch_size": batch}
-            attacked = measure_robustness(training.model, training.test, self._fgsm["eps"], **options)
+            attacked = measure_robustness(model, training.test, self._fgsm["eps"], **options)
             self.seconds["fgsm/seconds"] = attacked.seconds
-            rest = measure(training.model, training.train, training.test, training.run.cell.arena.pgd, self._large)
+            rest = measure(model, training.train, training.test, training.run.cell.arena.pgd, self._large)
         last = {key: values[-1][1] for key, values in self.by_epoch.items()}
         return {
             "top1": last.pop("accuracy/top1"),
@@ -68,9 +68,8 @@ class Readings:
         for hook, samples in zip(self._gbr_hooks, self._samples, strict=True):
             if epoch % hook.get("interval", 1) and epoch != epochs:
                 continue
-            with self.training.on_stream():
-                options = {"output": hook["output"], "projections": hook["projections"]}
-                found = measure_gbr(self.training.model, samples, **options)
+            with self.training.measured() as model:
+                found = measure_gbr(model, samples, output=hook["output"], projections=hook["projections"])
             self.seconds["gbr/seconds"] += found.seconds
             self._note(f"gbr/{hook['output']}", found.mean)
             self._note(f"gbr/{hook['output']}_sem", found.sem)

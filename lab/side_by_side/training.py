@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -21,8 +23,9 @@ from enc_plugin.measuring.pixels import preprocess
 from ..study.execute import channels_last
 from ..study.grid import PlannedRun
 from .augmentation import augment, mix, padded
-from .draws import Draws, Recipe
+from .draws import Draws
 from .pictures import load_pictures
+from .recipe import Recipe, check_known, validated_epochs
 
 # Steps before graphs are captured: batch norms of ENC networks average their first ten statistics in another way
 # (enc_plugin.surgery.startup_average), and libraries prepare what they need.
@@ -46,9 +49,9 @@ class Training:
         ValueError: If the config asks for what is not known here.
     """
 
-    def __init__(self, run: PlannedRun, root: str, device: torch.device):
+    def __init__(self, run: PlannedRun, root: str | Path, device: torch.device):
         self.run, self.device, self.cfg = run, device, run.config(root)
-        _check_known(self.cfg)
+        check_known(self.cfg)
         self.train, self.test = load_pictures(self.cfg)
         self.recipe = Recipe.of(self.cfg)
         set_random_seed(run.seed)  # weights are drawn on the CPU, so that all devices start alike
@@ -89,7 +92,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] *= schedule.gamma
             self._graphs.clear()
-        with self.on_stream():
+        with self._on_stream():
             for name, drawn in self._draws.epoch(self.epoch).items():
                 numbers = torch.from_numpy(drawn)
                 if name in self._numbers:
@@ -103,7 +106,7 @@ class Training:
     def step(self, number: int) -> None:
         """Step ``number`` of the epoch."""
         size = self.sizes[number]
-        with self.on_stream():
+        with self._on_stream():
             if self._stream is None or self._steps < _PLAIN_STEPS or size not in self._seen:
                 self._step(size)
             else:
@@ -120,13 +123,24 @@ class Training:
             FloatingPointError: If the loss is NaN or infinite.
         """
         self.epoch += 1
-        with self.on_stream():
+        with self._on_stream():
             loss = self._loss.item() / len(self.sizes)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the mean loss of epoch {self.epoch} is NaN or infinite")
         return loss
 
-    def on_stream(self) -> AbstractContextManager:
+    @contextmanager
+    def measured(self) -> Iterator[nn.Module]:
+        """Block for measurements of the network. All runs make them in one stream, so that they share its memory."""
+        if self._stream is None:
+            yield self.model
+            return
+        common = torch.cuda.current_stream(self.device)
+        common.wait_stream(self._stream)
+        yield self.model
+        self._stream.wait_stream(common)
+
+    def _on_stream(self) -> AbstractContextManager:
         """Block in which the run's own stream is the current one, if it has one."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
@@ -181,27 +195,6 @@ def initial_network(cfg: Config) -> nn.Module:
     return model
 
 
-def validated_epochs(cfg: Config) -> list[int]:
-    """The epochs, counted from 1, after which the runner validates."""
-    last, every = cfg.train_cfg.max_epochs, cfg.train_cfg.get("val_interval", 1)
-    return [epoch for epoch in range(1, last + 1) if epoch % every == 0 or epoch == last]
-
-
 @cache
 def _shared_draws(seed: int, recipe: Recipe, sizes: tuple, torch_state: tuple, validated: tuple) -> Draws:
     return Draws(seed, recipe, list(sizes), torch.tensor(torch_state, dtype=torch.uint8), set(validated))
-
-
-def _check_known(cfg: Config) -> None:
-    """Raise ``ValueError`` if a config has parts that would be left out here."""
-    hooks = {hook["type"] for hook in cfg.custom_hooks} | set(cfg.default_hooks)
-    known = {"GBRHook", "FGSMHook", "timer", "logger", "param_scheduler", "checkpoint", "sampler_seed", "visualization"}
-    if unknown := hooks - known:
-        raise ValueError(f"hooks: runs side by side know {', '.join(sorted(known))}, not {', '.join(sorted(unknown))}")
-    schedule, wrapper = cfg.param_scheduler, cfg.optim_wrapper
-    if schedule.type != "MultiStepLR" or not schedule.by_epoch:
-        raise ValueError(f"param_scheduler: expected MultiStepLR by epochs, got {dict(schedule)}")
-    if unknown := set(wrapper) - {"type", "constructor", "optimizer", "paramwise_cfg"}:
-        raise ValueError(f"optim_wrapper: runs side by side do not know {', '.join(sorted(unknown))}")
-    if "projection" in (wrapper.get("paramwise_cfg") or {}):
-        raise ValueError("optim_wrapper: runs side by side do not hold weights by projection")

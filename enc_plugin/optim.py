@@ -18,7 +18,7 @@ from .functional.weights import check_variant
 from .layers import ENC_LAYERS, ENCLayer
 from .projection import add_projection, check_mode
 from .shift import add_shift
-from .surgery.projected import projected_layers, projection_of
+from .surgery.projected import check_projectable, projected_layers, projection_of
 
 __all__ = ["DEFAULT_SHIFT_EPS", "DecayRules", "add_projection", "add_shift", "describe_groups", "param_groups_enc"]
 
@@ -125,14 +125,8 @@ class DecayRules:
         return list(groups.values())
 
     def _check_projected(self, module: nn.Module) -> None:
-        projected = list(projected_layers(module))
-        for name, found in projected:
-            if "weight" not in found.layer._parameters:
-                raise ValueError(
-                    f"layer {name!r}: its weight is pruned or parametrized, so it is computed from another tensor and "
-                    "the optimizer cannot project it; use to_enc with how='reparametrize' for this layer"
-                )
-        if "projection" in self.options and not projected:
+        check_projectable(module)
+        if "projection" in self.options and not any(projected_layers(module)):
             raise ValueError(
                 "projection: the model has no projected layers; convert it by to_enc(model, how='project'), in a "
                 "config by enc=dict(how='project')"

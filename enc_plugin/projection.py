@@ -1,8 +1,8 @@
-"""ENC as a projection, held by any optimizer: after each step the weights of a group return to the constraint set.
+"""ENC as a projection, for any optimizer: each step ends with the weights of a group on the constraint set.
 
-The network stays the stock network; eq. 19 holds for the weights themselves. The groups say what is to be held:
-``enc_projection``, ``enc_variant`` and ``enc_alpha``, which copies and state dicts keep. Importing this module
-registers a step hook for all optimizers of the process, which acts on such groups alone.
+The network stays the stock network, and eq. 19 holds for the weights themselves. A parameter group asks for the
+projection by ``enc_projection``, ``enc_variant`` and ``enc_alpha``, which copies and state dicts keep. Importing this
+module registers a step hook for all optimizers of the process. The hook ignores all other groups.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from .carried_hooks import carry_load_hook
 from .decay_kinds import shrinking_power
 from .functional.checks import check_type
 from .functional.retraction import retract_, turn_
@@ -23,11 +24,11 @@ from .functional.weights import check_alpha, check_variant, is_centered, num_row
 from .running_step import RunningStep, calling_frame, steps_itself
 
 MODES = {
-    "retract": "the optimizer's own step, then the way back to the constraint set",
-    "rotate": "a turn in the direction of the optimizer's step, by the angle of plain training in equilibrium",
+    "retract": "the optimizer's own step, then a projection onto the constraint set",
+    "rotate": "a rotation in the direction of the optimizer's step, by the angle of plain training in equilibrium",
 }
 
-# What a group says of its projection, and what it has found out.
+# Settings of a group, and what the first step adds to them.
 PROJECTION_SETTINGS = ("enc_projection", "enc_variant", "enc_alpha")
 _FOUND = ("enc_power", "enc_decay", "enc_shrink")
 
@@ -41,25 +42,28 @@ def check_mode(mode: str) -> None:
 
 
 def add_projection(optimizer: Optimizer) -> None:
-    r"""Take the weights of an optimizer's groups to the constraint set, where every step of it leaves them.
+    r"""Project the weights of an optimizer's groups onto the constraint set, now and at the end of each step.
 
-    Call it when the weights are initialised or loaded, before the first forward pass. Every optimizer holds each group
-    with ``enc_projection``, with this call or without; without it, the first step takes the weights to the set, by
-    :func:`~enc_plugin.functional.enc_weight`. Behind a batch norm, ``'fro'`` and ``'wn'`` leave the network's function
-    as it is (``'ws'`` and ``'centered_fro'`` remove means), and a step of the plain recipe becomes this:
+    Call it after weights are initialised or loaded and before the first forward pass. Every optimizer projects each
+    group that has ``enc_projection``, even without this call. Then the first step projects the initial weights, by
+    :func:`~enc_plugin.functional.enc_weight`. Behind a batch norm, ``'fro'`` and ``'wn'`` do not change the function of
+    the network; ``'ws'`` and ``'centered_fro'`` do, because they remove means. The two modes replace a step of the
+    plain optimizer as follows:
 
-    - ``'retract'``: the optimizer's step, then the way back to the set. With rows of norm r in the place of R the
-      gradient is R / r times as long, and a step has to be r / R times as long. So gradients are multiplied by
-      :math:`(r / R)^2 = \alpha / \lVert W \rVert_F^2`, with the initial W of each layer; steps of optimizers that
-      ignore the length of gradients (Adam) by r / R, and those that go by the length of weights (Lamb) by 1. So the
-      learning rate means what it means in the plain network as long as that has its initial norms. Decay has no part
-      in it, because it acts on norms alone.
-    - ``'rotate'``: every row (whole-layer variants: the layer) turns by the angle by which plain training with this
-      learning rate and decay turns it once norms are in equilibrium
-      (:func:`~enc_plugin.functional.rotation.equilibrium_angle`), in the direction of the optimizer's step.
+    - ``'retract'``: the optimizer's step, then the projection. Let R be the initial norm of a layer and r the norm on
+      the set. On the set, the gradient is R / r times as long, while a step that turns the weight as far has to be r /
+      R times as long. So gradients are multiplied by :math:`(r / R)^2 = \alpha / \lVert W \rVert_F^2`. The steps of
+      optimizers that ignore the length of gradients (Adam) are multiplied by r / R; steps that are proportional to the
+      length of weights (Lamb) stay as they are. So the learning rate acts as in a plain network that keeps its initial
+      norms. Weight decay has no effect, because it changes norms only.
+    - ``'rotate'``: every row (whole-layer variants: the layer) turns in the direction of the optimizer's step. The
+      angle is the one by which plain training with this learning rate and decay turns it, once norms are in equilibrium
+      (:func:`~enc_plugin.functional.rotation.equilibrium_angle`).
 
-    The decay of such groups is taken out of their ``weight_decay`` and kept as ``enc_decay``. Gradients are clipped as
-    they are on the set, before the step.
+    The call moves the decay of such groups from ``weight_decay`` to ``enc_decay``. Clip gradients before the step, as
+    usual; they are the gradients on the set. A weight that is pruned or parametrized afterwards is projected as a
+    whole, so the part that the network computes with leaves the set (``audit`` shows by how much). Between steps, a CPU
+    keeps copies of the weights for ``'rotate'``, and for ``'retract'`` with other optimizers than SGD.
 
     Args:
         optimizer: Any torch optimizer. Groups come from :func:`~enc_plugin.optim.param_groups_enc`, or hold
@@ -67,8 +71,8 @@ def add_projection(optimizer: Optimizer) -> None:
 
     Raises:
         TypeError: If ``optimizer`` is no torch optimizer.
-        ValueError: If a group lacks a setting, if ``'retract'`` cannot tell how the optimizer's steps depend on the
-            length of gradients and weights (LBFGS), or if ``'rotate'`` knows no angle for it: it knows SGD and AdamW.
+        ValueError: If a group lacks a setting; if for ``'retract'`` it is unknown how the optimizer's steps depend on
+            the length of gradients and weights (LBFGS); or if the optimizer of ``'rotate'`` is not SGD or AdamW.
     """
     check_projection(optimizer)
     with torch.no_grad():
@@ -78,13 +82,13 @@ def add_projection(optimizer: Optimizer) -> None:
 
 
 def check_projection(optimizer: Optimizer) -> None:
-    """The checks of :func:`add_projection` alone: weights are left as they are, until they are initialised or loaded.
+    """Run the checks of :func:`add_projection` and leave the weights as they are.
 
-    The first step takes them to the set, if :func:`add_projection` does not do it before. From here on, groups keep
-    their settings when a state with others is loaded.
+    :func:`add_projection`, or else the first step, projects the weights. From this call on, groups keep their settings
+    when a state with other settings is loaded, also in copies of the optimizer, pickled ones included.
     """
     check_type("optimizer", optimizer, Optimizer, "a torch optimizer")
-    _watch_loading(optimizer)
+    carry_load_hook(optimizer, _keep_settings)
     for group in _own_groups(optimizer):
         _prepare(optimizer, group)
 
@@ -98,7 +102,7 @@ def _own_groups(optimizer: Optimizer) -> list[Group]:
 
 
 def _prepare(optimizer: Optimizer, group: Group) -> None:
-    """Check a group, take its decay from the optimizer, and find how steps depend on gradients."""
+    """Check a group, move its decay to ``enc_decay``, and find out how steps depend on the length of gradients."""
     if "enc_power" in group:
         return
     missing = [key for key in ("lr", "enc_variant", "enc_alpha") if key not in group]
@@ -111,16 +115,16 @@ def _prepare(optimizer: Optimizer, group: Group) -> None:
     if group["enc_projection"] == "rotate":
         if not isinstance(optimizer, (torch.optim.SGD, torch.optim.AdamW)):
             raise ValueError(
-                f"projection: 'rotate' turns weights as SGD or AdamW does in equilibrium; of {name} that is not known. "
-                "Use one of the two, or 'retract'"
+                f"projection: 'rotate' turns weights as SGD or AdamW does in equilibrium, and {name} is neither; use "
+                "one of the two, or 'retract'"
             )
         power = 2
     else:
         power = shrinking_power(optimizer, group)
         if power is None:
             raise ValueError(
-                f"projection: how the length of {name}'s steps depends on that of gradients and weights is not known, "
-                "so 'retract' cannot give its learning rate a meaning; use SGD or AdamW"
+                f"projection: 'retract' has to know how the length of steps depends on the length of gradients and "
+                f"weights, which is unknown for {name}; use SGD or AdamW"
             )
     group.setdefault("enc_decay", group.get("weight_decay", 0.0))
     if "weight_decay" in group:
@@ -133,21 +137,21 @@ def _trained(group: Group) -> list[int]:
 
 
 class _Projection:
-    """The projection of one optimizer: its hooks, the step that runs, and the weights before it."""
+    """The projection of one optimizer: its hooks, the running step, and the weights before that step."""
 
     def __init__(self, optimizer: Optimizer):
         self.step: RunningStep | None = None
         self.depth = 0
         self.before: list[tuple[Group, list[int], list[Tensor]]] = []
         self.copies: dict[int, list[Tensor]] = {}
-        _watch_loading(optimizer)
+        carry_load_hook(optimizer, _keep_settings)
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
-        # The first to act after the step, so that others (an average of the weights) see weights on the set.
+        # First among the post-hooks, so that the others (an average of the weights) see weights on the set.
         after = optimizer.register_step_post_hook(self.after_step).id
         optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Take new weights to the set, and give gradients the length that the learning rate is meant for."""
+        """Project new weights, and rescale gradients to the length for which the learning rate was chosen."""
         frame = calling_frame()
         if self.step is not None and self.step.runs(frame):  # super().step()
             self.depth += 1
@@ -162,8 +166,8 @@ class _Projection:
                 self.before.append(self.look(index, group, has_closure))
 
     def look(self, index: int, group: Group, has_closure: bool) -> tuple[Group, list[int], list[Tensor]]:
-        """Indices of the weights that the step will move, and copies of them if the step has to be known afterwards."""
-        # Of a closure, there are no gradients yet.
+        """Indices of the weights that the step will move, and copies of them if their steps are needed afterwards."""
+        # A closure computes the gradients later.
         chosen = list(range(len(group["params"]))) if has_closure else _trained(group)
         weights = [group["params"][i] for i in chosen]
         if has_closure or group["enc_projection"] == "rotate" or group["enc_power"] != 2:
@@ -172,9 +176,9 @@ class _Projection:
         return group, chosen, []
 
     def copy(self, index: int, weights: list[Tensor]) -> list[Tensor]:
-        """Copies of the weights of a group, which on a CPU take the memory of those of the step before.
+        """Copies of the weights of a group. A CPU reuses the memory of the copies of the last step.
 
-        There, new memory costs more than the copy, because the system has to clear it.
+        On a CPU, new memory costs more time than the copy, because the system clears it first.
         """
         kept = self.copies.pop(index, [])
         if [_layout(x) for x in kept] != [_layout(weight) for weight in weights]:
@@ -186,7 +190,7 @@ class _Projection:
         return kept
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Take the weights back to the set."""
+        """Project the weights."""
         if self.depth:
             self.depth -= 1
             return
@@ -194,20 +198,14 @@ class _Projection:
             for group, chosen, before in self.before:
                 _finish(group, chosen, before)
             for group in _groups(optimizer):
-                # An average with earlier weights, as Lookahead's, leaves the set.
+                # Averages with earlier weights, as in Lookahead, leave the set.
                 if not steps_itself(optimizer, group):
                     retract_(group["params"], group["enc_variant"], group["enc_alpha"])
         self.step, self.before = None, []
 
 
-def _watch_loading(optimizer: Optimizer) -> None:
-    hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
-    if hooks is not None and _keep_settings not in hooks.values():
-        optimizer.register_load_state_dict_pre_hook(_keep_settings)
-
-
 def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Load hook: groups stay held, or not held, as they were made, and say so where the loaded state has another."""
+    """Load hook: groups keep their own projection settings, and warn if those of the loaded state differ."""
     own, loaded = optimizer.param_groups, state["param_groups"]
     if len(own) != len(loaded):
         return None  # torch refuses it
@@ -220,7 +218,7 @@ def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any
         warnings.warn(
             f"ENC: projection of {len(was['params'])} tensors: the loaded state has {others['enc_projection']!r} "
             f"({others['enc_variant']}), this optimizer was made with {settings['enc_projection']!r} "
-            f"({settings['enc_variant']}) and goes on with that",
+            f"({settings['enc_variant']}) and keeps that",
             stacklevel=2,
         )
         group = {key: value for key, value in found.items() if key not in (*PROJECTION_SETTINGS, *_FOUND)}
@@ -252,7 +250,7 @@ def _scale(tensors: list[Tensor], factors: list[float]) -> None:
 
 
 def _start(group: Group, has_gradients: bool) -> None:
-    """Take initial weights to the set, and note by how much they shrank."""
+    """Project initial weights, and store by which factor their norms changed."""
     variant, alpha = group["enc_variant"], group["enc_alpha"]
     group["enc_shrink"] = []
     for weight in group["params"]:
@@ -260,7 +258,7 @@ def _start(group: Group, has_gradients: bool) -> None:
         group["enc_shrink"].append(math.sqrt(alpha) / lengths.norm().item())
         retract_([weight], variant, alpha)
         if has_gradients and weight.grad is not None:
-            # It is that of the initial weight; the shorter a row, the longer its gradient.
+            # The gradient was computed at the initial weight. The shorter a row, the longer its gradient.
             factors = (lengths / _row_lengths(weight, variant)).to(weight.grad.dtype)
             rows = weight.grad.reshape(len(factors), -1) * factors[:, None]
             weight.grad.copy_(rows.reshape(weight.shape))
@@ -281,7 +279,7 @@ def _angle(group: Group) -> float | Tensor:
 
 
 def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """Step hook of all optimizers: those with groups to hold get hooks of their own, behind all others."""
+    """Step hook of all optimizers. One with projected groups gets hooks of its own, after all other pre-hooks."""
     if not _groups(optimizer):
         return
     own = vars(optimizer).get("_enc_projection")

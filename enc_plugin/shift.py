@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from .carried_hooks import carry_load_hook
 from .decay_kinds import decay_kind
 from .functional.checks import check_type
 from .running_step import RunningStep, calling_frame, inner_optimizers
@@ -108,13 +107,10 @@ class _Shift:
         # First among the post-hooks, so that the others (an average of the weights) see the restored weights.
         after = optimizer.register_step_post_hook(self.after_step).id
         optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)
-        hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
-        if hooks is not None and _see_loading not in hooks.values():  # a copy has it already
-            optimizer.register_load_state_dict_pre_hook(_see_loading)
+        carry_load_hook(optimizer, _see_loading, before_copy=self.restore)
         if hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):
             # After a step that raised, the decay and the weights are not yet restored.
             optimizer.register_state_dict_pre_hook(self.restore)
-        optimizer.__getstate__ = partial(_state_of_copies, weakref.ref(optimizer))
 
     def warn_once(self, text: str) -> None:
         """Warn, unless the same warning was given before."""
@@ -263,22 +259,6 @@ def _shift_of(optimizer: Optimizer) -> _Shift:
     if shift is None:
         shift = optimizer._enc_shift = _Shift(optimizer)
     return shift
-
-
-def _state_of_copies(original: weakref.ref[Optimizer]) -> dict[str, Any]:
-    """State of an optimizer for ``copy`` and ``pickle``, including hooks, which torch leaves out.
-
-    Without the hooks, a copy that loads a state dict before its first step would take over the shift of that state
-    dict, and an optimizer that is unpickled in another process would apply no shift unless this module is imported.
-    """
-    optimizer = original()
-    _shift_of(optimizer).restore(optimizer)
-    return {
-        **type(optimizer).__getstate__(optimizer),
-        # The id -1 cannot collide: torch numbers its hooks from 0.
-        "_optimizer_step_pre_hooks": OrderedDict({-1: _see_step}),
-        "_optimizer_load_state_dict_pre_hooks": OrderedDict({-1: _see_loading}),
-    }
 
 
 def _see_loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from enc_plugin import to_enc
+from enc_plugin import ENCLinear, add_shift, param_groups_enc, to_enc
 from enc_plugin.functional import VARIANTS, enc_weight
 from enc_plugin.functional.retraction import retract_
 from enc_plugin.functional.rotation import equilibrium_angle
@@ -224,6 +226,80 @@ def test_a_copy_of_the_optimizer_holds_its_weights_too():
     assert all(w.square().sum().item() == pytest.approx(1, rel=1e-12) for w in weights_of(model))
 
 
+def test_an_optimizer_is_projected_where_it_is_unpickled_and_nothing_else_imports_this_package(tmp_path):
+    model = network()
+    optimizer = torch.optim.SGD(groups_of(model, "retract"), **SGD)
+    add_projection(optimizer)
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+    (tmp_path / "optimizer.pkl").write_bytes(pickle.dumps(optimizer))
+    steps = """
+import pickle, sys
+optimizer = pickle.load(open(sys.argv[1], "rb"))
+for group in optimizer.param_groups:
+    for p in group["params"]:
+        p.grad = p.detach().sin()
+optimizer.step()
+print(max(abs(p.square().sum().item() - 1) for p in optimizer.param_groups[0]["params"]))
+"""
+    command = [sys.executable, "-c", steps, str(tmp_path / "optimizer.pkl")]
+    assert float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 1e-12
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("first", ["shift", "projection"])
+def test_a_copy_projects_and_shifts_and_keeps_both_when_it_loads_another_state(way, first):
+    model = nn.Sequential(nn.Linear(4, 6), ENCLinear(6, 5))
+    to_enc(model[0], how="project", post_norm=False)
+    groups = param_groups_enc(model, lr=0.1, weight_decay=1e-2)
+    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=1e-2)
+    for prepare in (add_shift, add_projection) if first == "shift" else (add_projection, add_shift):
+        prepare(optimizer)
+    twin = way(optimizer)
+    settings = [{"params": g["params"], "weight_decay": 1e-2} for g in optimizer.param_groups]
+    plain = torch.optim.SGD(settings, lr=0.1)
+    with pytest.warns(UserWarning, match="ENC: projection of"), pytest.warns(UserWarning, match="ENC: shift_eps of"):
+        twin.load_state_dict(plain.state_dict())
+    for group in twin.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn_like(p)
+    twin.step()
+    (held,) = (group["params"][0] for group in twin.param_groups if "enc_projection" in group)
+    assert held.square().sum().item() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", ["retract", "rotate"])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_a_gradient_scaler_skips_leaves_the_weights(cls, mode, fused):
+    models = network(), network()
+    optimizers = [cls(groups_of(m, mode), lr=1e-2, fused=fused) for m in models]
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for optimizer in optimizers:
+        add_projection(optimizer)
+    for i, (images, labels) in enumerate(batches(4)):
+        for model, optimizer, is_scaled in zip(models, optimizers, (True, False), strict=True):
+            before = [w.detach().clone() for w in weights_of(model)]
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            if not is_scaled:
+                if i != 2:
+                    loss.backward()
+                    optimizer.step()
+                continue
+            scaler.scale(loss).backward()
+            if i == 2:
+                model[0].weight.grad[0, 0, 0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            if i == 2:  # a fused optimizer skips it within its step, after which weights are projected once more
+                tolerance = dict(rtol=1e-14, atol=1e-16) if fused else dict(rtol=0, atol=0)
+                torch.testing.assert_close([w.detach() for w in weights_of(model)], before, **tolerance)
+    assert scaler.get_scale() == 128
+    for a, b in zip(*(weights_of(model) for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_a_step_with_a_closure_is_the_step_without():
     models = network(), network()
     optimizers = [torch.optim.SGD(groups_of(m, "retract"), **SGD) for m in models]
@@ -347,7 +423,7 @@ def test_a_group_that_is_added_later_is_held():
 
 def test_what_cannot_be_held_is_refused_before_a_step():
     model = network()
-    with pytest.raises(ValueError, match="'rotate' turns weights as SGD or AdamW does"):
+    with pytest.raises(ValueError, match="'rotate' turns weights as SGD or AdamW does.*and RMSprop is neither"):
         add_projection(torch.optim.RMSprop(groups_of(model, "rotate"), lr=0.1))
     with pytest.raises(ValueError, match="expected one of 'retract', 'rotate', got 'turn'"):
         add_projection(torch.optim.SGD(groups_of(model, "turn"), **SGD))

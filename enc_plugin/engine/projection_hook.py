@@ -1,4 +1,4 @@
-"""Hook that begins the projection of a run, and keeps averaged weights on the constraint set, too."""
+"""Hook that starts the projection of a run, and keeps averaged weights on the constraint set too."""
 
 from __future__ import annotations
 
@@ -12,31 +12,38 @@ from mmengine.runner import Runner
 from ..functional.retraction import retract_
 from ..measuring.untouched import unwrap
 from ..projection import add_projection
-from ..surgery.projected import projected_layers
+from ..surgery.projected import check_projectable, projected_layers
 from .wrappers import optim_wrappers
 
 
 @HOOKS.register_module()
 class ENCProjectionHook(Hook):
-    """Takes the weights of layers that are ENC by projection to the constraint set before the first step.
+    """Projects the weights of projected layers onto the constraint set before the first step.
 
-    After each step, the optimizer itself holds them (:func:`enc_plugin.projection.add_projection`); a resumed run goes
-    on with its weights as they are. An average of weights on the set is shorter than they are, so the average that
-    ``EMAHook`` keeps is taken back to the set after each update. ``ENCRunner`` registers the hook; without it the first
-    step takes the weights to the set, and averages stay off it. A network without such layers is left alone.
+    After each step, the optimizer itself projects them (:func:`enc_plugin.projection.add_projection`). A resumed run
+    continues with its weights unchanged. An average of weights on the set is shorter than they are, so the hook
+    projects the average that ``EMAHook`` keeps after each update. A layer that is pruned or parametrized during the run
+    raises an error when the next epoch starts. ``ENCRunner`` registers the hook. Without it, the first step projects
+    the weights, and averages stay off the set. A network without projected layers is left alone.
     """
 
     priority = "LOW"  # after EMAHook has updated its average, before ENCAuditHook looks at the weights
 
     def before_train(self, runner: Runner) -> None:
-        """Take the weights to the set, initialised or loaded as they are now."""
+        """Project the weights, which are initialised or loaded by now."""
         for wrapper in optim_wrappers(runner):
             add_projection(wrapper.optimizer)
-        if runner.iter == 0:  # a resumed run has its average on the set, and goes on with it bit by bit
+        if (
+            runner.iter == 0
+        ):  # The average of a resumed run is on the set already, and has to stay as it is, bit by bit.
             self._retract_averages(runner)
 
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Raise if a projected weight has been pruned or parametrized."""
+        check_projectable(unwrap(runner.model))
+
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Take the updated average back to the set."""
+        """Project the updated average."""
         self._retract_averages(runner)
 
     @torch.no_grad()

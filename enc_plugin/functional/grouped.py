@@ -74,7 +74,7 @@ def rows_of(weight: Tensor) -> Tensor:
 
 
 def blocks_of(weight: Tensor, variant: str) -> tuple[Tensor, ...]:
-    """Views of the rows in blocks that fit into a CPU's cache; the weight if it counts as a whole or is in pieces."""
+    """Blocks of rows, as views, that fit into a CPU's cache; the whole weight if rows are strided or it is one row."""
     if is_whole_layer(variant) or not has_whole_rows(weight):
         return (weight,)
     return rows_of(weight).split(max(1, _BLOCK * len(weight) // weight.numel()))

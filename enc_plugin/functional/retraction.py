@@ -1,4 +1,4 @@
-"""Weights that go back to the constraint set of eq. 19 where they are, after any step or after a turn."""
+"""Projects weights onto the constraint set of eq. 19 in place, after an arbitrary step or after a rotation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .weights import enc_weight, is_centered, is_whole_layer, num_rows
 
 
 def retract_(weights: Sequence[Tensor], variant: str, alpha: float) -> None:
-    """Take weights to the constraint set, in place: :func:`~enc_plugin.functional.enc_weight` of each.
+    """Project weights onto the constraint set in place, by :func:`~enc_plugin.functional.enc_weight`.
 
     Args:
         weights: As in ``enc_weight``.
@@ -31,12 +31,12 @@ def retract_(weights: Sequence[Tensor], variant: str, alpha: float) -> None:
 def turn_(
     weights: Sequence[Tensor], before: Sequence[Tensor], angle: float | Tensor, variant: str, alpha: float
 ) -> None:
-    """Replace the step that weights have taken by a turn in its direction, in place, which ends on the constraint set.
+    """Replace the last step of weights by a rotation in its direction, in place; they end on the constraint set.
 
     Args:
         weights: The weights after the step.
         before: The weights before it, on the constraint set, in the memory formats of ``weights``.
-        angle: Of the turn of each row, in radians (:func:`~enc_plugin.functional.rotation.rotate`).
+        angle: Angle of each row's rotation in radians (:func:`~enc_plugin.functional.rotation.rotate`).
         variant: As in :func:`retract_`.
         alpha: As in :func:`retract_`.
     """
@@ -52,24 +52,24 @@ def turn_(
 
 
 def _share(block: Tensor, weight: Tensor, variant: str, alpha: float) -> Tensor:
-    """Effective rows of a block of a weight, whose squared norm is the share of the rows in ``alpha``."""
+    """Project a block of rows of a weight: its squared norm becomes the rows' share of ``alpha``."""
     return enc_weight(block, variant, alpha * (len(block) / len(weight)))
 
 
 def _are_alike(weights: Sequence[Tensor]) -> bool:
-    """Whether weights are to be computed together: on a GPU, where each operation costs the host time."""
+    """Whether to compute weights together: on a GPU, because there each operation costs host time."""
     return bool(weights) and weights[0].is_cuda and len({(weight.device, weight.dtype) for weight in weights}) == 1
 
 
 def retract_together_(weights: Sequence[Tensor], variant: str, alpha: float) -> None:
-    """:func:`retract_` for weights of one device and dtype, in a number of operations that goes by lengths of rows."""
+    """:func:`retract_` for one device and dtype. The number of operations depends on row lengths, not on layers."""
     torch._foreach_copy_(list(weights), enc_weights(weights, variant, [alpha] * len(weights)))
 
 
 def turn_together_(
     weights: Sequence[Tensor], before: Sequence[Tensor], angle: float | Tensor, variant: str, alpha: float
 ) -> None:
-    """:func:`turn_` for weights of one device and dtype, in a number of operations that goes by lengths of rows."""
+    """:func:`turn_` for one device and dtype. The number of operations depends on row lengths, not on layers."""
     torch._foreach_sub_(list(weights), list(before))
     groups = groups_of(weights, variant)
     own = [[weights[i] for i in members] for members in groups]

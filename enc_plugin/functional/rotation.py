@@ -18,8 +18,9 @@ def rotate(weight: Tensor, update: Tensor, angle: float | Tensor, variant: str) 
     .. math:: W_j \leftarrow \cos\theta\, W_j + \sin\theta\, \lVert W_j \rVert\, \frac{t_j}{\lVert t_j \rVert},
         \qquad t_j = u_j - \bar u_j - \frac{\langle u_j, W_j \rangle}{\lVert W_j \rVert^2} W_j
 
-    with the mean :math:`\bar u_j` of the update u for the variants that remove means alone. The length of the update
-    has no influence. A row stays as it is if its update does not turn it: if all but a thousandth of it is along W.
+    where only the variants that remove means subtract the mean :math:`\bar u_j` of the update u. The length of the
+    update has no influence. A row stays as it is if its update does not turn it, because all but rounding (in float32:
+    three thousandths) is along W or constant.
 
     Args:
         weight: Weight W on the constraint set, ``(out, in)`` or ``(out, in / groups, *kernel)``. Computed in float32 at
@@ -48,27 +49,27 @@ def rotate(weight: Tensor, update: Tensor, angle: float | Tensor, variant: str) 
 
 
 def turn_rows_(ws: Sequence[Tensor], us: Sequence[Tensor], angle: float | Tensor, centered: bool) -> list[Tensor]:
-    """Write turned rows in the place of the updates: the core of :func:`rotate`, for many matrices at once.
+    """Replace updates by the turned rows, for several matrices at once: the core of :func:`rotate`.
 
-    Operations on matrices go by their number; those on a number for each row do not.
+    Only the number of operations on whole matrices grows with the number of matrices.
 
     Args:
         ws: Matrices of rows ``(rows, n)``, float32 or float64, without means if ``centered``.
-        us: An update of each. Becomes the turned rows, with the mean that the update leaves in them.
+        us: An update of each. It is overwritten by the turned rows, from which its mean has not been removed.
         angle: As in :func:`rotate`.
-        centered: Whether the mean of an update does not turn a row.
+        centered: Whether the mean of an update is ignored.
 
     Returns:
-        For each matrix, by what the updates were multiplied, ``(rows, 1)``; so their means were, too.
+        For each matrix, the factors ``(rows, 1)`` of its updates in the turned rows.
     """
     along = torch.cat([torch.linalg.vecdot(u, w) for u, w in zip(us, ws, strict=True)])
     whole, size = (torch.cat([torch.linalg.vector_norm(x, dim=1) for x in xs]).square() for xs in (us, ws))
-    # |t|^2 without t: a pass over memory less. What rounding leaves of it has no direction.
+    # |t|^2 without t, which saves a pass over memory. If only rounding is left of it, t has no direction.
     squared = whole - along.square() / size
     if centered:
         squared -= torch.cat([u.mean(1).square() * u.shape[1] for u in us])
     turns = squared > 64 * torch.finfo(squared.dtype).eps * whole
-    # A number stays on the host: a tensor made of it would have to be copied to the device, which waits.
+    # A number stays on the host, because copying it to the device would wait.
     sin, cos = (angle.sin(), angle.cos()) if isinstance(angle, Tensor) else (math.sin(angle), math.cos(angle))
     gain = torch.where(turns, sin * (size / squared).sqrt(), 0)
     kept = torch.where(turns, cos - gain * along / size, 1)
@@ -83,11 +84,11 @@ def equilibrium_angle(
 ) -> float | Tensor:
     r"""Angle by which one step of an optimizer with weight decay turns a scale-invariant weight in equilibrium.
 
-    The gradient of a scale-invariant weight is orthogonal to it. Let the gradients of different steps be independent,
-    with mean square :math:`s`. An optimizer spreads each of them over later steps, with the coefficients
-    :math:`\eta c_k`. So a gradient adds :math:`\eta^2 (\sum_k c_k)^2 s` to :math:`\lVert W \rVert^2`, and a step of
-    decay takes :math:`2 \eta \lambda \sum_k c_k \lVert W \rVert^2` from it. Where both balance, the mean square angle
-    of a step, :math:`\eta^2 \sum_k c_k^2\, s / \lVert W \rVert^2`, is
+    The gradient of a scale-invariant weight is orthogonal to it. Assume that the gradients of different steps are
+    independent, with mean square :math:`s`. An optimizer distributes each gradient over later steps, with the
+    coefficients :math:`\eta c_k`. So a gradient adds :math:`\eta^2 (\sum_k c_k)^2 s` to :math:`\lVert W \rVert^2`, and
+    a step of decay subtracts :math:`2 \eta \lambda \sum_k c_k \lVert W \rVert^2`. When both balance, the mean square
+    angle of a step, :math:`\eta^2 \sum_k c_k^2\, s / \lVert W \rVert^2`, is
 
     .. math:: \theta^2 = 2 \eta \lambda\, \frac{\sum_k c_k^2}{\sum_k c_k}
 
@@ -100,8 +101,8 @@ def equilibrium_angle(
     AdamW              :math:`(1 - \beta_1) \beta_1^k`         :math:`2\eta\lambda (1 - \beta_1) / (1 + \beta_1)`
     =================  ======================================  ==============================================
 
-    with dampening d. AdamW brings the gradients to a size that does not depend on W, which leaves the balance as it is;
-    pass ``momentum=beta1, dampening=beta1``. The two middle cases are in arXiv 2305.17212.
+    with dampening d. AdamW rescales gradients to a size that does not depend on W, which does not change the balance;
+    pass ``momentum=beta1, dampening=beta1``. SGD with momentum and AdamW are in arXiv 2305.17212.
 
     Args:
         lr: Learning rate eta, a number or a tensor of one element.

@@ -1,4 +1,4 @@
-"""Stock layers whose weights an optimizer holds on the constraint set: how a network says which."""
+"""Stock layers whose weights the optimizer keeps on the constraint set, and how a network marks them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..layers import ENCLayer
 
 @dataclass(frozen=True)
 class Projected:
-    """A stock layer that is ENC by projection, seen as an ENC layer: its weight is the effective one."""
+    """A stock layer that is ENC by projection, with the attributes of an ENC layer: its weight is the effective one."""
 
     layer: nn.Module
     enc_variant: str
     enc_alpha: float
 
-    # An ENC layer may have these.
+    # Attributes that only some ENC layers set.
     enc_log_alpha: ClassVar[None] = None
     enc_kept: ClassVar[None] = None
     enc_norm: ClassVar[None] = None
 
     @property
     def weight(self) -> Tensor:
-        """The weight, on the constraint set once training has begun."""
+        """The weight. It is on the constraint set from the first optimizer step on."""
         return cast(Tensor, self.layer.weight)
 
     @property
@@ -39,9 +39,10 @@ class Projected:
 
 
 def make_projected(layer: ENCLayer) -> None:
-    """Leave the constraint of an ENC layer to the optimizer, in place: parameter groups, audits and monitors see that.
+    """Leave the constraint of an ENC layer to the optimizer, in place, by a mark that parameter groups and audits see.
 
-    The layer becomes the stock layer, with the free weight; one that owns a batch norm keeps its class for that.
+    The layer becomes the stock layer with the free weight. A layer that owns a batch norm keeps its class, because the
+    stock class has no place for the batch norm.
     """
     mark = (layer.enc_variant, float(layer.enc_alpha))
     if layer.enc_norm is None:
@@ -52,7 +53,7 @@ def make_projected(layer: ENCLayer) -> None:
 
 
 def projection_of(layer: nn.Module) -> Projected | None:
-    """The layer as :func:`make_projected` has marked it, or None."""
+    """The layer as :class:`Projected` if :func:`make_projected` has marked it, else None."""
     found = layer.__dict__.get("enc_projected")
     return None if found is None else Projected(layer, *found)
 
@@ -64,8 +65,18 @@ def projected_layers(model: nn.Module) -> Iterator[tuple[str, Projected]]:
             yield name, found
 
 
+def check_projectable(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a marked layer computes its weight from another tensor (pruned or parametrized)."""
+    for name, found in projected_layers(model):
+        if "weight" not in found.layer._parameters:
+            raise ValueError(
+                f"layer {name!r}: its weight is pruned or parametrized, so it is computed from another tensor and "
+                "the optimizer cannot project it; use to_enc with how='reparametrize' for this layer"
+            )
+
+
 def constrained_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer | Projected]]:
-    """The layers of ``model`` for which eq. 19 holds, by reparameterization or by projection, in module order."""
+    """The layers of ``model`` that obey eq. 19, by reparameterization or by projection, in module order."""
     for name, module in model.named_modules():
         found = module if isinstance(module, ENCLayer) else projection_of(module)
         if found is not None:
@@ -73,6 +84,6 @@ def constrained_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer | Proje
 
 
 def unmark(model: nn.Module) -> None:
-    """Make the projected layers of ``model`` plain ones: no optimizer that is made from now on holds their weights."""
+    """Remove the marks of ``model``: optimizers that are made from now on leave these weights unconstrained."""
     for _, found in projected_layers(model):
         del found.layer.enc_projected

@@ -11,6 +11,7 @@ from helpers import build_runner, digits_config, scalars, train, train_on_proces
 
 from enc_plugin import audit
 from enc_plugin.convert import enc_layers
+from enc_plugin.functional import enc_weight
 
 # Batch norms keep the statistics they start with; with alpha 16 signals keep their size all the same.
 UNCOUPLED = dict(model__backbone__norm_eval=True, model__enc=dict(post_norm=False, alpha=16.0))
@@ -20,24 +21,31 @@ DECAY = 0.1
 LR = 0.05
 
 
+def config(work_dir, processes: int, **changes):
+    """Twenty steps on the same 160 pictures in the same order, 8 a step."""
+    return digits_config(
+        work_dir,
+        train_dataloader__batch_size=8 // processes,
+        train_dataloader__dataset__indices=8 * STEPS,
+        train_dataloader__dataset__pipeline=[dict(type="PackInputs")],  # augmentation draws differ between processes
+        **UNCOUPLED
+        | dict(
+            optim_wrapper__optimizer=dict(_delete_=True, type="SGD", lr=LR, momentum=0.9, weight_decay=DECAY),
+            optim_wrapper__paramwise_cfg=dict(shift_eps=SHIFT),
+        )
+        | changes,
+    )
+
+
 def run(work_dir, processes: int, clip: float | None = None):
-    """Twenty steps on the same 160 pictures in the same order, 8 a step; all that is logged, and the weights."""
+    """The weights after those steps, and all that is logged."""
     hooks = [
         dict(type="GBRHook", num_samples=24, batch_size=8, projections=None),
         dict(type="FGSMHook", eps=[2, 8]),
         dict(type="ENCMonitorHook", interval=5, per_layer=True),
     ]
-    cfg = digits_config(
-        work_dir,
-        custom_hooks=hooks,
-        train_dataloader__batch_size=8 // processes,
-        train_dataloader__dataset__indices=8 * STEPS,
-        train_dataloader__dataset__pipeline=[dict(type="PackInputs")],  # augmentation draws differ between processes
-        **UNCOUPLED,
-        optim_wrapper__optimizer=dict(_delete_=True, type="SGD", lr=LR, momentum=0.9, weight_decay=DECAY),
-        optim_wrapper__paramwise_cfg=dict(shift_eps=SHIFT),
-        optim_wrapper__clip_grad=None if clip is None else dict(max_norm=clip),
-    )
+    clipping = None if clip is None else dict(max_norm=clip)
+    cfg = config(work_dir, processes, custom_hooks=hooks, optim_wrapper__clip_grad=clipping)
     if processes == 1:
         train(cfg)
     else:
@@ -109,6 +117,27 @@ def test_the_epsilon_shift_alone_is_the_same_and_the_formulas(tmp_path):
         assert torch.equal(one, two), name
         torch.testing.assert_close(one, with_shift, rtol=0, atol=1e-5 * with_shift.abs().max().item())
         assert (with_shift - without).abs().max() > 0.05 * with_shift.abs().max(), name
+
+
+@pytest.mark.timeout(900)
+def test_projected_weights_are_the_same_in_both_modes(tmp_path):
+    found = []
+    for processes in (1, 2):
+        cfg = config(
+            tmp_path / str(processes),
+            processes,
+            model__enc=dict(how="project", post_norm=False, alpha=16.0),
+            optim_wrapper__paramwise_cfg=dict(projection="retract", custom_keys={"layer2": dict(projection="rotate")}),
+        )
+        train(cfg) if processes == 1 else train_on_processes(cfg, processes)
+        found.append(torch.load(tmp_path / str(processes) / "epoch_1.pth")["state_dict"])
+    model = untrained(tmp_path / "start")
+    for name, layer in enc_layers(model):
+        one, two = (state[f"{name}.weight"] for state in found)
+        start = enc_weight(layer.weight.detach(), "ws", 16.0)
+        assert one.square().sum().item() == pytest.approx(16.0, rel=1e-6), name
+        assert (one - start).norm() > 2e-3 * start.norm(), name
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * one.abs().max().item(), msg=name)
 
 
 def decayed(weight, shift):

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from helpers import digits_config, train
+from helpers import build_runner, digits_config, train
+from mmengine.hooks import Hook
 from torch import nn
 from torch.nn.utils import prune
 
@@ -110,6 +111,33 @@ def test_a_weight_that_is_pruned_after_conversion_is_refused_by_the_parameter_gr
     prune.l1_unstructured(model[0], "weight", 0.5)
     with pytest.raises(ValueError, match="layer '0': its weight is pruned or parametrized"):
         param_groups_enc(model)
+
+
+def test_a_weight_that_is_pruned_after_the_optimizer_was_made_is_projected_as_a_whole_and_the_audit_shows_it():
+    model = network()
+    to_enc(model, how="project", exclude="4")
+    optimizer = step(model)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model(IMAGES).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight_orig, enc_weight(model[0].weight_orig), rtol=1e-6, atol=1e-7)
+    model(IMAGES)  # the pruned weight is computed again
+    missing = 1 - model[0].weight.square().sum().item()
+    assert missing > 0.01
+    assert audit(model).max_deviation == pytest.approx(missing, rel=1e-3)
+
+
+def test_a_weight_that_is_pruned_during_a_run_stops_it_at_the_next_epoch(tmp_path):
+    cfg = digits_config(
+        tmp_path, "resnet8_1xb64", epochs=2, model__type="ENCImageClassifier", model__enc=dict(how="project")
+    )
+    runner = build_runner(cfg)
+    hook = Hook()
+    hook.after_train_epoch = lambda runner: prune.l1_unstructured(runner.model.backbone.conv1, "weight", 0.5)
+    runner.register_hook(hook)
+    with pytest.raises(ValueError, match="layer 'backbone.conv1': its weight is pruned or parametrized"):
+        runner.train()
+    assert runner.epoch == 1
 
 
 def test_a_projection_without_a_marked_layer_is_refused():

@@ -14,6 +14,7 @@ from torch import Tensor
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type, holds_integers
 from .eval_mode import require_eval_mode
 from .precision import full_float32
+from .reading import gradient_of
 
 MAX_STEPS = 10_000  # exclusive; a typing error in the number of steps would otherwise run for days
 LEAST_EPS = 0.5  # in grey levels; below it, eps was probably given in another unit
@@ -172,13 +173,7 @@ def input_gradient(
         scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         total = loss(scores, labels) if callable(loss) else F.cross_entropy(scores, labels, reduction="sum")
         check_type("loss", total, Tensor, "a callable that returns a tensor")
-        total = total.sum()
-        gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
-        if gradient is None:
-            raise ValueError(
-                "forward: its output does not depend on the images in a way that autograd sees; "
-                "look for no_grad, detach, NumPy or rounding within"
-            )
+        gradient = gradient_of(total.sum(), x)
     return gradient, logits.detach()
 
 

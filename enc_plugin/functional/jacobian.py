@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_type, holds_integers
-from .reading import reading, refuse_random
+from .reading import gradient_of, reading, refuse_random
 
 OUTPUTS = {
     "logits": "the output of forward",
@@ -201,7 +201,7 @@ def _squared_norms(
         if check and i == 0:
             gradient = _checked_gradient(graph, x, out, direction, keep)
         else:
-            gradient = _input_gradient(out, x, direction, keep)
+            gradient = gradient_of(out, x, direction, keep)
         total += gradient.reshape(len(x), -1).to(total.dtype).square().sum(1)
     return total * scale
 
@@ -218,7 +218,7 @@ def _checked_gradient(
     middle = slice(index, index + 1)
     others = direction.clone()
     others[middle] = 0
-    gradient = _input_gradient(out, x, others, keep)
+    gradient = gradient_of(out, x, others, keep)
     # In a diverged network, zero times Inf gives NaN, which is not a sign of a dependence.
     if gradient[middle].nan_to_num(0, 0, 0).any():
         raise ValueError(
@@ -226,21 +226,8 @@ def _checked_gradient(
             "the batch; look for batch statistics, or operations along dimension 0"
         )
     own_x, own_out = graph(middle)
-    own = _input_gradient(own_out, own_x, direction[middle])
+    own = gradient_of(own_out, own_x, direction[middle])
     return torch.cat([gradient[:index], own, gradient[index + 1 :]])
-
-
-def _input_gradient(out: Tensor, x: Tensor, direction: Tensor, keep: bool = False) -> Tensor:
-    """Gradient of ``(direction * out).sum()``; ``keep`` retains the graph for the next direction."""
-    gradient = (
-        torch.autograd.grad(out, x, direction, retain_graph=keep, allow_unused=True)[0] if out.requires_grad else None
-    )
-    if gradient is None:
-        raise ValueError(
-            "forward: its output does not depend on the inputs in a way that autograd sees; "
-            "look for no_grad, inference_mode, detach, NumPy or rounding within"
-        )
-    return gradient
 
 
 def _graph(

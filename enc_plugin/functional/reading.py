@@ -74,6 +74,23 @@ def refuse_random(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Iterat
         )
 
 
+def gradient_of(out: Tensor, x: Tensor, direction: Tensor | None = None, keep: bool = False) -> Tensor:
+    """Gradient of ``(direction * out).sum()`` with respect to ``x``; ``keep`` retains the graph.
+
+    Raises:
+        ValueError: If ``out`` is not a differentiable function of ``x``.
+    """
+    gradient = None
+    if out.requires_grad:
+        (gradient,) = torch.autograd.grad(out, x, direction, retain_graph=keep, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "forward: its output does not depend on the input in a way that autograd sees; look for no_grad, "
+            "inference_mode, detach, NumPy or rounding within"
+        )
+    return gradient
+
+
 def _refuse_module(module: nn.Module, _: tuple) -> None:
     name = type(module).__name__
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypedDict
 
 import torch
@@ -72,6 +72,11 @@ def differing_settings(saved: Settings, own: Settings) -> list[str]:
     ]
 
 
+def settings_text(settings: Mapping[str, object], keys: Iterable[str] | None = None) -> str:
+    """Settings as in code, such as ``variant='ws', alpha=1.0``; ``keys`` selects some of them."""
+    return ", ".join(f"{key}={settings.get(key)!r}" for key in (settings if keys is None else keys))
+
+
 def warn_of_origin(saved: Settings, own: Settings, keeps_function: bool) -> None:
     """Warn if a checkpoint was saved with other settings.
 
@@ -88,11 +93,8 @@ def warn_of_origin(saved: Settings, own: Settings, keeps_function: bool) -> None
     differ = differing_settings(saved, own)
     if differ:
         warnings.warn(
-            "the checkpoint is of an ENC network with "
-            + ", ".join(f"{key}={saved.get(key)!r}" for key in differ)
-            + ", this one has "
-            + ", ".join(f"{key}={own.get(key)!r}" for key in differ)
-            + ": the free weights load, but the outputs differ",
+            f"the checkpoint is of an ENC network with {settings_text(saved, differ)}, this one has "
+            f"{settings_text(own, differ)}: the free weights load, but the outputs differ",
             CheckpointWarning,
             stacklevel=3,
         )

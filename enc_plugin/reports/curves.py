@@ -100,7 +100,7 @@ def over_training(runs: Sequence[Run], key: str, kind: Scalar) -> page.Html:
 
 
 def more(runs: Sequence[Run]) -> list[page.Html]:
-    """A collapsed section with curves of undeclared scalars, and over training of those drawn over something else."""
+    """A collapsed section with curves over training of the scalars that have none in the other sections."""
     main = main_metrics(runs)
     plain = [key for key in keys_of(runs) if (kind := kind_of(key)) is None or kind.against]
     keys = [key for key in plain if key not in main and any(len(set(run.values(key))) > 1 for run in runs)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 from ..layers import ENCLayer
-from ..layers.origin import KEY, differing_settings, saved_settings
+from ..layers.origin import KEY, differing_settings, saved_settings, settings_text
 from ..layers.reparametrized import WEIGHT_KEYS
 
 
@@ -75,8 +75,8 @@ def check_trained_as(model: nn.Module) -> None:
             )
         if saved and differing_settings(saved, layer.enc_settings):
             raise ValueError(
-                f"checkpoint: its layer {name!r} was trained with {_in_words(saved)}, the config's has "
-                f"{_in_words(layer.enc_settings)}; use the config of the training run (a copy is in its work_dir)"
+                f"checkpoint: its layer {name!r} was trained with {settings_text(saved)}, the config's has "
+                f"{settings_text(layer.enc_settings)}; use the config of the training run (a copy is in its work_dir)"
             )
 
 
@@ -127,7 +127,3 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
     for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             yield name
-
-
-def _in_words(settings: Mapping) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in settings.items())

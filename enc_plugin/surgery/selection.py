@@ -11,6 +11,7 @@ from torch import nn
 
 from ..functional.normalizable import check_all_normalizable
 from ..layers import POST_NORM_KEYS, ENCLayer, StockLayer, enc_class, lacks_attribute
+from ..layers.origin import settings_text
 from ..table import first_few
 from .eligible import Evidence
 from .late_surgery import refuse_wrapped
@@ -147,8 +148,7 @@ def _check_same_options(name: str, layer: StockLayer, variant: str, alpha: float
     given = {"variant": variant, "alpha": alpha, "how": how}
     if own != given:
         shown = [key for key in given if key != "how" or own[key] != given[key]]
-        own_text, given_text = (", ".join(f"{key}={options[key]!r}" for key in shown) for options in (own, given))
         raise ValueError(
-            f"layer {name!r} is already ENC with {own_text}, but to_enc was called with {given_text}; use the same "
-            f"options, or exclude=[{name!r}]"
+            f"layer {name!r} is already ENC with {settings_text(own, shown)}, but to_enc was called with "
+            f"{settings_text(given, shown)}; use the same options, or exclude=[{name!r}]"
         )

@@ -350,7 +350,7 @@ def test_wrong_arguments_are_named():
         fgsm(forward, images, labels, 0.1, loss="hinge")
     with pytest.raises(ValueError, match="forward: expected logits of shape"):
         fgsm(lambda x: x.sum(1), images, labels, 0.1)
-    with pytest.raises(ValueError, match="does not depend on the images"):
+    with pytest.raises(ValueError, match="does not depend on the input"):
         fgsm(lambda x: x.detach(), images, labels, 0.1)
     with pytest.raises(ValueError, match="steps: expected at least 1"):
         pgd(forward, images, labels, 0.1, steps=0)

@@ -384,8 +384,8 @@ def test_no_samples_give_no_values():
         (lambda x: x, {"seeds": torch.zeros(3, dtype=torch.long)}, ValueError, "seeds: expected 4 integers"),
         (lambda x: (x, x), {}, TypeError, "forward: expected a callable that returns a tensor .* got tuple"),
         (lambda x: x.sum(), {}, ValueError, r"forward: expected outputs of shape \(4, C\), got \(\)"),
-        (lambda x: x.detach() * 2, {}, ValueError, "does not depend on the inputs in a way that autograd sees"),
-        (lambda x: torch.ones(4, 2, requires_grad=True), {}, ValueError, "does not depend on the inputs"),
+        (lambda x: x.detach() * 2, {}, ValueError, "does not depend on the input in a way that autograd sees"),
+        (lambda x: torch.ones(4, 2, requires_grad=True), {}, ValueError, "does not depend on the input"),
     ],
 )
 def test_wrong_arguments_are_named(forward, options, error, message):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from mmengine.config import Config
@@ -252,9 +253,10 @@ def _dataset_error(key: str, settings: Mapping, error: Exception) -> Refused:
                 f"{place}.data_root = {root!r} does not exist (working directory: {os.getcwd()}){own}",
                 f"put the data there, or pass --cfg-options {place}.data_root=PATH",
             )
-    return Refused(
-        f"{key}: its dataset cannot be built ({describe(error)})", f"check {key}.dataset: its paths and its pipeline"
-    )
+    advice = f"check {key}.dataset: its paths and its pipeline"
+    if isinstance(error, URLError):
+        advice = f"it could not be downloaded: put the data where {key}.dataset looks for it, or check the network"
+    return Refused(f"{key}: its dataset cannot be built ({describe(error)})", advice)
 
 
 def _data_roots(settings: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""This installation: the folder of its configs and tools, the installed libraries, and how to install missing ones.
+"""This installation: the folder of its configs and tools, the installed libraries and how to get others, and the cores.
 
 ``from .installation import needs_mmengine`` raises ``ImportError`` with the command to run if mmengine is missing or
 incompatible; ``needs_mmpretrain`` does the same for mmpretrain and mmcv.
@@ -48,6 +48,11 @@ def config_path(name: str) -> str:
         names = ", ".join(near)
         raise FileNotFoundError(f"config_path: there is no {name!r} in {ROOT / 'configs'}; similar names: {names}")
     return str(path)
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_installed(module: str) -> bool:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from urllib.error import URLError
+
 import pytest
 import torch
 from helpers import CONFIGS, build_runner, digits_config
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
-from enc_plugin.build import build_dataset, build_model, config_file, load_config, pick_device, stack_pictures
+from enc_plugin.build import (
+    build_dataset,
+    build_model,
+    config_file,
+    load_config,
+    make_dataset,
+    pick_device,
+    stack_pictures,
+)
 from enc_plugin.measuring.spread import spread
 from enc_plugin.refused import Refused, describe
 
@@ -94,6 +104,14 @@ def test_data_that_is_not_there_is_one_clear_line(case, tmp_path):
     with pytest.raises(Refused, match=message) as refused:
         build_dataset(cfg, "train")
     assert "\n" not in str(refused.value)
+
+
+def test_data_that_cannot_be_downloaded_is_one_clear_line():
+    def unreachable():
+        raise URLError("no network")
+
+    with pytest.raises(Refused, match="no network.*could not be downloaded: put the data where train_dataloader"):
+        make_dataset("train_dataloader", dict(type=unreachable))
 
 
 def test_a_split_without_a_dataloader_is_named(tmp_path):

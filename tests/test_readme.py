@@ -12,6 +12,7 @@ import pytest
 import timm
 import tomllib
 import torch
+import torchvision
 from helpers import ROOT, build_runner, dist_train, run_tool, scalars
 from mmengine.config import Config
 from mmengine.registry import HOOKS, VISBACKENDS
@@ -54,7 +55,7 @@ SMALL = {
 def folder(tmp_path_factory):
     """The README's configs as files, pictures of five classes, and a checkpoint of the plain network."""
     folder = tmp_path_factory.mktemp("readme")
-    for name, code in zip(("my_enc", "pictures", "pretrained"), CONFIGS, strict=True):
+    for name, code in zip(("my_enc", "pictures", "mine", "pretrained"), CONFIGS, strict=True):
         (folder / f"{name}.py").write_text(code)
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -78,7 +79,7 @@ def train_small(folder: Path, name: str, **options) -> Runner:
 
 def test_each_way_to_enc_takes_at_most_five_lines():
     ways = [*CONFIGS, next(code for code in PYTHON[README] if "to_enc(model)" in code)]
-    assert len(ways) == 4
+    assert len(ways) == 5
     for code in ways:
         assert len([line for line in code.splitlines() if line.strip()]) <= 5
 
@@ -118,6 +119,18 @@ def test_a_pretrained_checkpoint_keeps_its_function(folder, monkeypatch):
     assert len(enc.enc_report) == 21
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(enc.eval()(images), plain(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("library", [timm.create_model, torchvision.models.get_model])
+def test_a_checkpoint_of_another_library_is_measured_and_attacked(library, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    torch.save(library("resnet18", num_classes=5).state_dict(), "mine.pth")
+    for tool in ("measure_gbr", "attack"):
+        assert f"`python tools/{tool}.py mine.py mine.pth`" in PAGES[README]
+        run_tool(tool, ["mine.py", "mine.pth", "--num-samples", "2"], monkeypatch)
+    printed = capsys.readouterr().out
+    assert "over 2 training samples" in printed
+    assert "of 2 test samples" in printed
 
 
 @pytest.mark.parametrize("page", [page for page, codes in PYTHON.items() if codes], ids=lambda page: page.name)

@@ -45,7 +45,8 @@ def before_the_first_iteration(output: str) -> list[str]:
 def enc_run(tmp_path_factory):
     """Work dir and output (both streams) of a run in a pipe."""
     work_dir = tmp_path_factory.mktemp("enc")
-    done = run_command(train_command(ENC, work_dir, *SHORT, "train_dataloader.pin_memory=True"))
+    options = (*SHORT, "train_dataloader.pin_memory=True", "train_dataloader.num_workers=2")
+    done = run_command(["taskset", "-c", str(min(os.sched_getaffinity(0))), *train_command(ENC, work_dir, *options)])
     assert done.returncode == 0, done.stderr
     return work_dir, done.stdout + done.stderr
 
@@ -56,6 +57,7 @@ def test_an_enc_run_starts_in_forty_lines_without_noise(enc_run):
     assert len(head) <= 40
     assert not [word for word in NOISE if word in output]
     assert sum("10 layers (ws, alpha 1), 1 with an added batch norm" in line for line in head) == 1
+    assert sum("train_dataloader has 2 workers on 1 core;" in line for line in head) == 1
     assert "\x1b" not in output  # plain lines in a pipe
     assert len(re.findall(r"Epoch\(train\) \[1\]\[\d/3\].*eta: .*loss: ", output)) == 3
 

@@ -31,12 +31,12 @@ def _is_verbose() -> bool:
 
 
 # Hide warnings that a user can do nothing about: about missing CUDA, operators that classification does not use, and an
-# argument that mmengine passes to torch.
+# argument that mmengine passes to torch; and one that torch repeats at every data loader and epoch.
 if not _is_verbose():
     warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``", UserWarning)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    warnings.filterwarnings("once", "This DataLoader will create .* worker processes", UserWarning)
+    warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes", UserWarning)  # the log says it
     logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.msg)
 
 _WAIT = 15  # seconds; longer than a process takes to end

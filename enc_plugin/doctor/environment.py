@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..installation import ROOT, STACK, is_installed
+from ..installation import ROOT, STACK, is_installed, usable_cores
 from .finding import BROKEN, NOTE, OK, Finding, Result, examine, quietly
 from .packages import check_extras, check_packages
 
@@ -139,7 +139,7 @@ def _compile(seconds: float) -> Iterator[Result]:
 def _threads() -> Iterator[Result]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     wanted = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
     values = ", ".join(f"{k}={os.environ.get(k, 'unset')}" for k in (*wanted, "OMP_NUM_THREADS"))
     found = f"{torch.get_num_threads()} threads on {cores} cores; {values}"

@@ -18,6 +18,7 @@ from ..measuring.batches import check_batches, check_penalty
 from ..measuring.ranks import on_all_ranks
 from ..measuring.untouched import statistics_note, untouched, unwrap
 from .diagnosis import are_finite, constants, find_cause, trained
+from .limits import tell_many_workers
 from .preflight import check_is_enc, check_metrics, check_readable, check_room, find_labels, number_of_classes
 from .unread_step import UnreadStep
 from .watched import check_watched
@@ -78,6 +79,7 @@ class ENCGuardHook(Hook):
             check_penalty(loader, model, bool(runner.cfg.get("compile")))
         if self.data and runner.val_loop is not None:
             self.before_val(runner)
+        tell_many_workers(runner)
         on_all_ranks(lambda: check_room(runner) if is_main_process() else None)
         self._nan_at_start = {name for name, tensor in constants(model) if tensor.isnan().any()}
         if self.finite:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..build import part_class
+from ..installation import usable_cores
 from ..measuring.untouched import recomputed
 
 _OWN_BATCH = (
@@ -75,6 +76,22 @@ def check_distributed(sync_bn: str | None, model_wrapper_cfg: Mapping | None, mo
     if sync_bn == "mmcv" and importlib.util.find_spec("mmcv._ext") is None:
         raise ValueError(
             "sync_bn: 'mmcv' needs the compiled operators of full mmcv, and this is mmcv-lite; use sync_bn='torch'"
+        )
+
+
+def tell_many_workers(runner: Runner) -> None:
+    """Log one line if a data loader has more workers than this process has cores.
+
+    torch warns of it for every loader and again in every epoch; the tools turn that off.
+    """
+    loops = {"train": runner.train_loop, "val": runner.val_loop}
+    workers = {name: getattr(getattr(loop, "dataloader", None), "num_workers", 0) for name, loop in loops.items()}
+    cores = usable_cores()
+    many = [f"{name}_dataloader has {number}" for name, number in workers.items() if number > cores]
+    if many:
+        runner.logger.info(
+            f"ENC: {', '.join(many)} workers on {cores} core{'s' * (cores > 1)}; "
+            f"num_workers={cores} may load as fast and needs less memory"
         )
 
 

@@ -52,7 +52,7 @@ class Audit(list[AuditRow]):
             )
             for r in self
         ]
-        head = ("layer", "type", "variant", "alpha", "||What||^2", "||W||", "deviation")
+        head = ("layer", "type", "variant", "alpha", "squared norm", "free norm", "deviation")
         return f"{format_table(head, rows)}\nlargest deviation from alpha: {self.max_deviation:.1e}"
 
 

@@ -176,7 +176,7 @@ def step(subject: Subject) -> str:
     still = [name for name, weight in trained.items() if torch.equal(weight, before[name])]
     assert not still, f"not moved: {_some(still)}"
     deviation = audit(model).max_deviation
-    assert deviation < 1e-5, f"||What||^2 deviates by {deviation:.1e}"
+    assert deviation < 1e-5, f"the squared norm deviates by {deviation:.1e}"
     dead = [name for name, grad in grads.items() if not grad.any()]
     return f"{loss:.2f}" + (f" ({len(dead)} zero gradients)" if dead else "")
 

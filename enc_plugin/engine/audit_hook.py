@@ -99,7 +99,7 @@ class ENCAuditHook(Hook):
         norms = sum(layer.enc_norm is not None for _, layer in constrained_layers(model))
         runner.logger.info(
             f"ENC: {len(table)} layers ({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}), {norms} with an "
-            f"added batch norm, squared norms equal alpha within {table.max_deviation:.1e} (relative)"
+            f"added batch norm; squared norms equal alpha within {table.max_deviation:.1e} (relative)"
         )
         log_scalars(runner, {"enc/layers": len(table), "enc/max_deviation": table.max_deviation}, runner.epoch)
         if not table.max_deviation < DEVIATION_LIMIT:  # NaN too

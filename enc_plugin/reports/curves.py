@@ -92,7 +92,7 @@ def over_training(runs: Sequence[Run], key: str, kind: Scalar) -> page.Html:
     series = [_series(run, key, kind, factor) for run, factor in zip(runs, scale, strict=True)]
     unit = x_unit(runs).removesuffix("s")
     logy = kind.log or (key == "lr" and _is_wide(runs, key))
-    ylim, caption = _without_first(series) if logy else (None, "")
+    ylim, caption = limits_without_first(series) if logy else (None, "")
     ylabel = "\n".join([kind.unit or key, *_measured_unit(runs, key)])
     png = plot.curves(series, unit, ylabel, kind.title, whole_x=unit == "epoch", logy=logy, ylim=ylim)
     named = ", ".join(run.name for run, one in zip(runs, series, strict=True) if one is not None)
@@ -192,7 +192,7 @@ def _is_wide(runs: Sequence[Run], key: str) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 5 * min(values)
 
 
-def _without_first(series: Sequence[plot.Series | None]) -> tuple[tuple[float, float] | None, str]:
+def limits_without_first(series: Sequence[plot.Series | None]) -> tuple[tuple[float, float] | None, str]:
     """Limits of a logarithmic axis without far-off first values, and a caption that names these values."""
     drawn = [one for one in series if one is not None]
     rest = [y for one in drawn for y in (one.y[1:] if len(one.y) > 1 else one.y) if 0 < y < math.inf]

@@ -35,8 +35,18 @@ def save_page(page: str, path: str | Path) -> None:
 
 
 def section(title: str, *blocks: str) -> Html:
-    """Blocks under a heading."""
-    return Html(f"<section>\n<h2>{html.escape(title)}</h2>\n{_join(blocks)}\n</section>")
+    """Blocks under a heading, which :func:`contents` can link to."""
+    return Html(f'<section>\n<h2 id="{anchor(title)}">{html.escape(title)}</h2>\n{_join(blocks)}\n</section>')
+
+
+def contents(*titles: str) -> Html:
+    """A list of links to the sections of those titles."""
+    return items(*(Html(f'<a href="#{anchor(title)}">{html.escape(title)}</a>') for title in titles))
+
+
+def anchor(title: str) -> str:
+    """The anchor of a heading, as GitHub forms it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Html:
@@ -122,6 +132,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var
   margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1, h2 { line-height: 1.25; margin: 1.2em 0 .5em; }
 h1 { font-size: 1.7rem; margin-top: .4rem; }
+a { color: inherit; }
 h2 { font-size: 1.25rem; border-bottom: 1px solid var(--line); padding-bottom: .2em; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; max-width: 780px; height: auto; background: #fff; border-radius: 6px; }

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from enc_plugin.reports import plot
+
 from .harness import machine
 
 _HEAD = """# Benchmarks
@@ -66,9 +68,16 @@ def draw_ratios(path: Path) -> None:
             [r["ratio"] - r["ratio_low"] for r in rows.values()],
             [r["ratio_high"] - r["ratio"] for r in rows.values()],
         ]
-        colors = ["#0072B2" if "enc" in name.lower() else "#999999" for name in rows]  # ENC in blue, others in grey
-        ax.barh(list(rows), values, color=colors, xerr=spread, ecolor="#333333", capsize=2, height=0.7)
-        ax.axvline(1, color="#D55E00", linewidth=1, linestyle="--")
+        colors = [plot.PALETTE[1] if "enc" in name.lower() else "#999999" for name in rows]  # ENC as in other figures
+        # From 1 on a logarithmic axis: half the time and twice the time are bars of one length.
+        ax.set_xscale("log")
+        lengths = [value - 1 for value in values]
+        ax.barh(list(rows), lengths, left=1, color=colors, xerr=spread, ecolor="#333333", capsize=2, height=0.7)
+        lowest = min(r["ratio_low"] for r in rows.values())
+        highest = max(r["ratio_high"] for r in rows.values())
+        ax.set_xlim(min(0.9, lowest / 1.1), max(1.1, highest * 1.1))
+        plot.log_ticks(ax.xaxis)
+        ax.axvline(1, color="#333333", linewidth=1, linestyle="--")
         ax.invert_yaxis()
         ax.set_title(title, fontsize=9, loc="left")
         ax.tick_params(labelsize=8)

@@ -18,13 +18,12 @@ WORDS = (
     + ". ENC is 'ws' (eq. 22) with its batch norm behind the classifier."
 )
 METHOD = (
-    "Effects are contrasts of cell means by Welch's interval: cells may differ in spread and number of seeds, and runs "
-    "of equal seeds are not paired, since the data show hardly any correlation within a seed. Where cells are compared "
-    "by their ratio (x), means are geometric. Intervals are not corrected for their number. A result is one so far "
-    f"while its arena has runs to go. No word rests on fewer than {MIN_SEEDS} seeds. Claims, effects and words were "
-    "declared before the runs of the arena overfit and of those for a GPU (g0 to g4), and after those of the other "
-    "three. The networks and schedules are "
-    "far smaller than the paper's: a word is about this scale."
+    "Effects are differences of cell means with Welch's intervals, because cells may differ in spread and number of "
+    "seeds. Runs of the same seed are not paired, because their results are hardly correlated. A ratio (x) compares "
+    'geometric means. Intervals are not corrected for their number. "So far": the arena has runs to go. Each word '
+    f"needs at least {MIN_SEEDS} seeds. Claims, effects and words were declared before the runs of the arena overfit "
+    "and of those for a GPU (g0 to g4), and after those of the other three. The networks and schedules are far smaller "
+    "than the paper's, so the words are about this scale."
 )
 
 
@@ -37,31 +36,21 @@ def summary_table(found: Results, parts: Sequence[Section]) -> tuple[list[str], 
     claims = [part for part in parts if part.verdicts]
     columns = {}
     for arena in found.arenas:
-        cells = [_seen_in_full(found, part, arena) or shown_verdict(found, part, arena) for part in claims]
+        cells = [_seen_in_full(found, part, arena) or str(part.verdicts.get(arena, "")) for part in claims]
         if any(cell and not cell.startswith("see ") for cell in cells):
             columns[arena] = cells
-    papers = [part.claim.split(". Measured")[0].removeprefix("The paper: ").rstrip(".") for part in claims]
+    papers = [part.claim.removeprefix("The paper: ").rstrip(".") for part in claims]
     rows = [[part.title, paper, *row] for part, paper, *row in zip(claims, papers, *columns.values(), strict=True)]
     return ["claim", "paper", *columns], [*rows, ["Not tested", NOT_TESTED, *[""] * len(columns)]]
 
 
 def _seen_in_full(found: Results, part: Section, arena: str) -> str:
     """ "see ..." if a complete arena asks the same with more; "" if there is none."""
-    complete = set(found.grid.arenas) - {run.cell.arena.name for run in found.missing}
+    complete = set(found.grid.arenas) - found.unfinished
     for name, other in found.grid.arenas.items():
         if arena in other.instead_of and name in complete and {name, arena} <= set(part.verdicts) and agree(found):
             return f"see {name}"
     return ""
-
-
-def shown_verdict(found: Results, part: Section, arena: str) -> str:
-    """The word and the effect; "so far" while the arena has runs to go: a peek is not the plan's result."""
-    if arena not in part.verdicts:
-        return ""
-    verdict, to_go = part.verdicts[arena], arena in {run.cell.arena.name for run in found.missing}
-    if to_go and not verdict.effect:
-        return "not run yet"
-    return f"{verdict}{' so far' if to_go else ''}"
 
 
 def opening_figure(parts: Sequence[Section]) -> list[Figure]:

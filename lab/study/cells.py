@@ -137,7 +137,7 @@ four_networks = {
     "baseline": dict(title="plain", overrides={}, seeds=three, **kept),
     "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=three, **kept_bn),
     "ws-bn": dict(title="WS + classifier BN", overrides=ws_bn, seeds=three, **removed_bn),
-    "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=three, **removed_bn),
+    "enc-ws": dict(title="ENC 'ws' (eq. 22)", overrides=enc, seeds=three, **removed_bn),
 }
 
 
@@ -163,7 +163,7 @@ cells = dict(
     quarter={
         # Table 1 and figure 2
         "baseline": dict(title="plain", seeds=five, **kept),
-        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=five, **removed_bn),
+        "enc-ws": dict(title="ENC 'ws' (eq. 22)", overrides=enc, seeds=five, **removed_bn),
         # which part does the work?
         "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=three, **kept_bn),
         # The constraint acts on the function here: no batch norm undoes the classifier's norm.
@@ -175,9 +175,9 @@ cells = dict(
             title="plain + classifier BN + shift", overrides={**classifier_bn, **plain_shift}, seeds=three, **kept_bn
         ),
         "enc-ws-bneps": dict(title="ENC, BN eps 1e-12", overrides={**enc, **bn_eps}, seeds=three, **removed_bn),
-        "enc-fro": dict(title="ENC, eq. 20", overrides=enc_fro, seeds=three, **kept_bn),
-        "enc-wn": dict(title="ENC, eq. 21", overrides=enc_wn, seeds=three, **kept_bn),
-        "enc-cfro": dict(title="ENC, eq. 23", overrides=enc_cfro, seeds=three),
+        "enc-fro": dict(title="ENC 'fro' (eq. 20)", overrides=enc_fro, seeds=three, **kept_bn),
+        "enc-wn": dict(title="ENC 'wn' (eq. 21)", overrides=enc_wn, seeds=three, **kept_bn),
+        "enc-cfro": dict(title="ENC 'centered_fro' (eq. 23)", overrides=enc_cfro, seeds=three),
         "wn": dict(title="WN", overrides=wn, seeds=three, **kept),
         # figure 1 (decay 1e-4 is the baseline), figure 3
         "wd1e-3": dict(title="decay 1e-3", overrides={decay: 1e-3}, seeds=three),
@@ -222,7 +222,7 @@ cells = dict(
         "baseline": dict(title="plain", seeds=four, **kept),
         "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=four, **kept_bn),
         "ws-bn": dict(title="WS + classifier BN", overrides=ws_bn, seeds=four, **removed_bn),
-        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=four, **removed_bn),
+        "enc-ws": dict(title="ENC 'ws' (eq. 22)", overrides=enc, seeds=four, **removed_bn),
         "wd0": dict(title="plain, decay 0", overrides={decay: 0.0}, seeds=three),
         "wd1e-4": dict(title="plain, decay 1e-4", overrides={decay: 1e-4}, seeds=three),
         "wd1e-3": dict(title="plain, decay 1e-3", overrides={decay: 1e-3}, seeds=three),
@@ -235,23 +235,23 @@ cells = dict(
             **removed,
         ),
         # Eq. 22 as a projection. No class: the length of steps is another one than that of decay (docs/gauge.md).
-        "enc-retract": dict(title="ENC, eq. 22, retracted", overrides=enc_retract, seeds=three),
-        "enc-rotate": dict(title="ENC, eq. 22, rotated", overrides=enc_rotate, seeds=three),
+        "enc-retract": dict(title="ENC 'ws' (eq. 22), retracted", overrides=enc_retract, seeds=three),
+        "enc-rotate": dict(title="ENC 'ws' (eq. 22), rotated", overrides=enc_rotate, seeds=three),
     },
     full={
         "baseline": dict(title="plain", seeds=three, **kept),
-        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=three, **removed_bn),
+        "enc-ws": dict(title="ENC 'ws' (eq. 22)", overrides=enc, seeds=three, **removed_bn),
         "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=three, **kept_bn),
         "ws": dict(title="WS", overrides=ws, seeds=three, **removed),
     },
     digits={
         "baseline": dict(title="plain", seeds=five, **kept),
-        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=five, **removed_bn),
+        "enc-ws": dict(title="ENC 'ws' (eq. 22)", overrides=enc, seeds=five, **removed_bn),
         "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=five, **kept_bn),
         "ws": dict(title="WS", overrides=ws, seeds=five, **removed),
-        "enc-fro": dict(title="ENC, eq. 20", overrides=enc_fro, seeds=five, **kept_bn),
-        "enc-wn": dict(title="ENC, eq. 21", overrides=enc_wn, seeds=five, **kept_bn),
-        "enc-cfro": dict(title="ENC, eq. 23", overrides=enc_cfro, seeds=five),
+        "enc-fro": dict(title="ENC 'fro' (eq. 20)", overrides=enc_fro, seeds=five, **kept_bn),
+        "enc-wn": dict(title="ENC 'wn' (eq. 21)", overrides=enc_wn, seeds=five, **kept_bn),
+        "enc-cfro": dict(title="ENC 'centered_fro' (eq. 23)", overrides=enc_cfro, seeds=five),
         "wn": dict(title="WN", overrides=wn, seeds=five, **kept),
     },
     # Of runs that the study has: cells of the arena quarter, with seeds that have run there.
@@ -266,7 +266,7 @@ cells = dict(
     g2={
         "baseline": dict(title="plain", seeds=four, **kept),
         "ws-bn": dict(title="WS + classifier BN", overrides=ws_bn, seeds=four, **removed_bn),
-        "enc-ws": dict(title="ENC, eq. 22", overrides=enc, seeds=four, **removed_bn),
+        "enc-ws": dict(title="ENC 'ws' (eq. 22)", overrides=enc, seeds=four, **removed_bn),
         "ls": dict(title="LS", overrides=smooth, seeds=four),
         "ws-bn-ls": dict(title="WS + classifier BN + LS", overrides={**ws_bn, **smooth}, seeds=four),
         "enc-ls": dict(title="ENC + LS", overrides={**enc, **smooth}, seeds=four),

@@ -9,17 +9,13 @@ from matplotlib.ticker import MaxNLocator
 
 from enc_plugin.reports import plot
 
-from .figures import OTHERS, Figure
+from .claims import ENC, PLAIN
+from .figures import OTHERS, SHOWN, Figure
 from .grid import GAUGES
 
-# Blue: row means kept; red: removed; grey: another recipe. The mark tells a classifier's batch norm.
-_CLASS_LOOKS = dict(
-    zip(
-        (*GAUGES, *OTHERS),
-        [("#0072B2", "o"), ("#56B4E9", "s"), ("#D55E00", "o"), ("#E69F00", "s"), ("#999999", "^"), ("#333333", "v")],
-        strict=True,
-    )
-)
+# A class looks as its method does in curves (GAUGES are of plain, plain + BN, WS, and ENC); other recipes are grey.
+_CLASS_SLOTS = dict(zip(GAUGES, (SHOWN.index(cell) for cell in (PLAIN, "bn", "ws", ENC)), strict=True))
+_OTHER_LOOKS = dict(zip(OTHERS, (("#999999", "p"), ("#333333", "P")), strict=True))
 
 
 def to_picture(figure: Figure) -> bytes:
@@ -33,10 +29,10 @@ def to_picture(figure: Figure) -> bytes:
 
 def _cells(figure: Figure) -> bytes:
     """A row a cell: its mean and interval in the look of its class, and a band behind them all."""
-    axes = plot.new_axes(figure.x_label, "", size=(8.5, 1.1 + 0.26 * max(2, len(figure.data))))
+    axes = plot.new_axes(figure.x_label, "", size=(6.4, 1.1 + 0.26 * max(2, len(figure.data))))
     named = set()
     for place, row in enumerate(figure.data):
-        color, mark = _CLASS_LOOKS[row["group"]]
+        color, mark = _class_look(row["group"])
         error = None if row["low"] is None else [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
         axes.errorbar(
             row["mean"],
@@ -51,19 +47,29 @@ def _cells(figure: Figure) -> bytes:
         )
         named.add(row["group"])
     if figure.band is not None:
-        axes.axvspan(*figure.band, color="#0072B2", alpha=0.13, linewidth=0, zorder=0.5, label="interval of plain")
-    axes.set_yticks(range(len(figure.data)), [plot.shorten(row["label"], 56) for row in figure.data])
+        axes.axvspan(
+            *figure.band, color=plot.PALETTE[0], alpha=0.13, linewidth=0, zorder=0.5, label="interval of plain"
+        )
+    axes.set_yticks(range(len(figure.data)), [plot.shorten(row["label"]) for row in figure.data])
     axes.set_ylim(len(figure.data) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     plot.legend_below(axes)
     return plot.to_png(axes.figure)
 
 
+def _class_look(group: str) -> tuple[str, str]:
+    """Colour and mark of the cells of a class."""
+    if group in _OTHER_LOOKS:
+        return _OTHER_LOOKS[group]
+    look = plot.look(_CLASS_SLOTS[group])
+    return look["color"], look["marker"]
+
+
 def _points(figure: Figure) -> bytes:
     """Unconnected points, a look for each series."""
     axes = plot.new_axes(figure.x_label, figure.y_label)
-    for place, one in enumerate(figure.data):
-        options = plot.look(place) | {"linestyle": "none", "markersize": 6, "alpha": 0.8}
+    for one in figure.data:
+        options = plot.look(one["slot"]) | {"linestyle": "none", "markersize": 6, "alpha": 0.8}
         axes.plot(one["x"], one["y"], label=plot.shorten(one["label"]), **options)
     if figure.log_x:
         axes.set_xscale("log")
@@ -84,8 +90,11 @@ def _curves(figure: Figure) -> bytes:
     ends = []
     for place, one in enumerate(figure.data):
         if one is not None:
-            plot.draw(axes, _band(one), place)
-            ends.append((one["mean"][-1], one["label"], plot.look(place)["color"]))
+            color = one.get("color", plot.look(place)["color"])
+            plot.draw(axes, _band(one), place, color=color)
+            ends.append((one["mean"][-1], one["label"], color))
+    if figure.y_limits is not None:
+        axes.set_ylim(*figure.y_limits)
     if figure.log_y:
         plot.log_ticks(axes.yaxis)
     _name_ends(axes, ends)

@@ -6,13 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from enc_plugin.reports import plot
+from enc_plugin.reports.curves import limits_without_first
+
 from . import results as metrics
 from .claims import ENC, PLAIN, Claim
 from .grid import GAUGES
 from .results import Results
 from .statistics import Interval, geometric_interval, interval
 
-SHOWN = (PLAIN, "bn", "ws", "ws-bn", ENC)  # in curves, in this order in every figure
+# In curves. The place of a cell is its look in every figure; plain and ENC look as in reports of these two.
+SHOWN = (PLAIN, ENC, "bn", "ws", "ws-bn")
 GBR_AXIS = "GBR of the logits (logit² / input²)"
 # Cells of no class: they differ from those of the classes in decay, learning rate, augmentation, loss or equation.
 OTHERS = ("plain network, another recipe", "ENC, another recipe")
@@ -25,7 +29,9 @@ class Figure:
     Attributes:
         name: File name without ending.
         kind: ``'curves'``: series with ``label``, ``x``, ``mean``, ``low``, ``high``; ``'intervals'``: rows with
-            ``label``, ``mean``, ``low``, ``high``, ``group``; ``'scatter'``: series with ``label``, ``x``, ``y``.
+            ``label``, ``mean``, ``low``, ``high``, ``group``; ``'scatter'``: series with ``label``, ``x``, ``y`` and
+            ``slot`` (number of its look).
+        y_limits: Of ``'curves'``; None: as the data asks.
         data: Series or rows; None stands for curves that are not drawn, so that a cell looks the same everywhere.
         band: Of an ``'intervals'`` figure: the interval of what the rows are compared with.
     """
@@ -39,6 +45,7 @@ class Figure:
     log_x: bool = False
     log_y: bool = False
     band: tuple[float, float] | None = None
+    y_limits: tuple[float, float] | None = None
 
 
 def claim_curves(results: Results, claim: Claim, arena: str) -> list[Figure]:
@@ -57,7 +64,18 @@ def claim_curves(results: Results, claim: Claim, arena: str) -> list[Figure]:
 def decay_curves(results: Results, arena: str, cells: Sequence[str]) -> list[Figure]:
     """GBR over training at each decay; none if no cell has run."""
     caption = f"GBR of the logits over training at each decay, {results.grid.arenas[arena].title}."
-    return _epoch_curves(results, f"gbr_decay_{arena}", arena, cells, "gbr/logits", GBR_AXIS, caption, log_y=True)
+    name = f"gbr_decay_{arena}"
+    figures = _epoch_curves(results, name, arena, cells, "gbr/logits", GBR_AXIS, caption, log_y=True)
+    for figure in figures:  # greys that darken with the decay; plain as everywhere
+        for place, (cell, one) in enumerate(zip(cells, figure.data, strict=True)):
+            if one is not None:
+                one["color"] = plot.look(SHOWN.index(PLAIN))["color"] if cell == PLAIN else _grey(place / len(cells))
+    return figures
+
+
+def _grey(dark: float) -> str:
+    """From light grey (0) to black (1), as a web colour."""
+    return "#" + f"{round(190 * (1 - dark)):02x}" * 3
 
 
 def _epoch_curves(
@@ -79,7 +97,12 @@ def _epoch_curves(
                 if value is not None and (not log_y or (epoch > 0 and value > 0)):
                     by_epoch.setdefault(epoch, []).append(value)
         series.append(_series(results.title(arena, cell), by_epoch, geometric=log_y) if by_epoch else None)
-    return [Figure(name, "curves", caption, "epoch", y_label, series, log_y=log_y)] if any(series) else []
+    if not any(series):
+        return []
+    lines = [plot.Series(one["label"], one["x"], one["mean"]) for one in series if one]
+    limits, words = limits_without_first(lines) if log_y else (None, "")
+    caption = f"{caption} {words}".rstrip()
+    return [Figure(name, "curves", caption, "epoch", y_label, series, log_y=log_y, y_limits=limits)]
 
 
 def _fgsm_curves(results: Results, arena: str, caption: str) -> list[Figure]:
@@ -139,13 +162,13 @@ def scatters(results: Results, arena: str) -> list[Figure]:
     figures = []
     for metric, name in ((metrics.TOP1, "top1"), (metrics.GAP, "gap")):
         series = []
-        for what, of_kind in (("plain and controls", False), ("ENC", True)):
+        for what, of_kind, slot in (("plain and controls", False, PLAIN), ("ENC", True, ENC)):
             kind = [r for r in runs if is_enc(r["cell"]) == of_kind]
             points = [(metrics.GBR_LOGITS.read(r), metric.read(r)) for r in kind]
             points = [point for point in points if None not in point]
             if points:
                 x, y = zip(*points, strict=True)
-                series.append({"label": what, "x": list(x), "y": list(y)})
+                series.append({"label": what, "x": list(x), "y": list(y), "slot": SHOWN.index(slot)})
         caption = f"{metric.name} against the GBR of the logits, every run, {results.grid.arenas[arena].title}."
         if sum(len(one["x"]) for one in series) >= 3:
             name = f"gbr_{name}_{arena}"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from enc_plugin.reports import page, plot
 
-from .answer import METHOD, WORDS, arena_lines, headlines, markdown_table, opening_figure, shown_verdict, summary_table
+from .answer import METHOD, WORDS, arena_lines, headlines, markdown_table, opening_figure, summary_table
 from .drawing import to_picture
 from .execute import DIVERGED, FAILED, runs_folder
 from .figures import Figure
@@ -78,13 +77,13 @@ def all_sections(found: Results) -> list[Section]:
 def markdown(found: Results, parts: Sequence[Section]) -> str:
     """The study's page in Markdown: the answer first, then a section a claim."""
     opening = opening_figure(parts)
-    text = [f"# {_TITLE}", "", *markdown_table(*summary_table(found, parts)), "", *_markdown_figures(opening)]
-    text += [WORDS, "", *[f"- {line}" for line in arena_lines(found)], "", METHOD, "", _INTRODUCTION, ""]
-    text += ["Sections:", ""]
-    text += [f"- [{title}](#{_anchor(title)})" for title in (*(part.title for part in parts), _RUNS)] + [""]
+    text = [f"# {_TITLE}", "", *markdown_table(*summary_table(found, parts)), ""]
+    text += [WORDS, "", *[f"- {line}" for line in arena_lines(found)], "", *_markdown_figures(opening)]
+    text += ["Contents:", ""]
+    text += [f"- [{title}](#{page.anchor(title)})" for title in (*(part.title for part in parts), _RUNS)]
+    text += ["", METHOD, "", _INTRODUCTION, ""]
     for part in parts:
         text += [f"## {part.title}", "", part.claim, ""]
-        text += [*markdown_table(*_verdict_table(found, part)), ""] if part.verdicts else []
         for title, head, rows in part.tables:
             text += [*([f"{title}:", ""] if title else []), *markdown_table(head, rows), ""]
         text += [f"- {line}" for line in part.text] + ([""] if part.text else [])
@@ -113,15 +112,16 @@ def _html(found: Results, parts: Sequence[Section], pictures: dict[str, bytes]) 
         return [page.figure(pictures[one.name], alt=one.caption, caption=one.caption) for one in figures]
 
     opening = opening_figure(parts)
-    blocks: list[str] = [page.table(*_plain_cells(*summary_table(found, parts))), *drawn(opening)]
-    blocks += [WORDS.replace("*", ""), page.items(*arena_lines(found)), METHOD, _INTRODUCTION.replace("`", "")]
+    blocks: list[str] = [page.table(*_plain_cells(*summary_table(found, parts))), WORDS.replace("*", "")]
+    blocks += [page.items(*arena_lines(found)), *drawn(opening)]
+    blocks += ["Contents:", page.contents(*(part.title for part in parts), _RUNS)]
+    blocks += [METHOD, _INTRODUCTION.replace("`", "")]
     for part in parts:
         figures = drawn(figure for figure in part.figures if figure not in opening)
         blocks.append(
             page.section(
                 part.title,
                 part.claim,
-                *([page.table(*_plain_cells(*_verdict_table(found, part)))] if part.verdicts else []),
                 *(page.table(head, rows, title) for title, head, rows in part.tables),
                 *([page.items(*part.text)] if part.text else []),
                 *([page.grid(*figures)] if figures else []),
@@ -132,17 +132,8 @@ def _html(found: Results, parts: Sequence[Section], pictures: dict[str, bytes]) 
     return page.render(_TITLE, *blocks)
 
 
-def _verdict_table(found: Results, part: Section) -> tuple[list[str], list[list[str]]]:
-    return list(part.verdicts), [[shown_verdict(found, part, arena) for arena in part.verdicts]]
-
-
 def _plain_cells(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     return head, [[cell.replace("*", "") for cell in row] for row in rows]
-
-
-def _anchor(title: str) -> str:
-    """The anchor that GitHub gives a heading."""
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _about_runs(found: Results) -> list[str]:

@@ -78,7 +78,7 @@ def _parts(results: Results) -> Section:
     section = Section(
         "parts",
         "Which part does the work, cell by cell?",
-        "ENC changes several things at once; the paper has no controls for them, here they are.",
+        "ENC changes several things at once. The paper does not test them one by one; these tables do.",
     )
     for arena in results.arenas:
         rows = []
@@ -99,10 +99,10 @@ def _gbr_and_accuracy(results: Results) -> Section:
         "correlations",
         "Does a smaller GBR go with better generalization?",
         "Theorems 1 and 2 bound the gap between expected and empirical loss by the GBR. Rank correlations over all "
-        "finished runs of an arena. p is of a permutation test that takes runs as independent; the seeds of a cell are "
-        "not, so it is too small. A run that is trained further has another GBR, gap and accuracy at once; the partial "
-        "correlation compares runs as if their training losses were equal. 24 runs with WS or WN have no folded norms, "
-        "because these were read from weights that the networks do not compute with: rows of norms leave them out.",
+        "finished runs of an arena. p is from a permutation test, which assumes independent runs; the runs of one cell "
+        "are not, so the true p is larger. GBR, gap and accuracy all change as a run is trained further; the partial "
+        "correlation compares runs as if their training losses were equal.",
+        text=_without_norms(results),
     )
     quantities = (
         metrics.TOP1,
@@ -128,6 +128,18 @@ def _gbr_and_accuracy(results: Results) -> Section:
     return section
 
 
+def _without_norms(results: Results) -> list[str]:
+    """One line about the finished runs without folded norms, none if all have them."""
+    runs = [run for run in results if metrics.LOG_PRODUCT.read(run) is None]
+    if not runs:
+        return []
+    titles = sorted({results.title(run["arena"], run["cell"]) for run in runs})
+    return [
+        f"{len(runs)} runs ({', '.join(titles)}) have no folded norms, because these were read from weights that the "
+        "networks do not compute with; rows of norms leave them out."
+    ]
+
+
 def _correlation(runs: Sequence[dict], gbr: Metric, other: Metric) -> list[str]:
     """A row of the table: rank correlation, plain and at equal training loss; empty where there is none."""
     triples = [(gbr.read(r), other.read(r), metrics.TRAIN_LOSS.read(r)) for r in runs]
@@ -145,8 +157,8 @@ def _learning_rates(results: Results) -> Section:
     section = Section(
         "learning-rates",
         "Would another learning rate change the answer?",
-        "The paper trains both at 0.1. An untuned baseline is no baseline, nor an untuned ENC: each side at 0.03, 0.1 "
-        "and 0.3, and the best of one against the best of the other, whose interval is optimistic for that choice.",
+        "The paper trains both at 0.1, which may suit one of them better. Each side is trained at 0.03, 0.1 and 0.3, "
+        "and the best of one is compared with the best of the other. That choice makes the interval too narrow.",
     )
     arena, rates = "quarter", {"lr0.03": 0.03, "": 0.1, "lr0.3": 0.3}
     best: dict[str, tuple[float, str]] = {}
@@ -173,8 +185,8 @@ def _rival(results: Results) -> Section:
     section = Section(
         "rival",
         "The rival: the GBR itself as a term of the loss",
-        "The paper calls optimising the GBR directly too costly and takes the way over the norms. Penalty 1e-3 times "
-        "the GBR of the logits, one random projection a step.",
+        "The paper constrains norms because it considers optimising the GBR directly too costly. Here the loss has a "
+        "penalty of 1e-3 times the GBR of the logits, estimated by one random projection a step.",
     )
     of = (metrics.TOP1, metrics.GBR_LOGITS, metrics.FGSM, metrics.CPU_SECONDS)
     found = [compare(results, "quarter", ((1, "gbr-penalty"), (-1, cell)), m) for cell in (PLAIN, ENC) for m in of]
@@ -187,8 +199,8 @@ def _cost(results: Results) -> Section:
         "cost",
         "What ENC costs in training",
         "The paper: almost negligible in training, nothing at test time. Median seconds of a training step, and "
-        "seconds of one core for a whole run, measurements included; the runs share their machine with other work, so "
-        "that single ratios vary.",
+        "seconds of one core for a whole run, measurements included; the runs shared their machine with other work, "
+        "so single ratios vary.",
     )
     wanted = [
         (((1, cell), (-1, PLAIN)), metric)

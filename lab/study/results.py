@@ -132,6 +132,11 @@ class Results:
         """The planned runs that have no result."""
         return [run for run in self.grid.runs() if run.id not in self.runs]
 
+    @property
+    def unfinished(self) -> set[str]:
+        """Names of the arenas that have runs to go."""
+        return {run.cell.arena.name for run in self.missing}
+
     def seeds(self, arena: str, cell: str) -> dict[int, dict]:
         """The finished runs of a cell by seed; empty if there is none."""
         return self._cells.get((arena, cell), {})

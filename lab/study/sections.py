@@ -50,7 +50,7 @@ def claim_sections(results: Results) -> list[Section]:
 
 def _claim(results: Results, claim: Claim) -> Section:
     """A claim is one contrast in every arena that plans its cells."""
-    section = Section(claim.name, claim.title, f"The paper: {claim.paper}. Measured: {claim.metric.name}.")
+    section = Section(claim.name, claim.title, f"The paper: {claim.paper}.")
     found = [
         compare(results, arena, claim.asked_in(arena)[0], claim.metric)
         for arena in results.arenas
@@ -59,8 +59,11 @@ def _claim(results: Results, claim: Claim) -> Section:
     # An arena whose finished runs lack the measure was not measured for this claim.
     found = [c for c in found if c.effect is not None or not results.finished(c.arena, [x for _, x in c.terms])]
     words = [decide(c.effect, claim.asked_in(c.arena)[1], claim.metric.as_ratio) for c in found]
-    section.verdicts = {c.arena: Verdict(word, effect_text(c)) for c, word in zip(found, words, strict=True)}
-    section.tables += contrast_table(results, found, words)
+    section.verdicts = {
+        c.arena: Verdict(word, effect_text(c), c.arena in results.unfinished)
+        for c, word in zip(found, words, strict=True)
+    }
+    section.tables += contrast_table(results, found, [verdict.shown for verdict in section.verdicts.values()])
     beside = found_contrasts(results, claim.beside)
     section.tables += contrast_table(results, beside, [c.seen for c in beside], "Beside it")
     if claim.curve:
@@ -84,11 +87,14 @@ def _decay(results: Results) -> Section:
                 means = _means(results, arena, cell, columns)
                 rows.append([f"{decay:g}", f"{efolds[cell]:.2g}", str(len(values)), *means])
         rho, p = rank_correlation(*zip(*points, strict=True)) if points else (math.nan, math.nan)
-        section.verdicts[arena] = _trend(rho, p, len(points), max(efolds.values()))
+        to_go = arena in results.unfinished
+        section.verdicts[arena] = _trend(rho, p, len(points), max(efolds.values()), to_go)
         head = ["lambda", "e-folds", "seeds", "GBR of the logits", "over squared margin", "||W||^2", "top-1 (%)"]
         if rows:
             section.tables.append((results.grid.arenas[arena].title, [*head, "training loss"], rows))
         section.figures += decay_curves(results, arena, tuple(decays))
+    found = [[arena, str(verdict).replace("*", "")] for arena, verdict in section.verdicts.items()]
+    section.tables.insert(0, ("Rank correlation of lambda and GBR", ["arena", "result"], found))
     section.text.append(
         "Spearman's rank correlation of lambda and GBR over all runs, p from permutations. E-folds say how much decay "
         "acts (docs/gauge.md): below 1 at the largest lambda the claim is not testable."
@@ -96,14 +102,14 @@ def _decay(results: Results) -> Section:
     return section
 
 
-def _trend(rho: float, p: float, runs: int, efolds: float) -> Verdict:
+def _trend(rho: float, p: float, runs: int, efolds: float, to_go: bool) -> Verdict:
     """The word for a rank correlation of decay and GBR, which the claim says is negative."""
     if math.isnan(rho):
-        return Verdict(NOT_TESTABLE)
+        return Verdict(NOT_TESTABLE, to_go=to_go)
     word = {True: HOLDS, False: OPPOSITE}[rho < 0] if p < 0.05 else UNDECIDED
     if efolds < NEEDED_EFOLDS:
         word = NOT_TESTABLE
-    return Verdict(word, f"rho {rho:+.2f} (p {p:.2g}, {runs} runs, e-folds up to {efolds:.2g})")
+    return Verdict(word, f"rho {rho:+.2f} (p {p:.2g}, {runs} runs, e-folds up to {efolds:.2g})", to_go)
 
 
 def found_contrasts(results: Results, wanted: Sequence[tuple[Terms, Metric]]) -> list[Comparison]:
@@ -118,7 +124,11 @@ def found_contrasts(results: Results, wanted: Sequence[tuple[Terms, Metric]]) ->
 
 
 def contrast_table(results: Results, found: Sequence[Comparison], words: Iterable[str], title: str = "") -> list[Table]:
-    """Contrasts as a table, none if there is none; means of the cells where a side has one."""
+    """Contrasts as a table, none if there is none; means of the cells where a side has one.
+
+    A single metric is named in the table's title, several in a column.
+    """
+    names = list(dict.fromkeys(c.metric.name for c in found))
     rows = []
     for c, word in zip(found, words, strict=True):
         first, second = describe_terms(results, c.arena, c.terms)
@@ -126,8 +136,12 @@ def contrast_table(results: Results, found: Sequence[Comparison], words: Iterabl
         if len(c.terms) == 2:
             means = ["-" if mean is None else format(mean, c.metric.digits) for mean in c.means]
         seeds = str(c.effect.n) if c.effect else "0"
-        rows.append([c.arena, first, second, c.metric.name, *means, effect_text(c), seeds, word])
-    head = ["arena", "A", "B", "measured", "mean A", "mean B", "A against B [95 %]", "seeds", "result"]
+        measured = [c.metric.name] if len(names) > 1 else []
+        rows.append([c.arena, first, second, *measured, effect_text(c), word, *means, seeds])
+    measured = ["measured"] if len(names) > 1 else []
+    head = ["arena", "A", "B", *measured, "A against B [95 %]", "result", "mean A", "mean B", "seeds"]
+    if len(names) == 1:
+        title = f"{title}: {names[0]}" if title else names[0]
     return [(title, head, rows)] if rows else []
 
 

@@ -25,13 +25,27 @@ Terms = tuple[tuple[float, str], ...]  # weight and cell
 
 @dataclass(frozen=True)
 class Verdict:
-    """The word for a claim in one arena, and the estimate that it goes by, as text."""
+    """The word for a claim in one arena, and the estimate that it goes by, as text.
+
+    Attributes:
+        to_go: Whether the arena has runs to go. The word is then one "so far": a peek is not the plan's result.
+    """
 
     word: str
     effect: str = ""
+    to_go: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The word as tables show it."""
+        if self.to_go:
+            return f"{self.word} so far" if self.effect else "not run yet"
+        return self.word
 
     def __str__(self) -> str:
-        return f"**{self.word}** {self.effect}".rstrip()
+        if self.to_go and not self.effect:
+            return self.shown
+        return f"**{self.word}** {self.effect}{' so far' if self.to_go else ''}".rstrip()
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_the_log_states_layers_decay_and_constraint_at_start_and_end(tmp_path):
     text = log_text(tmp_path)
     assert "ENC optimizer: 10 tensors (77,360 elements) shifted decay, 10 tensors" in text
     lines = re.findall(
-        r"ENC: 10 layers \(ws, alpha 1\), 1 with an added batch norm, squared norms .* within (\S+) \(rel", text
+        r"ENC: 10 layers \(ws, alpha 1\), 1 with an added batch norm; .* within (\S+) \(relative\)\n", text
     )
     assert len(lines) == 2
     assert all(float(value) < 1e-5 for value in lines)

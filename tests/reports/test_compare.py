@@ -14,7 +14,7 @@ from helpers import digits_config, scalars, train
 from scipy import stats
 
 from enc_plugin.reports.compare import write_report
-from enc_plugin.reports.curves import _series, _without_first, kind_of
+from enc_plugin.reports.curves import _series, kind_of, limits_without_first
 from enc_plugin.reports.plot import Series
 from enc_plugin.reports.runs import load_run
 from enc_plugin.reports.settings import config_differences
@@ -264,8 +264,8 @@ def test_a_start_that_would_take_most_of_a_logarithmic_axis_is_left_off_it_and_t
     write_log(tmp_path, [gbr[0], *epoch(1, 3.0, 10.0), gbr[1], *epoch(2, 2.0, 20.0), gbr[2]])
     write_report([tmp_path], tmp_path / "report.html", ["mine"], norms=False)
     assert "First values beyond the axis: mine 1e-07." in (tmp_path / "report.html").read_text()
-    assert _without_first([Series("a", [0, 1, 2], [10.0, 20.0, 30.0])]) == (None, "")
-    assert _without_first([Series("a", [0, 1, 2], [1e-7, 20.0, 30.0])])[0] == (10.0, 60.0)
+    assert limits_without_first([Series("a", [0, 1, 2], [10.0, 20.0, 30.0])]) == (None, "")
+    assert limits_without_first([Series("a", [0, 1, 2], [1e-7, 20.0, 30.0])])[0] == (10.0, 60.0)
 
 
 def test_values_beyond_the_limit_that_a_hook_declares_are_pointed_out(tmp_path):

@@ -71,12 +71,15 @@ def test_a_result_is_one_so_far_while_runs_are_missing(tmp_path):
     assert row().endswith("**absent** -0.06 [-0.57, +0.45] so far |")
 
 
-def test_the_page_opens_with_the_table_and_one_figure():
+def test_the_page_opens_with_the_table_one_figure_and_the_contents():
     blocks = (STUDY / "README.md").read_text().split("\n\n")
     assert blocks[1].startswith("| claim | paper |")
     assert blocks[1].splitlines()[-1].startswith("| Not tested | SE, ResNeXt")
-    assert blocks[2].startswith("![Top-1 accuracy of every cell")
-    assert blocks[3] == f"*{blocks[2][2:].split('](')[0]}*"
+    assert blocks[2].startswith("Each cell has one word")
+    assert blocks[4].startswith("![Top-1 accuracy of every cell")
+    assert blocks[5] == f"*{blocks[4][2:].split('](')[0]}*"
+    assert blocks[6] == "Contents:"
+    assert blocks[7].startswith("- [ENC raises the accuracy](#enc-raises-the-accuracy)")
 
 
 def test_every_figure_is_there_and_no_other(written):
@@ -118,9 +121,10 @@ def test_links_of_the_page_lead_somewhere():
 
 def test_the_html_page_needs_no_other_file():
     page = (STUDY / "report.html").read_text()
-    sources = re.findall(r'(?:src|href)="([^"]{0,22})', page)
-    assert sources
-    assert set(sources) == {"data:image/png;base64,"}
+    assert set(re.findall(r'src="([^"]{0,22})', page)) == {"data:image/png;base64,"}
+    links = re.findall(r'href="([^"]*)"', page)
+    assert links
+    assert set(links) == {f"#{name}" for name in re.findall(r'<h2 id="([^"]*)"', page)}
     assert len(page) < 1_000_000
     HTMLParser().feed(page)
 

@@ -51,8 +51,11 @@ exec "$@"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    """Built from the source distribution, so that both are complete."""
     out = tmp_path_factory.mktemp("dist")
-    pip("wheel", "--no-build-isolation", "-w", out, ROOT)
+    code = "import sys, hatchling.build; hatchling.build.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, check=True, timeout=240)
+    pip("wheel", "--no-build-isolation", "-w", out, next(out.glob("*.tar.gz")))
     return next(out.glob("*.whl"))
 
 

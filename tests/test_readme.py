@@ -212,3 +212,15 @@ def test_pages_have_a_place_in_the_contents_and_lines_that_can_be_read():
         longest = max(len(line) for line in text.splitlines())
         assert longest <= (200 if page == README else 300), page
     assert len(PAGES[README].splitlines()) <= 150
+
+
+def test_messages_that_the_faq_quotes_are_those_of_the_code():
+    quoted = re.findall(r"^\*\*`([^`]+)`", (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE)
+    foreign = ("KeyError", "UnpicklingError", "No module named", "Unexpected key", "--cfg-options")
+    ours = [message for message in quoted if not message.startswith(foreign)]
+    assert len(ours) >= 4
+    # Texts of the code as one line each: adjacent strings are joined.
+    code = "".join(path.read_text() for path in (ROOT / "enc_plugin").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    missing = [part for message in ours for part in message.split("...") if part.strip() not in code]
+    assert not missing

@@ -8,10 +8,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from .functional.checks import check_model, check_type
+from .functional.checks import check_auto, check_model, check_type
 from .functional.weights import check_alpha_option, check_variant, is_centered
 from .layers import ENCLayer, enc_class, enc_layers
-from .packed import check_packed, pack_weights
+from .packed import pack_weights
 from .surgery.audit import Audit, AuditRow, audit
 from .surgery.conversion_report import ConversionReport, ConvertedLayer, NoEffectWarning, warn_of_doubts
 from .surgery.eligible import Evidence
@@ -108,11 +108,10 @@ def to_enc(
     check_model(model)
     check_variant(variant)
     check_alpha_option(alpha)
-    if not isinstance(post_norm, bool) and not (isinstance(post_norm, str) and post_norm == "auto"):
-        raise ValueError(f"post_norm: expected 'auto', True or False, got {post_norm!r}")
+    check_auto("post_norm", post_norm)
     check_type("preserve", preserve, (bool, Tensor), "True, False or a batch of inputs")
     _check_how(how, alpha, preserve)
-    check_packed(packed)
+    check_auto("packed", packed)
     check_type("example", example, (Tensor, tuple, dict, type(None)), "a batch, a tuple or dict of arguments, or None")
 
     evidence = _look_at(model, example, preserve)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .functional.checks import check_number, check_type
+from .functional.checks import check_not_negative, check_type
 from .functional.decay import check_shift_eps
 from .functional.weights import check_variant
 from .layers import ENC_LAYERS, ENCLayer
@@ -68,7 +68,7 @@ class DecayRules:
                 if value.numel() != 1 or not value.is_floating_point():
                     raise ValueError(f"lr: expected a number or a floating point tensor of one element, got {value!r}")
             elif value is not None:
-                _check_not_negative(name, value)
+                check_not_negative(name, value)
         check_type("options", self.options, Mapping, "a dict of options")
         custom_keys = self.options.get("custom_keys", {})
         check_type("custom_keys", custom_keys, Mapping, "a dict of a dict for each key")
@@ -81,7 +81,7 @@ class DecayRules:
                 elif name == "projection":
                     check_mode(value)
                 elif name.endswith("_mult"):
-                    _check_not_negative(name, value)
+                    check_not_negative(name, value)
         if self.options.get("plain_shift") is not None:
             check_variant(self.options["plain_shift"])
 
@@ -187,10 +187,6 @@ class DecayRules:
         elif param.ndim == 1:
             decay_mult *= option("flat_decay_mult", 1.0)
         return lr_mult * custom.get("lr_mult", 1.0), custom.get("decay_mult", decay_mult)
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    check_number(name, value, "a finite number >= 0", lambda number: 0 <= number < math.inf)
 
 
 def param_groups_enc(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .forward_pass import can_precompute, close_pass, open_pass
+from .functional.checks import check_auto
 from .functional.grouped import enc_weights
 from .layers import ENC_LAYERS, ENCLayer
 
@@ -50,7 +51,7 @@ def pack_weights(model: nn.Module, packed: bool | str = "auto") -> None:
     Raises:
         ValueError: If ``packed`` is neither True, False nor ``'auto'``.
     """
-    check_packed(packed)
+    check_auto("packed", packed)
     unpack_weights(model)
     packing = _Packing(packed)
     model.register_forward_pre_hook(packing.before)
@@ -69,12 +70,6 @@ def unpack_weights(model: nn.Module) -> None:
 def is_packing_chosen(model: nn.Module) -> bool:
     """Whether :func:`pack_weights` was called for ``model`` or a submodule, with any value of ``packed``."""
     return any(_is_ours(hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
-
-
-def check_packed(packed: bool | str) -> None:
-    """Raise ``ValueError`` unless ``packed`` is True, False or ``'auto'``."""
-    if not isinstance(packed, bool) and not (isinstance(packed, str) and packed == "auto"):
-        raise ValueError(f"packed: expected 'auto', True or False, got {packed!r}")
 
 
 def _is_ours(hook) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, cast
@@ -52,6 +53,17 @@ def check_number(name: str, value: object, expected: str, accepts: Callable[[flo
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     if not accepts(cast(float, value)):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_not_negative(name: str, value: object, hint: str = "") -> None:
+    """Raise unless ``value`` is a finite number >= 0; ``hint`` is added to the message."""
+    check_number(name, value, f"a finite number >= 0{hint}", lambda number: 0 <= number < math.inf)
+
+
+def check_auto(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is True, False or ``'auto'``."""
+    if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
+        raise ValueError(f"{name}: expected 'auto', True or False, got {value!r}")
 
 
 def check_type(name: str, value: object, types: Any, expected: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_number
+from .checks import check_not_negative, check_number
 from .grouped import computed, factors, normalized
 from .weights import check_variant, check_weight, enc_weight, is_centered, is_whole_layer, num_rows
 
@@ -128,7 +128,7 @@ def decay_efolds(
         >>> round(decay_efolds(steps, weight_decay=1e-4, momentum=0.9), 1)
         33.3
     """
-    check_number("weight_decay", weight_decay, "a finite number >= 0", lambda value: 0 <= value < float("inf"))
+    check_not_negative("weight_decay", weight_decay)
     check_number("momentum", momentum, "a number in [0, 1)", lambda value: 0 <= value < 1)
     check_number("dampening", dampening, "a number in [0, 1]", lambda value: 0 <= value <= 1)
     return 2 * weight_decay * (1 - dampening) / (1 - momentum) * sum(learning_rates)
@@ -136,4 +136,4 @@ def decay_efolds(
 
 def check_shift_eps(eps: float, name: str = "eps") -> None:
     """Raise unless ``eps`` is a finite number >= 0; ``name`` is the argument's name in the message."""
-    check_number(name, eps, "a finite number >= 0 (0 turns the shift off)", lambda value: 0 <= value < float("inf"))
+    check_not_negative(name, eps, " (0 turns the shift off)")

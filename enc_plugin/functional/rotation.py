@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_number
+from .checks import check_not_negative, check_number
 from .weights import check_variant, check_weight, is_centered, num_rows
 
 
@@ -121,7 +121,7 @@ def equilibrium_angle(
         >>> round(equilibrium_angle(0.1, 1e-4, momentum=0.9), 6)
         0.003244
     """
-    check_number("weight_decay", weight_decay, "a finite number >= 0", lambda value: 0 <= value < float("inf"))
+    check_not_negative("weight_decay", weight_decay)
     for name, value in (("momentum", momentum), ("dampening", dampening)):
         check_number(name, value, "a number in [0, 1)", lambda value: 0 <= value < 1)
     first = 1 + momentum if nesterov else 1 - dampening

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..functional.checks import check_integer, check_number
+from ..functional.checks import check_integer, check_not_negative
 from ..functional.jacobian import gbr_penalty
 
 
@@ -28,7 +26,7 @@ class GBRPenalty:
     """
 
     def __init__(self, weight: float, projections: int = 1):
-        check_number("weight", weight, "a finite number >= 0", lambda value: 0 <= value < math.inf)
+        check_not_negative("weight", weight)
         check_integer("projections", projections, 1)
         self.weight = weight
         self.projections = projections

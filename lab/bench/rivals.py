@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from enc_plugin import to_enc
-from enc_plugin.optim import DEFAULT_SHIFT_EPS, add_shift, param_groups_enc
+from enc_plugin.optim import DEFAULT_SHIFT_EPS, add_projection, add_shift, param_groups_enc
 
 DECAY, LR, MOMENTUM = 1e-4, 1e-3, 0.9
 
@@ -83,11 +83,13 @@ def converted(model: nn.Module, names: tuple[str, ...] = tuple(CONVERSIONS)) -> 
     return {name: CONVERSIONS[name](copy.deepcopy(model)) for name in names}
 
 
-def sgd(model: nn.Module, shift: bool = True, **options) -> torch.optim.SGD:
-    """SGD with momentum and weight decay; with the epsilon shift for an ENC network, else with a single group."""
-    groups = param_groups_enc(model, DECAY, shift_eps=DEFAULT_SHIFT_EPS if shift else 0.0)
-    if not any("shift_eps" in group for group in groups):
+def sgd(model: nn.Module, shift: bool = True, projection: str | None = None, **options) -> torch.optim.SGD:
+    """SGD with momentum and weight decay; with the shift or the projection for an ENC network, else a single group."""
+    settings = {} if projection is None else {"projection": projection}
+    groups = param_groups_enc(model, DECAY, shift_eps=DEFAULT_SHIFT_EPS if shift else 0.0, **settings)
+    if not any("shift_eps" in group or "enc_projection" in group for group in groups):
         return torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY, **options)
     optimizer = torch.optim.SGD(groups, LR, MOMENTUM, **options)
     add_shift(optimizer)
+    add_projection(optimizer)
     return optimizer

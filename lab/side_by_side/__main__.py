@@ -28,8 +28,7 @@ if __name__ == "__main__":
     with one_line("side_by_side"):
         device = pick_device(args.device)
         grid = load_grid(args.grid)
-        only = args.only or [name for name, arena in grid.arenas.items() if arena.for_gpu]
-        runs = grid.runs(only)
+        runs = grid.runs(args.only or grid.arenas_for(gpu=True))
     MMLogger.get_current_instance().setLevel("WARNING")  # else each network's initial weights are listed
     results = runs_folder(args.results)
     out = Path(args.out) if args.out else results

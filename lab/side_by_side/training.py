@@ -98,7 +98,7 @@ class Training:
                 if name in self._numbers:
                     self._numbers[name].copy_(numbers)
                 else:
-                    self._numbers[name] = numbers.to(self.device)
+                    self._numbers[name] = numbers.to(self.device, copy=True)  # other runs share the drawn ones
             for counter in (self._batch, self._place, self._loss):
                 counter.zero_()
         self.model.train()

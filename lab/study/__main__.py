@@ -15,7 +15,9 @@ if __name__ == "__main__":
     parser.add_argument("grid", nargs="?", default=str(study.CELLS), help="default: lab/study/cells.py")
     parser.add_argument("--results", default=str(RESULTS / "study"), help="default: lab/results/study")
     parser.add_argument("--work-dir", default="work_dirs/study", help="checkpoints and logs (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="ARENA[/CELL]", help="patterns of arenas or cells (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ARENA[/CELL]", help="patterns (default: all but arenas for a GPU)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs side by side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each (default: %(default)s)")
     parser.add_argument("--retry-failed", action="store_true", help="do failed runs again")
@@ -29,10 +31,11 @@ if __name__ == "__main__":
             for path in study.write_study(args.results, args.readme, args.grid):
                 print(f"wrote {path}")
             sys.exit()
-        runs = study.load_grid(args.grid).runs(args.only)
+        grid = study.load_grid(args.grid)
+        runs = grid.runs(args.only or grid.arenas_for(gpu=False))
     folder = study.runs_folder(args.results)
     if args.run is not None:
-        chosen = [run for run in runs if run.id == args.run]
+        chosen = [run for run in grid.runs() if run.id == args.run]
         if not chosen:
             sys.exit(f"study: the grid has no run {args.run!r}")
         sys.exit(study.execute(chosen[0], folder, args.work_dir, ROOT)["status"] == "failed")

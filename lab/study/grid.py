@@ -116,6 +116,10 @@ class Grid:
     arenas: dict[str, Arena]
     cells: dict[str, list[Cell]]
 
+    def arenas_for(self, gpu: bool) -> list[str]:
+        """Names of the arenas that are meant for a GPU, or of the others."""
+        return [name for name, arena in self.arenas.items() if arena.for_gpu == gpu]
+
     def runs(self, only: Iterable[str] | None = None) -> list[PlannedRun]:
         """The runs in the order in which they are worth doing: arena by arena, the seeds of all cells in turn.
 

@@ -14,6 +14,7 @@ import torch
 from helpers import ROOT
 
 from lab.side_by_side import train_in_turns
+from lab.side_by_side.training import Training
 from lab.study import execute, load_grid, pending
 from lab.study import results as metrics
 from lab.study.results import load_results
@@ -73,6 +74,21 @@ def test_a_run_among_others_has_the_numbers_of_the_runner_alone(done, grid, tmp_
     assert found["by_epoch"] == want["by_epoch"]
     assert found["final"].items() <= want["final"].items()
     assert {key for key in want["final"] if not re.search("averaged|_low|_high|_median", key)} == set(found["final"])
+
+
+def test_runs_that_share_their_numbers_leave_them_as_they_are(grid):
+    (run,) = (run for run in load_grid(grid).runs() if run.id == "digits/mixup-seed1")
+
+    def losses():
+        training, found = Training(run, ROOT, CPU), []
+        for _ in range(training.epochs):
+            training.begin_epoch()
+            for number in range(len(training.sizes)):
+                training.step(number)
+            found.append(training.end_epoch())
+        return found
+
+    assert losses() == losses()
 
 
 def test_a_result_is_one_that_the_study_reads(done, grid):

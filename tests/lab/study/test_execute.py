@@ -158,6 +158,12 @@ def test_dry_run_prints_the_plan_and_runs_nothing(grid, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_arenas_for_a_gpu_do_not_run_on_a_cpu_unless_they_are_named(tmp_path):
+    plans = [study("--results", tmp_path, "--dry-run", *only)[1] for only in ([], ["--only", "g4"])]
+    assert ["overfit/bn" in plan for plan in plans] == [True, False]
+    assert ["g4/noise0.1" in plan for plan in plans] == [False, True]
+
+
 def test_costs_come_from_the_runs_that_are_done(done, grid):
     folder = done[0]
     runs = load_grid(grid).runs()

@@ -41,6 +41,6 @@ def _state_of_copies(original: weakref.ref[Optimizer]) -> dict[str, Any]:
     optimizer = original()
     for before_copy in optimizer._enc_carried.values():
         before_copy(optimizer)
-    # No handle has a negative number.
+    # Negative ids cannot collide, because torch numbers its hooks from 0.
     hooks = OrderedDict((-1 - i, hook) for i, hook in enumerate(optimizer._enc_carried))
     return {**type(optimizer).__getstate__(optimizer), "_optimizer_load_state_dict_pre_hooks": hooks}

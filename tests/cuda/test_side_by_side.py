@@ -16,12 +16,13 @@ from lab.study import load_grid  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
-# 16 steps of two sizes before the learning rate changes, so that graphs of both are captured, replayed and renewed.
+# 16 steps of two sizes before the learning rate changes, so that graphs of both are captured, replayed and renewed. The
+# rate is small, because training magnifies rounding: here a change of all weights by 1e-6 moves no loss by 1.5e-5.
 GRID = """
 arenas = dict(digits=dict(title="digits", config="lab/study/digits_resnet8.py", images=100, epochs=10, overrides={
     "train_dataloader.dataset.indices": 100, "val_dataloader.dataset.indices": 64,
     "train_cfg": dict(max_epochs=10, val_interval=5), "param_scheduler.milestones": [8],
-    "optim_wrapper.optimizer.lr": 0.01}))
+    "optim_wrapper.optimizer.lr": 1e-4}))
 enc = {"model.type": "ENCImageClassifier"}
 cells = dict(digits={
     "plain": dict(title="plain", seeds=[0]),
@@ -59,7 +60,7 @@ def losses(run, device):
 def test_graphs_train_as_the_cpu_does(device, runs, cell):
     training, found = losses(runs[cell], device)
     assert len(training._graphs) == 2  # one for each size of batch, since the learning rate changed
-    assert found == pytest.approx(losses(runs[cell], torch.device("cpu"))[1], rel=1e-3)
+    assert found == pytest.approx(losses(runs[cell], torch.device("cpu"))[1], rel=2e-4)
 
 
 def test_all_kinds_of_runs_share_the_device_and_leave_results(device, runs, tmp_path):

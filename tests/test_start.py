@@ -57,9 +57,10 @@ def test_an_enc_run_starts_in_forty_lines_without_noise(enc_run):
     assert len(head) <= 40
     assert not [word for word in NOISE if word in output]
     assert sum("10 layers (ws, alpha 1), 1 with an added batch norm" in line for line in head) == 1
-    assert sum("train_dataloader has 2 workers on 1 core;" in line for line in head) == 1
+    assert sum("more data workers than cores (1): train_dataloader 2;" in line for line in head) == 1
     assert "\x1b" not in output  # plain lines in a pipe
     assert len(re.findall(r"Epoch\(train\) \[1\]\[\d/3\].*eta: .*loss: ", output)) == 3
+    assert re.findall(r"Epoch\(val\) \[1\]\[3/3\] +(\S+)", output) == ["accuracy/top1:"]
 
 
 def test_the_log_file_has_what_the_terminal_has_not(enc_run):

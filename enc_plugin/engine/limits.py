@@ -87,11 +87,11 @@ def tell_many_workers(runner: Runner) -> None:
     loops = {"train": runner.train_loop, "val": runner.val_loop}
     workers = {name: getattr(getattr(loop, "dataloader", None), "num_workers", 0) for name, loop in loops.items()}
     cores = usable_cores()
-    many = [f"{name}_dataloader has {number}" for name, number in workers.items() if number > cores]
+    many = [f"{name}_dataloader {number}" for name, number in workers.items() if number > cores]
     if many:
         runner.logger.info(
-            f"ENC: {', '.join(many)} workers on {cores} core{'s' * (cores > 1)}; "
-            f"num_workers={cores} may load as fast and needs less memory"
+            f"ENC: more data workers than cores ({cores}): {', '.join(many)}; num_workers={cores} may load as fast and "
+            "needs less memory"
         )
 
 

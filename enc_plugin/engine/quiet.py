@@ -14,11 +14,13 @@ from mmengine.runner import Runner
 from ..installation import is_verbose
 from ..version import __version__
 
-# mmengine's log of system, config and hooks (some 270 lines before the first iteration), and warnings about its code.
+# mmengine's log of system, config and hooks (some 270 lines before the first iteration), warnings about its code, and
+# the progress at the last batch of a validation, whose next line has the result.
 _FOR_THE_RECORD = re.compile(
     r"\n-+\nSystem environment:|Config:\n|Hooks will be executed in the following order:|Exp name: "
     r"|paramwise_options -- |Code: |Distributed training is not used, all SyncBatchNorm"
     r'|"FileClient" will be deprecated|"HardDiskBackend" is the alias'
+    r"|(Epoch|Iter)\((val|test)\) *(\[\d+\])? *\[(?P<last>\d+)/(?P=last)\] +eta: "
 )
 
 

@@ -110,7 +110,7 @@ def more(runs: Sequence[Run]) -> list[page.Html]:
     blocks: list[str] = [page.grid(*(over_training(runs, key, kind) for key, kind in kinds.items()))]
     if keys[_MORE_FIGURES:]:
         blocks.append(f"Not drawn: {', '.join(keys[_MORE_FIGURES:])}.")
-    return [page.section("More", page.details(f"{len(kinds)} more curves", *blocks))]
+    return [page.section("More", page.details(f"{len(kinds)} more curve{'s' * (len(kinds) > 1)}", *blocks))]
 
 
 def _series(run: Run, key: str, kind: Scalar, factor: int) -> plot.Series | None:

@@ -148,7 +148,7 @@ th[scope=row] { position: sticky; left: 0; background: var(--back); min-width: 5
   overflow-wrap: break-word; }
 .n { text-align: right; white-space: nowrap; }
 .s { white-space: nowrap; }
-td:last-child:not(.n) { min-width: 7rem; }
+td:not(.n, .s), td:last-child:not(.n) { min-width: 7rem; }
 thead .n, thead .s { white-space: normal; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; }

@@ -272,7 +272,7 @@ def test_the_best_learning_rates_meet():
     runs = [made_up(cell=c, seed=s, top1=t + s / 10) for c, t in tops.items() for s in range(3)]
     (_, _, rows) = section_of(results(*runs), "learning-rates").tables[-1]
     assert rows[0][1:3] == ["ENC, lr 0.3", "plain, lr 0.03"]
-    assert rows[0][6].startswith("+1.00")
+    assert rows[0][3].startswith("+1.00")
 
 
 def test_norms_that_are_not_available_count_nowhere():

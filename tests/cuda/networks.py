@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from enc_plugin import add_shift, param_groups_enc, to_enc
+from enc_plugin import add_projection, add_shift, param_groups_enc, to_enc
 
 DECAY, SHIFT_EPS = 1e-2, 1e-1  # large enough to see
 
 
-def network(variant: str | None = "ws", alpha: float | str = 1.0) -> nn.Module:
+def network(variant: str | None = "ws", alpha: float | str = 1.0, how: str = "reparametrize") -> nn.Module:
     """Convolutions, batch norms and a classifier for pictures of 16 x 16 in 10 classes, on the CPU."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -21,7 +21,7 @@ def network(variant: str | None = "ws", alpha: float | str = 1.0) -> nn.Module:
         layers += [nn.Conv2d(width, 2 * max(width, 8), 3, bias=False), nn.BatchNorm2d(2 * max(width, 8)), nn.ReLU()]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10, bias=False))
     if variant is not None:
-        to_enc(net, variant, alpha)
+        to_enc(net, variant, alpha, how=how)
     return net
 
 
@@ -32,11 +32,15 @@ def batch(device: torch.device, count: int = 8) -> tuple[Tensor, Tensor]:
     return pictures.to(device), torch.randint(10, (count,), generator=generator).to(device)
 
 
-def optimizer_of(net: nn.Module, kind: type[torch.optim.Optimizer] = torch.optim.SGD, **options):
-    """An optimizer with the shifted decay."""
+def optimizer_of(
+    net: nn.Module, kind: type[torch.optim.Optimizer] = torch.optim.SGD, projection: str | None = None, **options
+):
+    """An optimizer with the shifted decay or, of a projected network, the projection."""
     options = ({"lr": 0.1, "momentum": 0.9} if kind is torch.optim.SGD else {"lr": 1e-2}) | options
-    optimizer = kind(param_groups_enc(net, DECAY, shift_eps=SHIFT_EPS), **options)
+    settings = {} if projection is None else {"projection": projection}
+    optimizer = kind(param_groups_enc(net, DECAY, shift_eps=SHIFT_EPS, **settings), **options)
     add_shift(optimizer)
+    add_projection(optimizer)
     return optimizer
 
 

@@ -17,9 +17,17 @@ from enc_plugin.packed import pack_weights
 STEPS = 3
 
 
-def trained(device, variant="ws", dtype=None, layout=torch.contiguous_format, kind=torch.optim.SGD, **options):
+def trained(
+    device,
+    variant="ws",
+    dtype=None,
+    layout=torch.contiguous_format,
+    kind=torch.optim.SGD,
+    how="reparametrize",
+    **options,
+):
     """A network after a few steps, and its last loss."""
-    net = network(variant).to(device=device, memory_format=layout)
+    net = network(variant, how=how).to(device=device, memory_format=layout)
     images, labels = batch(device)
     step = stepper(net, optimizer_of(net, kind, **options), images.contiguous(memory_format=layout), labels, dtype)
     for _ in range(STEPS):
@@ -35,6 +43,17 @@ def test_float32_trains_as_the_cpu_does(device, variant, layout):
     twin, _ = trained(torch.device("cpu"), variant)
     assert errors(net, twin) < 1e-3
     assert audit(net).max_deviation < 1e-5
+
+
+@pytest.mark.usefixtures("exact_float32")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mode", ["retract", "rotate"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_projected_weights_train_as_on_the_cpu(device, variant, mode, layout):
+    net, _ = trained(device, variant, layout=layout, how="project", projection=mode)
+    twin, _ = trained(torch.device("cpu"), variant, how="project", projection=mode)
+    assert errors(net, twin) < 1e-3
+    assert audit(net).max_deviation < 1e-6
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -147,12 +166,15 @@ def test_a_whole_step_is_captured_in_a_graph_and_its_replay_trains(device, varia
 
 
 def test_no_part_of_a_training_step_waits_for_the_device(device):
-    """Layers, shift, the guard's look at the gradients and the penalty on the GBR."""
+    """Layers, shift, projection, the guard's look at the gradients and the penalty on the GBR."""
     unread_step = pytest.importorskip(
         "enc_plugin.engine.unread_step", reason="the guard needs mmengine", exc_type=ImportError
     )
     nets = [network(variant).to(device) for variant in VARIANTS]
     optimizers = [optimizer_of(net, fused=i % 2 == 0) for i, net in enumerate(nets)]
+    for mode in ("retract", "rotate"):
+        nets.append(network(how="project").to(device))
+        optimizers.append(optimizer_of(nets[-1], projection=mode))
     steps = []
 
     def look(optimizer, args, kwargs) -> None:

@@ -63,3 +63,11 @@ def test_the_operations_of_a_turn_do_not_grow_with_the_number_of_layers(variant)
 
     operations(2), operations(20)
     assert operations(2) == operations(20) <= 48
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_weights_are_projected_together_without_a_look_at_their_values(variant):
+    weights, before = ([torch.empty(4, 6, device="meta") for _ in range(3)] for _ in range(2))
+    retract_together_(weights, variant, 1.0)
+    turn_together_(weights, before, torch.empty((), device="meta"), variant, 1.0)

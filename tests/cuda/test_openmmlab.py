@@ -137,7 +137,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_of_before_
     runner.register_hook(hook)
     with pytest.raises(FloatingPointError, match="a gradient is NaN or infinite in epoch 1, iteration 2") as stopped:
         runner.train()
-    assert "weights and outputs are finite; of the gradients, that of 'backbone." in str(stopped.value)
+    assert "only gradients are not finite, and the one nearest to the loss is that of 'backbone." in str(stopped.value)
     assert all(torch.equal(p, hook.before[name]) for name, p in runner.model.named_parameters())
     assert not list(tmp_path.glob("*.pth"))
 

@@ -89,8 +89,13 @@ GAP = Metric("test loss - training loss (nats)", _gap, ".3f")
 TRAIN_LOSS = Metric("training loss (nats)", _final("train_loss"), ".3f")
 FGSM = Metric("top-1 accuracy under FGSM, mean over eps (%)", _mean_under("fgsm/top1_eps"))
 PGD = Metric("top-1 accuracy under PGD-10 (%)", _mean_under("pgd10/top1_eps"))
-# What a run took before it was stopped and resumed is not known.
-CPU_SECONDS = Metric("core seconds a run", lambda r: None if r.get("resumed") else r["seconds"]["cpu"], ".0f", True)
+# Not known of a run that was stopped and resumed, or that shared its process with others.
+CPU_SECONDS = Metric(
+    "core seconds a run",
+    lambda r: None if r.get("resumed") or r.get("side_by_side") else r["seconds"]["cpu"],
+    ".0f",
+    as_ratio=True,
+)
 STEP_SECONDS = Metric("seconds a step", lambda result: result["measured_seconds"].get("an_iteration"), ".3f", True)
 
 

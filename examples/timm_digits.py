@@ -34,8 +34,8 @@ def main(epochs: int = 5, variant: str = "ws", weight_decay: float = 1e-4) -> di
 
     Args:
         epochs: Passes over the 1,438 training images.
-        variant: Of eq. 20-23, as for ``enc_plugin.to_enc``.
-        weight_decay: lambda of the shifted decay.
+        variant: ``'fro'``, ``'wn'``, ``'ws'`` or ``'centered_fro'``, as for :func:`enc_plugin.to_enc`.
+        weight_decay: Factor lambda of the epsilon-shifted decay.
     """
     torch.manual_seed(0)
     train_set, test_set = load_data()
@@ -44,9 +44,9 @@ def main(epochs: int = 5, variant: str = "ws", weight_decay: float = 1e-4) -> di
     model = timm.create_model(
         "enc_resnet18", num_classes=10, in_chans=1, channels=(16, 32, 64, 128), enc=dict(variant=variant)
     )
-    print(enc_plugin.audit(model).max_deviation, "is the largest deviation of a squared norm from alpha")
+    print(f"largest relative deviation of a squared norm from alpha: {enc_plugin.audit(model).max_deviation:.1e}")
 
-    # Weights decay, biases do not; add_shift lets the optimizer draw ENC weights to a length instead of to zero.
+    # Biases do not decay. With add_shift, the decay pulls ENC weights towards a small norm instead of towards zero.
     optimizer = torch.optim.SGD(param_groups_enc(model, weight_decay, shift_eps=1e-3), lr=0.1, momentum=0.9)
     add_shift(optimizer)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -63,7 +63,7 @@ def main(epochs: int = 5, variant: str = "ws", weight_decay: float = 1e-4) -> di
         model.eval()
         with torch.no_grad():
             hits = sum((model(images).argmax(1) == labels).sum().item() for images, labels in DataLoader(test_set, 128))
-        # Eq. 18, exactly, on the same 64 training images every time.
+        # The exact GBR (eq. 18) of the same 64 training images every time, with the standard error of its mean.
         values = gbr(model, train_set.tensors[0][:64])
         result = {"accuracy": 100 * hits / len(test_set), "gbr": values.mean().item()}
         sem = values.std().item() / len(values) ** 0.5

@@ -128,11 +128,12 @@ _STYLE = """
   :root { --text: #e6edf3; --soft: #9198a1; --back: #0d1117; --line: #3d444d; --note: #3a2d00; }
 }
 * { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 70rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 78rem;
   margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1, h2 { line-height: 1.25; margin: 1.2em 0 .5em; }
 h1 { font-size: 1.7rem; margin-top: .4rem; }
 a { color: inherit; }
+p, li { max-width: 62rem; }
 h2 { font-size: 1.25rem; border-bottom: 1px solid var(--line); padding-bottom: .2em; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; max-width: 780px; height: auto; background: #fff; border-radius: 6px; }

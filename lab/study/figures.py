@@ -14,6 +14,7 @@ from .claims import ENC, PLAIN, Claim
 from .grid import GAUGES
 from .results import Results
 from .statistics import Interval, geometric_interval, interval
+from .verdicts import MIN_SEEDS
 
 # In curves. The place of a cell is its look in every figure; plain and ENC look as in reports of these two.
 SHOWN = (PLAIN, ENC, "bn", "ws", "ws-bn")
@@ -51,9 +52,9 @@ class Figure:
 def claim_curves(results: Results, claim: Claim, arena: str) -> list[Figure]:
     """The curves that belong to a claim (:attr:`Claim.curve`), of the cells :data:`SHOWN`; none if none has run."""
     title = results.grid.arenas[arena].title
-    where = f"over training, {title}; bands: 95 % over seeds"
+    where = f"over training, {title}; bands: 95 % over three or more seeds"
     if claim.curve == "fgsm":
-        return _fgsm_curves(results, arena, f"Accuracy under FGSM, {title}; bands: 95 % over seeds.")
+        return _fgsm_curves(results, arena, f"Accuracy under FGSM, {title}; bands: 95 % over three or more seeds.")
     if claim.curve == "gbr":
         caption = f"GBR of the logits {where}; 512 training images, x is the normalised image."
         return _epoch_curves(results, f"gbr_{arena}", arena, SHOWN, "gbr/logits", GBR_AXIS, caption, log_y=True)
@@ -119,10 +120,19 @@ def _fgsm_curves(results: Results, arena: str, caption: str) -> list[Figure]:
 
 
 def _series(label: str, values: dict[float, list[float]], geometric: bool = False) -> dict:
-    """Mean and interval of the values at each x."""
+    """Mean and interval at each x: of positive values a geometric one, of percentages one that lies in 0 to 100.
+
+    Fewer than :data:`lab.study.verdicts.MIN_SEEDS` values have no interval: that of two would hide all other curves.
+    """
     x = sorted(values)
-    found = [geometric_interval(values[at]) if geometric else interval(values[at]) for at in x]
-    bounds = [_bounds(one) for one in found]
+    bounds = []
+    for at in x:
+        one = _bounds(geometric_interval(values[at]) if geometric else interval(values[at]))
+        if len(values[at]) < MIN_SEEDS:
+            one |= {"low": None, "high": None}
+        elif not geometric:
+            one |= {"low": max(0.0, one["low"]), "high": min(100.0, one["high"])}
+        bounds.append(one)
     return {"label": label, "x": x, **{key: [one[key] for one in bounds] for key in ("mean", "low", "high")}}
 
 

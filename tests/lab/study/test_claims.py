@@ -14,12 +14,13 @@ from lab.study import CELLS, load_grid
 from lab.study.agreement import agree, statement
 from lab.study.answer import headlines, summary_table
 from lab.study.claims import CLAIMS, DECAYS, PARTS
+from lab.study.figures import _series
 from lab.study.frontier import beats, frontier_section
 from lab.study.grid import cell_efolds
 from lab.study.pages import all_sections
 from lab.study.projection_rule import FORMS, decision
 from lab.study.results import EPOCHS_TO_90, FGSM, GBR_LOGITS, GBR_MARGIN, LOG_PRODUCT, TOP1, Results, load_results
-from lab.study.statistics import Interval
+from lab.study.statistics import Interval, interval
 from lab.study.verdicts import ABSENT, HOLDS, NOT_TESTABLE, OPPOSITE, UNDECIDED, compare, decide
 
 GRID = load_grid(CELLS)
@@ -360,3 +361,10 @@ def test_a_result_outside_the_grid_is_refused(tmp_path):
     (tmp_path / "quarter" / "forgotten-seed0.json").write_text(json.dumps(run))
     with pytest.raises(ValueError, match="'quarter/forgotten-seed0', which the grid does not plan"):
         load_results(GRID, tmp_path)
+
+
+def test_bands_of_percentages_stay_within_0_to_100_and_need_three_runs():
+    band = _series("plain", {1: [90.0, 99.0, 99.0], 2: [60.0, 80.0]})
+    assert band["high"][0] == 100.0
+    assert band["low"][0] == pytest.approx(interval([90.0, 99.0, 99.0]).low)
+    assert (band["mean"][1], band["low"][1], band["high"][1]) == (70.0, None, None)

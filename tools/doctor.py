@@ -30,7 +30,7 @@ def _option(text: str) -> tuple[str, object]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=f"{__doc__} It takes about a minute; with --quick, a few seconds.")
+    parser = argparse.ArgumentParser(description=f"{__doc__} It takes about 20 s; with --quick, a few seconds.")
     parser.add_argument("--config", help="config (a file, or package::name) to check: model, dataset and one batch")
     parser.add_argument("--cfg-options", nargs="+", type=_option, metavar="KEY=VALUE", help="changes to the config")
     parser.add_argument("--device", help="device for the batch, such as cpu or cuda:1 (default: a GPU if there is one)")

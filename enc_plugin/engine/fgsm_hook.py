@@ -70,7 +70,7 @@ class FGSMHook(ValidatedNetworkHook):
             _TITLE,
             "top-1 accuracy (%)",
             _GROUP,
-            column="top-1 (%), FGSM <eps>/255",
+            column="FGSM <eps>/255 (%)",
             form=".2f",
             against=_EPS,
             is_metric=True,

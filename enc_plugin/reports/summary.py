@@ -19,10 +19,11 @@ _FAMILIES = tuple({f"{scalar.name.split('/')[0]}/" for scalar in SCALARS if scal
 def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the summary table: one row for each run.
 
-    A row is about one network: accuracy, GBR and FGSM are measured with the weights that validation uses, which are
-    named in a column. A value from another epoch than the last validation says so.
+    A row is about one network: accuracy, GBR and FGSM are measured with the weights that validation uses. A column
+    names them if those of a run are averaged. A value from another epoch than the last validation says so.
     """
     unit, columns, weights = x_unit(runs), _columns(runs), [_weights(run) for run in runs]
+    is_named = "averaged" in weights
     rows = []
     for run, of_weights in zip(runs, weights, strict=True):
         rows.append(
@@ -30,11 +31,11 @@ def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
                 run.name,
                 run.progress + ("" if run.by_epoch or unit != "epochs" else " iterations"),
                 *(_cell(run, key, kind) + _when(run, key) for key, kind in columns.items()),
-                *([of_weights] if any(weights) else []),
+                *([of_weights] if is_named else []),
                 "" if math.isnan(run.seconds_per_iteration) else f"{run.seconds_per_iteration:.4f}",
             ]
         )
-    titles = [kind.column for kind in columns.values()] + ["weights"] * any(weights)
+    titles = [kind.column for kind in columns.values()] + ["weights"] * is_named
     return ["run", unit, *titles, "s / iteration"], rows
 
 

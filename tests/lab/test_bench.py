@@ -181,5 +181,5 @@ def test_the_section_for_a_gpu_runs_on_a_cpu_and_is_left_out_there(bench, tmp_pa
     assert tables["inference, float32, batch 1"]["ENC ws, folded"]["rounds"] == 1
     assert found["counts"]["plain, float32"] == {"MiB at the peak": 0.0}
     assert found["goals"][0]["what"] == "step, bfloat16 channels_last: ENC ws, to plain"
-    assert "gpu: left out, because there is no CUDA device" in bench("--only", "gpu", "--results", tmp_path)
+    assert "gpu: skipped, because there is no CUDA device" in bench("--only", "gpu", "--results", tmp_path)
     assert not (tmp_path / "gpu.json").exists()

@@ -71,10 +71,8 @@ def load_config(source: str | Path | Config, options: Mapping[str, Any] | None =
     try:
         source.merge_from_dict(dict(options or {}))
     except Exception as error:
-        raise Refused(
-            f"--cfg-options: {' '.join(options)} does not fit the config ({describe(error)})",
-            "write KEY.SUB=VALUE, with numbers as the keys of list items",
-        ) from error
+        problem = f"--cfg-options: {' '.join(options)} does not fit the config ({describe(error)})"
+        raise Refused(problem, "write KEY.SUB=VALUE, with numbers as the keys of list items") from error
     return source
 
 

@@ -13,9 +13,9 @@ HOLDS, OPPOSITE, ABSENT, UNDECIDED, NOT_TESTABLE = "holds", "opposite", "absent"
 MIN_SEEDS = 3  # of each cell, below which there is no verdict
 
 MEANING = {
-    HOLDS: "the interval lies wholly on the claimed side of no effect",
+    HOLDS: "the interval lies wholly on the claimed side of zero (of 1 for ratios, x)",
     OPPOSITE: "it lies wholly on the other side",
-    ABSENT: "it contains no effect, and excludes the effect that the paper reports",
+    ABSENT: "it contains zero, and excludes the effect that the paper reports",
     UNDECIDED: "it contains both",
     NOT_TESTABLE: f"a cell has fewer than {MIN_SEEDS} seeds, or the arena lacks what the claim is about",
 }

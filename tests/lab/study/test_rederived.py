@@ -35,23 +35,27 @@ def gbr_over_margin(result):
     return result["final"]["gbr/logits"] / result["final"]["train_margin"] ** 2
 
 
+AUGMENTED = "With Cutout, Mixup, CutMix or label smoothing, ENC"
 # Beginning of the row, cells with weights, measure, the paper's effect (of a ratio its logarithm), whether a ratio.
 ROWS = [
     ("ENC raises the accuracy", ENC_TO_PLAIN, final("top1"), 0.90, False),
-    ("Equal norms alone", {"enc-wn": 1, "baseline": -1}, final("top1"), 0.71, False),
+    ("ENC 'wn' (eq. 21)", {"enc-wn": 1, "baseline": -1}, final("top1"), 0.71, False),
     ("ENC beats weight", {"enc-ws": 1, "ws": -1}, final("top1"), 0.70, False),
-    ("ENC converges faster", ENC_TO_PLAIN, early, 1.0, False),
+    ("ENC learns faster", ENC_TO_PLAIN, early, 1.0, False),
     ("ENC ends with a smaller GBR", ENC_TO_PLAIN, final("gbr/logits"), math.log(0.8), True),
-    ("... also in units of the margin", ENC_TO_PLAIN, gbr_over_margin, math.log(0.8), True),
+    ("... also relative to the squared margin", ENC_TO_PLAIN, gbr_over_margin, math.log(0.8), True),
     ("ENC is more robust", ENC_TO_PLAIN, fgsm, 12.33, False),
-    ("ENC adds to Cutout", FOUR, final("top1"), 0.945, False),
-    ("ENC + CutMix + LS", {"enc-cutmix-ls": 1, "enc-ws": -1}, final("top1"), 0.52, False),
-    ("ENC adds robustness", FOUR, fgsm, 6.26, False),
+    (f"{AUGMENTED} raises the accuracy", FOUR, final("top1"), 0.945, False),
+    ("ENC with CutMix and label smoothing", {"enc-cutmix-ls": 1, "enc-ws": -1}, final("top1"), 0.52, False),
+    (f"{AUGMENTED} is more robust", FOUR, fgsm, 6.26, False),
     ("A learnable alpha", {"enc-alearn": 1, "enc-ws": -1}, final("top1"), -0.36, False),
 ]
 # Arenas that have other cells for a row: these with weights, and the paper's effect.
 TWO = {f"{enc}{name}": sign / 2 for name in ("cutmix", "ls") for enc, sign in (("enc-", 1), ("", -1))}
-ELSEWHERE = {("ENC adds to Cutout", "g2"): (TWO, 0.995), ("ENC adds robustness", "g2"): (TWO, 3.55)}
+ELSEWHERE = {
+    (f"{AUGMENTED} raises the accuracy", "g2"): (TWO, 0.995),
+    (f"{AUGMENTED} is more robust", "g2"): (TWO, 3.55),
+}
 DECAYS = {
     "quarter": {"wd0": 0, "wd1e-8": 1e-8, "wd1e-6": 1e-6, "baseline": 1e-4, "wd1e-3": 1e-3, "wd1e-2": 1e-2},
     "overfit": {"wd0": 0, "wd1e-4": 1e-4, "wd1e-3": 1e-3, "wd3e-3": 3e-3, "baseline": 8.5e-3, "wd3e-2": 3e-2},

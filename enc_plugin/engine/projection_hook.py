@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -33,9 +34,8 @@ class ENCProjectionHook(Hook):
         """Project the weights, which are initialised or loaded by now."""
         for wrapper in optim_wrappers(runner):
             add_projection(wrapper.optimizer)
-        if (
-            runner.iter == 0
-        ):  # The average of a resumed run is on the set already, and has to stay as it is, bit by bit.
+        # The average of a resumed run is on the set already, and has to stay as it is, bit by bit.
+        if runner.iter == 0:
             self._retract_averages(runner)
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -50,5 +50,9 @@ class ENCProjectionHook(Hook):
     def _retract_averages(self, runner: Runner) -> None:
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
+                # By setting, because weights that are projected together take fewer launches on a GPU.
+                weights = defaultdict(list)
                 for _, layer in projected_layers(unwrap(hook.ema_model)):
-                    retract_([layer.weight], layer.enc_variant, layer.enc_alpha)
+                    weights[layer.enc_variant, layer.enc_alpha].append(layer.weight)
+                for (variant, alpha), group in weights.items():
+                    retract_(group, variant, alpha)

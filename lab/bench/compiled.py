@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 
 from .harness import interleave, ratios
-from .rivals import converted
+from .rivals import converted, sgd
 from .training_step import step
 
 NETWORKS = ("plain", "ENC wn", "ENC ws", "torch weight_norm", "timm StdConv2d", "naive ws")
@@ -33,7 +33,8 @@ def run(rounds: int = 25) -> dict:
         steps = {}
         for name, network in networks.items():
             loss = partial(_loss, network)
-            steps[name] = step(network, partial(torch.compile(loss) if compiled else loss, images, labels), shift=False)
+            loss = partial(torch.compile(loss) if compiled else loss, images, labels)
+            steps[name] = step(sgd(network.train(), shift=False), loss)
         name = "compiled_to_plain" if compiled else "eager_to_plain"
         result[name] = ratios(interleave(steps, rounds, warmup=3), "plain")
     return result

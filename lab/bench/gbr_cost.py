@@ -26,6 +26,7 @@ from lab import ROOT
 
 from .harness import interleave, ratios
 from .networks import classifier, resnet18, resnet20
+from .training_step import step
 
 CLASSES = 10
 
@@ -210,15 +211,14 @@ def probes_section(rounds: int, samples: int = 32, wanted: float = 0.02) -> dict
 def training_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     """A function that takes one step of SGD with momentum and leaves ``model`` in eval mode."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    take_step = step(optimizer, lambda: F.cross_entropy(model(images), labels))
 
-    def step() -> None:
+    def call() -> None:
         model.train()
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+        take_step()
         model.eval()
 
-    return step
+    return call
 
 
 def imagenet_section(rounds: int, batch: int = 16) -> dict:

@@ -27,6 +27,7 @@ from enc_plugin.packed import pack_weights
 from .harness import event_clock, goal, interleave, ratios, wall_clock
 from .networks import resnet50
 from .rivals import CONVERSIONS, sgd
+from .training_step import step
 
 NEEDS_CUDA = True
 
@@ -87,14 +88,7 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             return cross_entropy(network(images, mode="tensor"), labels)
 
-    compute = torch.compile(loss) if compiled else loss
-
-    def call() -> None:
-        optimizer.zero_grad()
-        compute().backward()
-        optimizer.step()
-
-    return call
+    return step(optimizer, torch.compile(loss) if compiled else loss)
 
 
 def training(setting: Setting, precision: str, compiled: bool = False) -> dict:

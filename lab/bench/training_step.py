@@ -26,12 +26,10 @@ CASES = {
 BOUNDS = {"resnet50_4x64": 1.10, "resnet50_8x224": 1.02}
 
 
-def step(model: nn.Module, loss: Callable[[], torch.Tensor], shift: bool = True) -> Callable[[], None]:
-    """A function that takes one SGD step on ``loss``; ``shift``: with the epsilon shift if the network is ENC."""
-    model.train()
-    optimizer = sgd(model, shift)
+def step(optimizer: torch.optim.Optimizer, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """A function that takes one step of ``optimizer`` on ``loss``."""
 
-    def call():
+    def call() -> None:
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
@@ -50,10 +48,10 @@ def case(name: str, rounds: int) -> tuple[dict, list[dict]]:
 
     networks = converted(build())
     networks["plain again"] = converted(build(), ("plain",))["plain"]
-    steps = {key: step(network, loss_of(network)) for key, network in networks.items()}
+    steps = {key: step(sgd(network.train()), loss_of(network)) for key, network in networks.items()}
     for key in ("ENC wn", "ENC ws"):  # without the shift, for a comparison of the layers
         network = converted(build(), (key,))[key]
-        steps[f"{key}, no shift"] = step(network, loss_of(network), shift=False)
+        steps[f"{key}, no shift"] = step(sgd(network.train(), shift=False), loss_of(network))
     seconds = interleave(steps, max(3, round(rounds * factor)), warmup=2)
     found = {
         "what": f"training step, {build.__name__}, batch {batch}, {size} x {size}, float32, without data loading",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..provenance import provenance
-from ..study.execute import DIVERGED, FAILED, FINISHED, describe, result_path, write_result
+from ..study.execute import describe, outcome_of, result_path, status_of, write_result
 from ..study.grid import PlannedRun
 from .readings import Readings
 from .training import Training
@@ -114,8 +113,7 @@ class _Crew:
                 with self._failure_is_a_result(member):
                     final = member.end_epoch()
                     if final is not None:
-                        status = FINISHED if math.isfinite(final["test_loss"]) else DIVERGED
-                        self._end(member, status, final=final)
+                        self._end(member, {"status": status_of(final), "final": final})
         self.members = [member for member in self.members if not member.is_over]
         self.pace = time.perf_counter() - start
 
@@ -124,23 +122,20 @@ class _Crew:
         """One run's fault is no reason to lose the others."""
         try:
             yield
-        except FloatingPointError as error:
-            self._end(member, DIVERGED, error=str(error))
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            self._end(member, FAILED, error=text, traceback=traceback.format_exc())
+            self._end(member, outcome_of(error))
 
-    def _end(self, member: _Member, status: str, **more) -> None:
+    def _end(self, member: _Member, outcome: dict) -> None:
         member.is_over = True
         wall, cpu = (now - before for now, before in zip(_clocks(), member.start, strict=True))
-        result = {**describe(member.run), "provenance": self.provenance, "side_by_side": self.abreast, "status": status}
+        result = {**describe(member.run), "provenance": self.provenance, "side_by_side": self.abreast}
         if member.readings is not None:
             result |= {"by_epoch": member.readings.by_epoch, "measured_seconds": member.readings.seconds}
         # The process is that of all: each run gets its share.
-        result |= {**more, "seconds": {"wall": wall, "cpu": cpu / self.abreast}}
+        result |= {**outcome, "seconds": {"wall": wall, "cpu": cpu / self.abreast}}
         write_result(result_path(self.out, member.run), result)
-        top1 = more.get("final", {}).get("top1")
-        self.say(f"{member.run.id}: {status}, {more['error'] if top1 is None else f'top-1 {top1:.2f} %'}, {wall:.0f} s")
+        said = f"top-1 {outcome['final']['top1']:.2f} %" if "final" in outcome else outcome["error"]
+        self.say(f"{member.run.id}: {outcome['status']}, {said}, {wall:.0f} s")
 
 
 def _clocks() -> tuple[float, float]:

@@ -93,13 +93,10 @@ def execute(run: PlannedRun, results: str | Path, work: str | Path, root: str | 
     try:
         result["resumed"] = (work_dir / "last_checkpoint").is_file()
         measured = _train_and_measure(run, work_dir, root)
-        finite = math.isfinite(measured["final"]["test_loss"])
-        result |= {"status": FINISHED if finite else DIVERGED, **measured}
+        result |= {"status": status_of(measured["final"]), **measured}
         result["provenance"] |= gpu()  # the run has set cuDNN since
-    except FloatingPointError as error:  # ENCGuardHook has stopped it
-        result |= {"status": DIVERGED, "error": str(error)}
-    except Exception as error:  # a failed run is a result too: it is listed, and not tried again and again
-        result |= {"status": FAILED, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    except Exception as error:
+        result |= outcome_of(error)
     result["seconds"] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     write_result(result_path(results, run), result)
     if result["status"] != FAILED:
@@ -128,6 +125,26 @@ def _train_and_measure(run: PlannedRun, work_dir: Path, root: str | Path) -> dic
     seconds = {key: sum(v for _, v in log.scalars.get(key, [])) for key in ("gbr/seconds", "fgsm/seconds")}
     seconds["an_iteration"] = statistics.median(v for _, v in log.scalars["train/time"])
     return {"by_epoch": by_epoch, "final": final, "measured_seconds": seconds}
+
+
+def status_of(final: dict) -> str:
+    """Status of a run that has been trained to its end."""
+    return FINISHED if math.isfinite(final["test_loss"]) else DIVERGED
+
+
+def outcome_of(error: Exception) -> dict:
+    """What a result says of a run that ``error`` has ended. Call it where the error is handled.
+
+    A failed run is a result too: it is listed, and not tried again and again.
+    """
+    if isinstance(error, FloatingPointError):  # ENCGuardHook, or a loss that is not finite
+        return {"status": DIVERGED, "error": str(error)}
+    return {"status": FAILED, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def core_seconds(result: dict) -> float | None:
+    """What a run took; not known if it was stopped and resumed, or shared its process with others."""
+    return None if result.get("resumed") or result.get("side_by_side") else result["seconds"]["cpu"]
 
 
 def channels_last(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from enc_plugin.table import format_table
 
-from .execute import FAILED, pending, read_result
+from .execute import FAILED, core_seconds, pending, read_result
 from .grid import PlannedRun
 
 # Seconds of one core for a training image of ResNet-20, where no run of the arena has been measured yet.
@@ -34,10 +34,9 @@ def estimate(run: PlannedRun, runs: Sequence[PlannedRun], results: str | Path) -
     arena = [other for other in runs if other.cell.arena is run.cell.arena]
     for alike in ([other for other in arena if other.cell is run.cell], arena):
         found = [read_result(results, other) for other in alike]
-        # What a run took before it was stopped and resumed is not known.
-        seconds = [r["seconds"]["cpu"] for r in found if r and r["status"] != FAILED and not r.get("resumed")]
-        if seconds:
-            return statistics.median(seconds)
+        known = [s for r in found if r and r["status"] != FAILED and (s := core_seconds(r)) is not None]
+        if known:
+            return statistics.median(known)
     return run.cell.arena.images * run.cell.arena.epochs * _SECONDS_AN_IMAGE
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .execute import DIVERGED, FAILED, FINISHED
+from .execute import DIVERGED, FAILED, FINISHED, core_seconds
 from .grid import Grid, PlannedRun
 
 
@@ -89,13 +89,7 @@ GAP = Metric("test loss - training loss (nats)", _gap, ".3f")
 TRAIN_LOSS = Metric("training loss (nats)", _final("train_loss"), ".3f")
 FGSM = Metric("top-1 accuracy under FGSM, mean over eps (%)", _mean_under("fgsm/top1_eps"))
 PGD = Metric("top-1 accuracy under PGD-10 (%)", _mean_under("pgd10/top1_eps"))
-# Not known of a run that was stopped and resumed, or that shared its process with others.
-CPU_SECONDS = Metric(
-    "core seconds a run",
-    lambda r: None if r.get("resumed") or r.get("side_by_side") else r["seconds"]["cpu"],
-    ".0f",
-    as_ratio=True,
-)
+CPU_SECONDS = Metric("core seconds a run", core_seconds, ".0f", as_ratio=True)
 STEP_SECONDS = Metric("seconds a step", lambda result: result["measured_seconds"].get("an_iteration"), ".3f", True)
 
 

@@ -44,13 +44,6 @@ cells = dict(digits={
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory):
-    path = tmp_path_factory.mktemp("grid") / "grid.py"
-    path.write_text(TINY)
-    return path
-
-
-@pytest.fixture(scope="module")
 def done(grid, tmp_path_factory):
     """The tiny grid, two runs at a time: the study's folder, and the order in which runs ended."""
     folder, lines = tmp_path_factory.mktemp("study"), []

@@ -42,13 +42,6 @@ def study(*arguments):
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory):
-    path = tmp_path_factory.mktemp("grid") / "grid.py"
-    path.write_text(TINY)
-    return path
-
-
-@pytest.fixture(scope="module")
 def done(grid, tmp_path_factory):
     """The tiny grid, carried out: two runs in this process, the others by the command line, two at a time."""
     folder = tmp_path_factory.mktemp("study")

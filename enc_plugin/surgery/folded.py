@@ -14,7 +14,6 @@ from ..layers import ENCLayer, StockLayer, batch_norm_affine
 from ..table import first_few, format_table
 from .recording import RecordError, record_forward
 from .scale_paths import norms_that_fold
-from .trace import Trace
 from .used_weight import UnclearWeightError, UsedWeight, used_weight
 
 
@@ -133,7 +132,9 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
             norms.insert(0, layer.enc_norm)
         folded.update(norms)
         try:
-            used = _used_weight(trace, layer, with_map=inputs is not None)
+            if (first := trace.calls[layer][0].input) is None:
+                raise UnclearWeightError("its input is not a tensor")
+            used = used_weight(layer, first.shape, with_map=inputs is not None)
         except UnclearWeightError as error:
             table.unclear[name] = str(error)
             used = UsedWeight(torch.tensor([math.nan]), torch.tensor([math.nan]))
@@ -144,13 +145,6 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
     ran = {trace.norm_of(op) for op in trace.ops} - inside
     table.unfolded = [name for name, module in model.named_modules() if module in ran - folded]
     return table
-
-
-def _used_weight(trace: Trace, layer: StockLayer, with_map: bool) -> UsedWeight:
-    first = trace.calls[layer][0].input
-    if first is None:
-        raise UnclearWeightError("its input is not a tensor")
-    return used_weight(layer, first.shape, with_map)
 
 
 def _folded_norms(used: UsedWeight, norms: list[_BatchNorm]) -> tuple[float, float | None]:

@@ -49,7 +49,7 @@ def _distributed_wrappers() -> tuple[type, ...]:
     if distributed.is_available():
         from torch.distributed import fsdp
 
-        found += [getattr(fsdp, name) for name in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, name)]
+        found += [fsdp.FullyShardedDataParallel, fsdp.FSDPModule]
     return tuple(found)
 
 

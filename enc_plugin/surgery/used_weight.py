@@ -8,8 +8,6 @@ is taken from the convolution operation that ran, or from the layer's outputs fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +60,8 @@ def used_weight(layer: StockLayer, shape: torch.Size, with_map: bool = True) -> 
     # The weight's shape is not used: in train mode, each access to a weight with spectral norm changes it.
     batched = len(shape) > (1 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 1)
     sample = (1, *(shape[1:] if batched else shape))
-    with restored(layer), _without_post_norm(layer):
+    with restored(layer):
+        layer.__dict__["_enc_norm_name"] = None  # without the post-norm, until the attributes are restored
         try:
             if isinstance(layer, nn.Linear):
                 return _of_matrix(layer, sample)
@@ -71,18 +70,6 @@ def used_weight(layer: StockLayer, shape: torch.Size, with_map: bool = True) -> 
             raise
         except Exception as error:  # such as layers with sparse inputs or further arguments
             raise UnclearWeightError(f"{type(layer).__name__} does not run outside of the network: {error}") from error
-
-
-@contextmanager
-def _without_post_norm(layer: StockLayer) -> Iterator[None]:
-    name = getattr(layer, "_enc_norm_name", None)
-    if isinstance(layer, ENCLayer):
-        layer._enc_norm_name = None
-    try:
-        yield
-    finally:
-        if isinstance(layer, ENCLayer):
-            layer._enc_norm_name = name
 
 
 def _random(layer: StockLayer, shape: tuple[int, ...]) -> Tensor:

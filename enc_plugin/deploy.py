@@ -222,7 +222,7 @@ def _check_readers(model: nn.Module, batch: dict) -> None:
     """Raise ``ValueError`` if the network computes with the free weight of an ENC layer outside of that layer."""
     inputs = model.data_preprocessor(copy.deepcopy(batch), training=False)["inputs"]
     with suppress(RecordError):
-        refuse_weights_read_elsewhere(model, record_forward(model, (inputs,)), dict(enc_layers(model)))
+        refuse_weights_read_elsewhere(model, record_forward(model, (inputs,)))
 
 
 @torch.no_grad()

@@ -13,11 +13,10 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..convert import audit, enc_layers
-from ..functional.normalizable import check_normalizable
 from ..measuring.untouched import unwrap
 from ..surgery.eligible import refuse_weights_read_elsewhere
 from ..surgery.loading import enc_layers_of_plain_ones, why_not_plain
-from ..surgery.projected import constrained_layers
+from ..surgery.projected import check_constrained, constrained_layers
 from ..surgery.recording import RecordError, record_forward
 from ..surgery.trace import Trace
 from ..table import first_few
@@ -61,8 +60,7 @@ class ENCAuditHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Check and log the initial weights."""
         model = unwrap(runner.model)
-        for name, layer in constrained_layers(model):
-            check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
+        check_constrained(model)
         self._report(runner, model)
         warn_of_recomputation(runner, model)
         self._is_checked = False
@@ -75,7 +73,7 @@ class ENCAuditHook(Hook):
         self._is_checked = True
         traces = _traces(model, data_batch)
         for trace in traces:
-            refuse_weights_read_elsewhere(model, trace, layers)
+            refuse_weights_read_elsewhere(model, trace)
         idle = [name for name, layer in layers.items() if not any(layer in trace.calls for trace in traces)]
         if not traces:
             runner.logger.info("ENC: the model cannot be run on its own, so it is unknown what reads its weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..functional.normalizable import check_normalizable
 from ..measuring.untouched import unwrap
-from ..surgery.projected import constrained_layers
+from ..surgery.projected import check_constrained
 from .unread_step import largest_magnitude
 
 
@@ -49,11 +49,10 @@ def find_cause(runner: Runner, batch: Any) -> str:
     broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
     if broken:
         return f"{len(broken)} weights hold NaN or Inf: {', '.join(map(repr, broken[:3]))}"
-    for name, layer in constrained_layers(model):
-        try:
-            check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
-        except ValueError as error:
-            return str(error)
+    try:
+        check_constrained(model)
+    except ValueError as error:
+        return str(error)
     layer = _first_overflow(runner, model, batch)
     if layer is not None:
         return f"the weights are finite, and the first output that is not finite is that of {layer}"
@@ -71,16 +70,12 @@ def _first_overflow(runner: Runner, model: nn.Module, batch: Any) -> str | None:
     """Run the batch again; name and class of the first module whose output is not finite, or None."""
     found: list[str] = []
 
-    def look(name: str, module: nn.Module, out: Any) -> None:
+    def look(name: str, module: nn.Module, args: Any, out: Any) -> None:
         # Masks legitimately contain minus infinity.
         if not found and not all((t < math.inf).all() for t in tree_leaves(out) if isinstance(t, Tensor)):
             found.append(f"{name!r} ({type(module).__name__})")
 
-    handles = [
-        module.register_forward_hook(lambda module, args, out, name=name: look(name, module, out))
-        for name, module in model.named_modules()
-        if name
-    ]
+    handles = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
     try:
         data = model.data_preprocessor(batch, True)
         with runner.optim_wrapper.optim_context(model):

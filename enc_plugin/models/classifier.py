@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..convert import enc_layers, to_enc
 from ..functional.checks import check_type
-from ..functional.normalizable import check_normalizable
 from ..layers.origin import UNKNOWN
-from ..surgery.projected import constrained_layers
+from ..surgery.projected import check_constrained
 from .gbr_penalty import GBRPenalty
 
 
@@ -86,8 +85,7 @@ class ENCImageClassifier(GBRImageClassifier):
         for _, layer in enc_layers(self):
             layer.loaded_settings = None
         super().init_weights()
-        for name, layer in constrained_layers(self):
-            check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
+        check_constrained(self)
         # A backbone that loads its own weights (init_cfg) does not call the load hook of this model.
         _keep_plain_function(self)
 

@@ -88,7 +88,7 @@ def audit(model: nn.Module, folded: bool = False, inputs: Tensor | None = None) 
         rows.append(
             AuditRow(
                 name,
-                layer.type_name if isinstance(layer, Projected) else type(layer).__name__,
+                type(layer.layer if isinstance(layer, Projected) else layer).__name__,
                 layer.enc_variant,
                 float(layer.enc_alpha),
                 layer.effective_weight.double().square().sum().item(),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import StockLayer
+from ..layers import StockLayer, enc_layers
 from .recording import RecordError, record_forward
 from .scale_fate import fate
 from .scale_paths import norms_that_fold
@@ -144,15 +144,14 @@ class Evidence:
         return found
 
 
-def refuse_weights_read_elsewhere(model: nn.Module, trace: Trace, layers: dict[str, nn.Module]) -> None:
+def refuse_weights_read_elsewhere(model: nn.Module, trace: Trace) -> None:
     """Raise ``ValueError`` if another module computes with the free weight of an ENC layer.
 
     Args:
         model: The network.
         trace: A recorded forward pass of ``model``.
-        layers: The ENC layers of ``model``, by name.
     """
-    for name, layer in layers.items():
+    for name, layer in enc_layers(model):
         for reader in trace.readers(layer):
             raise ValueError(
                 f"layer {name!r} of {type(model).__name__} is ENC, but {_reason(layer, reader)}, so that module "

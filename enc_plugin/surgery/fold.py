@@ -57,7 +57,7 @@ def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.M
         if not layer.weight.is_meta:
             check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
     try:
-        refuse_weights_read_elsewhere(model, record_forward(model, example), dict(enc_layers(model)))
+        refuse_weights_read_elsewhere(model, record_forward(model, example))
     except RecordError as error:
         if example is not None:
             raise ValueError(f"example: {error}") from error

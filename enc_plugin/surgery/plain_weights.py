@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..layers import ENCLayer, enc_class
-from .projected import constrained_layers
+from ..layers import enc_class
+from .projected import Projected, constrained_layers
 
 
 def plain_weights(model: nn.Module, problems: Mapping[str, str]) -> dict[str, str]:
@@ -71,7 +71,7 @@ def describe_plain_majority(model: nn.Module, problems: Mapping[str, str]) -> st
 
 
 def _constrained(model: nn.Module) -> set[nn.Module]:
-    return {x if isinstance(x, ENCLayer) else x.layer for _, x in constrained_layers(model)}
+    return {x.layer if isinstance(x, Projected) else x for _, x in constrained_layers(model)}
 
 
 def _num_weights(layer: nn.Module) -> int:

@@ -8,6 +8,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
+from ..functional.normalizable import check_normalizable
 from ..layers import ENCLayer
 
 
@@ -28,11 +29,6 @@ class Projected:
     def weight(self) -> Tensor:
         """The weight. It is on the constraint set from the first optimizer step on."""
         return cast(Tensor, self.layer.weight)
-
-    @property
-    def type_name(self) -> str:
-        """Name of the layer's class."""
-        return type(self.layer).__name__
 
     enc_free_weight = weight
     effective_weight = weight
@@ -81,6 +77,12 @@ def constrained_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer | Proje
         found = module if isinstance(module, ENCLayer) else projection_of(module)
         if found is not None:
             yield name, found
+
+
+def check_constrained(model: nn.Module) -> None:
+    """Raise ``ValueError``, naming the layer, if a weight of :func:`constrained_layers` cannot be normalised."""
+    for name, layer in constrained_layers(model):
+        check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
 
 
 def unmark(model: nn.Module) -> None:

@@ -16,10 +16,6 @@ from ..build import part_class
 from ..installation import usable_cores
 from ..measuring.untouched import recomputed
 
-_OWN_BATCH = (
-    "each process then normalises with its own batch, so make train_dataloader.batch_size large enough (above about 16)"
-)
-
 
 def refuse_sharding(model_wrapper: type | nn.Module | None) -> None:
     """Raise ``ValueError`` for a wrapper that shards parameters, because ENC needs whole rows of weights.
@@ -71,7 +67,8 @@ def check_distributed(sync_bn: str | None, model_wrapper_cfg: Mapping | None, mo
             )
             raise ValueError(
                 f"{where} needs GPUs (both torch's synchronised batch norm and mmcv's), and these processes run on the "
-                f"CPU; leave it out: {_OWN_BATCH}"
+                "CPU; leave it out: each process then normalises with its own batch, so make "
+                "train_dataloader.batch_size large enough (above about 16)"
             )
     if sync_bn == "mmcv" and importlib.util.find_spec("mmcv._ext") is None:
         raise ValueError(

@@ -36,7 +36,8 @@ def make_loadable(value: Any, name: str) -> Any:
     if kind in _PLAIN or isinstance(value, (Tensor, torch.Size, HistoryBuffer)):
         return value
     if isinstance(value, np.generic):
-        return _number(value, name)
+        plain = value.item()
+        return float(plain) if isinstance(plain, np.generic) else make_loadable(plain, name)  # longdouble stays
     if isinstance(value, np.ndarray):
         return make_loadable(value.tolist(), name) if value.dtype.hasobject or value.dtype.names else np.asarray(value)
     if isinstance(value, enum.Enum):
@@ -57,11 +58,6 @@ def make_loadable(value: Any, name: str) -> Any:
         return set(items) if plain is frozenset else plain(items)
     _check_loads(value, name)
     return value
-
-
-def _number(value: np.generic, name: str) -> Any:
-    plain = value.item()
-    return float(plain) if isinstance(plain, np.generic) else make_loadable(plain, name)  # longdouble stays np.generic
 
 
 def _check_loads(value: Any, name: str) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..build import part_class
 from ..functional import decay_efolds
 
+_COUNTED = (torch.optim.SGD, torch.optim.AdamW)
+
 
 def config_efolds(cfg: Config, iterations: int) -> float | None:
     r"""E-folds of :math:`\lVert W \rVert^2` by weight decay (:func:`enc_plugin.functional.decay_efolds`) over a run.
@@ -29,7 +31,7 @@ def config_efolds(cfg: Config, iterations: int) -> float | None:
     """
     optimizer = dict(cfg.optim_wrapper.optimizer)
     kind = part_class(optimizer, OPTIMIZERS)
-    if kind not in (torch.optim.SGD, torch.optim.AdamW):
+    if kind not in _COUNTED:
         return None
     defaults = {"weight_decay": 0.0 if kind is torch.optim.SGD else 0.01}
     return decay_efolds(learning_rates(cfg, iterations), **_decay_settings(kind, defaults | optimizer))
@@ -46,22 +48,22 @@ class DecayTally:
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]):
-        kinds = (torch.optim.SGD, torch.optim.AdamW)
-        self._optimizers = {o: kind for o in optimizers for kind in kinds if isinstance(o, kind)}
-        self._sums: list[list[float | Tensor]] = [[0.0 for _ in o.param_groups] for o in self._optimizers]
-        for optimizer in self._optimizers:
-            optimizer.register_step_post_hook(self._add)
+        self._sums: dict[torch.optim.Optimizer, list[float | Tensor]] = {}
+        for optimizer in optimizers:
+            if isinstance(optimizer, _COUNTED):
+                self._sums[optimizer] = [0.0] * len(optimizer.param_groups)
+                optimizer.register_step_post_hook(self._add)
 
     def _add(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        sums = self._sums[list(self._optimizers).index(optimizer)]
+        sums = self._sums[optimizer]
         for i, group in enumerate(optimizer.param_groups):
             if any(p.grad is not None for p in group["params"]):
                 lr = group["lr"].double() if isinstance(group["lr"], Tensor) else group["lr"]
-                sums[i] = sums[i] + decay_efolds([lr], **_decay_settings(self._optimizers[optimizer], group))
+                sums[i] = sums[i] + decay_efolds([lr], **_decay_settings(type(optimizer), group))
 
     def of(self, weight: Tensor) -> float | None:
         """E-folds of a weight, 0 if it is frozen; None if it is in none of the counted optimizers."""
-        for optimizer, sums in zip(self._optimizers, self._sums, strict=True):
+        for optimizer, sums in self._sums.items():
             for group, total in zip(optimizer.param_groups, sums, strict=True):
                 if any(p is weight for p in group["params"]):
                     return float(total) if weight.requires_grad else 0.0
@@ -69,19 +71,19 @@ class DecayTally:
 
     def state(self) -> list[list[float]]:
         """Sums of each optimizer's groups, for a checkpoint."""
-        return [[float(total) for total in sums] for sums in self._sums]
+        return [[float(total) for total in sums] for sums in self._sums.values()]
 
     def load(self, state: list[list[float]]) -> bool:
         """Continue from what :meth:`state` returned; return False and start at 0 if the groups differ."""
-        same = [len(sums) for sums in state] == [len(sums) for sums in self._sums]
+        same = [len(sums) for sums in state] == [len(sums) for sums in self._sums.values()]
         if same:
-            self._sums = [list(sums) for sums in state]
+            self._sums = {optimizer: [*sums] for optimizer, sums in zip(self._sums, state, strict=True)}
         return same
 
 
 def _decay_settings(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> dict[str, float]:
     """Arguments of ``decay_efolds`` from a group; no momentum for AdamW, because its decay bypasses the moments."""
-    names = ("weight_decay", "momentum", "dampening") if kind is torch.optim.SGD else ("weight_decay",)
+    names = ("weight_decay", "momentum", "dampening") if issubclass(kind, torch.optim.SGD) else ("weight_decay",)
     return {name: group[name] for name in names if name in group}
 
 

@@ -18,7 +18,7 @@ from ..functional.checks import check_integer
 from ..functional.weights import num_rows
 from ..layers import ENCLayer
 from ..measuring.untouched import unwrap
-from ..surgery.projected import constrained_layers
+from ..surgery.projected import Projected, constrained_layers
 from .efolds import DecayTally
 from .scalars import FigureGroup, Scalar, log_scalars
 from .wrappers import optim_wrappers
@@ -86,8 +86,8 @@ class ENCMonitorHook(Hook):
         check_integer("interval", interval, 1)
         self.interval = interval
         self.per_layer = per_layer
-        self._layers: dict[str, ENCLayer] = {}
-        self._names: list[str] = []
+        self._layers: dict[str, ENCLayer | Projected] = {}
+        self._plain: dict[str, nn.Module] = {}
         self._before: list[Tensor] | None = None
         self._tally: DecayTally | None = None
         self._saved: list[list[float]] | None = None
@@ -105,8 +105,8 @@ class ENCMonitorHook(Hook):
         """Find the layers, and start counting the steps of the optimizers."""
         model = unwrap(runner.model)
         self._layers = dict(constrained_layers(model))
-        self._names = [*self._layers] or [n for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
         if not self._layers:
+            self._plain = {n: m for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))}
             runner.logger.warning("ENCMonitorHook: this model has no ENC layers, so only e-folds of decay are logged")
         self._tally = DecayTally(wrapper.optimizer for wrapper in optim_wrappers(runner))
         if runner.iter and not (self._saved and self._tally.load(self._saved)):
@@ -129,8 +129,8 @@ class ENCMonitorHook(Hook):
             layers = list(self._layers.values())
             table = dict(zip(STEP, measure_step(layers, self._before, _learning_rates(wrappers, layers)), strict=True))
         self._before = None
-        weights = map(unwrap(runner.model).get_submodule, self._names)
-        efolds = [self._tally.of(layer.enc_free_weight if self._layers else layer.weight) for layer in weights]
+        weights = [x.enc_free_weight for x in self._layers.values()] or [x.weight for x in self._plain.values()]
+        efolds = [self._tally.of(weight) for weight in weights]
         if efolds and None not in efolds:
             table["efolds"] = torch.tensor(efolds, dtype=torch.float64)
         self._log(runner, table)
@@ -142,7 +142,7 @@ class ENCMonitorHook(Hook):
             scalars |= {f"enc_monitor/{quantity}/{key}": value.item() for key, value in summary.items()}
             parts.append(f"{quantity} {summary['min']:.3g} / {summary['median']:.3g} / {summary['max']:.3g}")
             if self.per_layer:
-                layers = zip(self._names, values.tolist(), strict=True)
+                layers = zip(self._layers or self._plain, values.tolist(), strict=True)
                 scalars |= {f"enc_monitor/{name}/{quantity}": value for name, value in layers}
         if not table:
             return
@@ -152,7 +152,7 @@ class ENCMonitorHook(Hook):
 
 
 @torch.no_grad()
-def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: list[float]) -> Tensor:
+def measure_step(layers: list[ENCLayer | Projected], before: list[Tensor], learning_rates: list[float]) -> Tensor:
     """Measure a step as :class:`ENCMonitorHook` describes, with a single wait for the device.
 
     Args:
@@ -187,7 +187,7 @@ def measure_step(layers: list[ENCLayer], before: list[Tensor], learning_rates: l
     return torch.stack([new, deviation, angle, host(learning_rates) / length.square()])
 
 
-def _learning_rates(wrappers: list[OptimWrapper], layers: list[ENCLayer]) -> list[float]:
+def _learning_rates(wrappers: list[OptimWrapper], layers: list[ENCLayer | Projected]) -> list[float]:
     """Current learning rate of each layer's weight; 0 if it is in no optimizer."""
     rates = {id(p): float(g["lr"]) for w in wrappers for g in w.optimizer.param_groups for p in g["params"]}
     return [rates.get(id(layer.enc_free_weight), 0.0) for layer in layers]

@@ -45,7 +45,7 @@ def _live_wrapper(modules: set[nn.Module]) -> type | None:
 
 
 def _distributed_wrappers() -> tuple[type, ...]:
-    found = [nn.parallel.DistributedDataParallel]
+    found: list[type] = [nn.parallel.DistributedDataParallel]
     if distributed.is_available():
         from torch.distributed import fsdp
 

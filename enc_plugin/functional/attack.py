@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type, holds_integers
 from .eval_mode import require_eval_mode
-from .precision import full_float32
-from .reading import gradient_of
+from .reading import gradient_of, reading
 
 MAX_STEPS = 10_000  # exclusive; a typing error in the number of steps would otherwise run for days
 LEAST_EPS = 0.5  # in grey levels; below it, eps was probably given in another unit
@@ -54,8 +53,9 @@ def fgsm(
         Adversarial images, of the shape, dtype and device of ``images``; for a sequence of ``eps`` a list of them.
 
     Raises:
-        ValueError: If the model is in train mode, images lie outside the bounds, ``eps`` exceeds the range, a label is
-            not a class, or the output is not a differentiable function of the images.
+        ValueError: If the model is in train mode, a batch norm keeps no running statistics, images lie outside the
+            bounds, ``eps`` exceeds the range, a label is not a class, or the output is not a differentiable function of
+            the images.
         TypeError: If ``images`` are integers, or an argument has the wrong type.
 
     Example:
@@ -160,8 +160,7 @@ def input_gradient(
     check_type("forward", forward, Callable, "a model or another callable")
     if not callable(loss) and not (isinstance(loss, str) and loss == "cross_entropy"):
         raise ValueError(f"loss: expected 'cross_entropy' or a callable, got {loss!r}")
-    # Validation loops run in no_grad or inference mode.
-    with torch.inference_mode(False), torch.enable_grad(), full_float32(), require_eval_mode(forward):
+    with require_eval_mode(forward), reading(images.device):
         # Clones, because inference tensors cannot be saved for backward; int64, because torch's losses require it.
         x, labels = images.detach().clone().requires_grad_(), labels.to(torch.int64, copy=True)
         logits = forward(x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_type, holds_integers
+from .eval_mode import module_of
 from .reading import gradient_of, reading, refuse_random
 
 OUTPUTS = {
@@ -76,7 +77,7 @@ def gbr(
     check_integer("batch_size", batch_size, 1)
     _check_samples(inputs, output, labels, seeds)
     values = []
-    with reading(inputs.device):
+    with reading(inputs.device, module_of(forward)):
         if projections is not None and seeds is None:
             device = generator.device if generator is not None else "cpu"
             seeds = torch.randint(2**32, (len(inputs),), generator=generator, device=device)
@@ -154,13 +155,15 @@ def check_forward(
 ) -> None:
     """Raise, as :func:`gbr` does, if ``forward`` is random or samples depend on each other.
 
-    Call it once before many calls of :func:`squared_norms`, which do not check.
+    Call it once before many calls of :func:`squared_norms` or of an attack, which do not check.
 
     Args:
-        forward, inputs, output, labels: As in :func:`gbr`. With fewer than three samples, a dependence may be missed.
+        forward, inputs, output, labels: As in :func:`gbr`. The first 8 samples are used. With fewer than three, a
+            dependence on earlier or on later samples may be missed.
     """
-    with reading(inputs.device):
-        _squared_norms(forward, inputs.detach(), output, labels, 1, list(range(len(inputs))), check=True)
+    x = inputs[:8].detach()
+    with reading(x.device):
+        _squared_norms(forward, x, output, None if labels is None else labels[:8], 1, list(range(len(x))), check=True)
 
 
 def squared_norms(
@@ -239,13 +242,15 @@ def _graph(
         # A network that calls squeeze() loses the batch dimension of a batch of one.
         x, out = _leaf_and_output(forward, inputs, copies=2)
         out = out[:1] if out.ndim and len(out) == 2 else out
-    if not isinstance(out, Tensor):
-        raise TypeError(f"forward: expected a callable that returns a tensor (N, C), got {type(out).__name__}")
+    if not isinstance(out, Tensor) or out.is_complex():
+        got = out.dtype if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"forward: expected a callable that returns a tensor (N, C) of real numbers, got {got}")
     if out.ndim == 0 or len(out) != len(x):
         raise ValueError(f"forward: expected outputs of shape ({len(x)}, C), got {tuple(out.shape)}")
     out = out.reshape(len(x), -1)
     if output != "logits":
-        out = out.softmax(1, dtype=_at_least_float32(out))
+        # The derivative p (1 - p) of a confident prediction would be rounding error in float32.
+        out = out.softmax(1, dtype=torch.float64)
     if output == "label_prob" and labels is not None:
         check_class_numbers("labels", labels, out.shape[1])
         out = out.gather(1, labels.to(out.device).long()[:, None])

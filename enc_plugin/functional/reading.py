@@ -20,18 +20,25 @@ from .rng import kept_random_states
 
 
 @contextmanager
-def reading(device: torch.device) -> Iterator[None]:
-    """Enable gradients, disable compilation and TensorFloat-32, and restore random states on exit.
+def reading(device: torch.device, model: nn.Module | None = None) -> Iterator[None]:
+    """Enable gradients, disable compilation and TensorFloat-32, and restore random states and buffers on exit.
 
     Within the block, a batch norm that uses batch statistics, or a dropout in train mode, raises ``ValueError``.
+
+    Args:
+        device: Device whose random state is restored, besides the CPU's.
+        model: Network whose buffers are restored. (In train mode, a forward pass changes those of spectral norm.)
     """
     handle = register_module_forward_pre_hook(_refuse_module)
+    own = [] if model is None else [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        rng = kept_random_states([device])
+        rng = kept_random_states([device], model)
         with torch.inference_mode(False), torch.enable_grad(), rng, _uncompiled(), full_float32():
             yield
     finally:
         handle.remove()
+        for buffer, value in own:
+            buffer.data.copy_(value)
 
 
 @contextmanager

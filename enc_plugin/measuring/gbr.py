@@ -25,8 +25,6 @@ SPACES = {
     "pixel": "pixels in 0..255, before the data_preprocessor",
 }
 
-# Samples for check_forward, which needs at least three to find dependences on earlier and on later samples.
-FEW_SAMPLES = 8
 BATCH_SIZE = 32  # larger batches are not faster on a CPU
 
 
@@ -119,8 +117,7 @@ def measure_gbr(
             labels = None if labels is None else labels.to(device)
             if forward is None:
                 forward, differentiated = _function(model, output, space, x)
-                few = slice(FEW_SAMPLES)
-                check_forward(forward, x[few], differentiated, None if labels is None else labels[few])
+                check_forward(forward, x, differentiated, labels)
             where = positions[number]
             found = _as_memory_allows(forward, x, differentiated, labels, projections, seeds[where])
             values[where] = found.double().cpu()
@@ -198,10 +195,8 @@ def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Cal
             f"({type(error).__name__}: {error}); measure 'logits'"
         ) from error
     given = logits(x)
-    is_softmax = given.shape == predicted.shape and torch.allclose(
-        given.softmax(1), predicted, rtol=1e-4, atol=1e-6, equal_nan=True
-    )
-    if is_softmax:
+    is_alike = isinstance(given, Tensor) and given.shape == predicted.shape
+    if is_alike and torch.allclose(given.softmax(1), predicted, rtol=1e-4, atol=1e-6, equal_nan=True):
         return logits, output
     if output == "label_prob":
         raise ValueError(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..functional.attack import LEAST_EPS, MAX_STEPS, input_gradient, other_unit, pgd, sign_step
 from ..functional.checks import check_integer, check_number, check_seed
+from ..functional.jacobian import check_forward
 from ..functional.precision import full_float32
 from .pipelines import WithoutReplacement
 from .pixels import PIXEL_MAX, PixelClassifier, PixelSpan, collate_pixels
@@ -115,7 +116,8 @@ def measure_robustness(
         The accuracies, equal on all ranks.
 
     Raises:
-        ValueError: If the pixels are not in 0..255, images differ in size within a batch, or there are no samples.
+        ValueError: If the pixels are not in 0..255, images differ in size within a batch, there are no samples, or the
+            output is random or depends on other samples of the batch.
     """
     start = time.perf_counter()
     eps = check_pixel_eps(eps)
@@ -144,9 +146,12 @@ def measure_robustness(
         for done, (i, (pixels, labels)) in enumerate(zip(own, loader, strict=True), 1):
             if len(labels):
                 spans.append(PixelSpan.of(pixels))
+                pixels, labels = pixels.to(device).float(), labels.to(device)
+                if len(spans) == 1:
+                    check_forward(classify, pixels)
                 # One seed for each batch, so that the random starts do not depend on the number of ranks.
                 start_seed = int(seed) * len(batches) + i
-                rows = _attack(classify, pixels.to(device).float(), labels.to(device), eps, pgd_steps, start_seed)
+                rows = _attack(classify, pixels, labels, eps, pgd_steps, start_seed)
                 table[:, i * batch_size : i * batch_size + len(labels)] = rows.cpu()
             if progress is not None:
                 progress(done, len(own))

@@ -110,14 +110,14 @@ def measure_checkpoints(
     for _, path in checkpoints:
         require_file("checkpoint", path)
 
-    records, measured, samples, of = [], [], None, None
+    records, measured, samples = [], [], None
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, disable=not progress, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("samples", total=None)
-        for config, (_, path) in zip(configs, checkpoints, strict=True):
-            if of != config.filename or samples is None:
+        for before, config, (_, path) in zip([None, *configs], configs, checkpoints, strict=False):
+            if before is None or before.to_dict() != config.to_dict():
                 size = batch_size or pick_batch_size(device, (config.get("train_dataloader") or {}).get("batch_size"))
-                of, samples = config.filename, _samples(config, num_samples, size, seed, space)
+                samples = _samples(config, num_samples, size, seed, space)
                 bar.update(task, total=len(samples) * len(checkpoints) * len(outputs))
             # A new model for each checkpoint, so that no state of another checkpoint is left.
             model, meta = load_model(config, path)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..functional.bounds import bound_chain
 from ..layers import ENCLayer, StockLayer, batch_norm_affine
 from ..table import first_few, format_table
+from .plain_weights import own_matrices
 from .recording import RecordError, record_forward
 from .scale_paths import norms_that_fold
 from .used_weight import UnclearWeightError, UsedWeight, used_weight
@@ -21,7 +22,7 @@ from .used_weight import UnclearWeightError, UsedWeight, used_weight
 class FoldedRow:
     """The norms of one layer with the batch norms after it folded in."""
 
-    name: str
+    name: str  # the layer's, with " (call 2)" and so on if it runs again
     type: str
     norms: tuple[str, ...]  # names of the batch norms, in the order in which they run
     sq_norm: float  # ||W_eff||_F^2; for a convolution, of the kernel
@@ -29,11 +30,15 @@ class FoldedRow:
 
 
 class FoldedAudit(list[FoldedRow]):
-    """A list with a :class:`FoldedRow` for each layer that ran, in module order; ``print`` shows it as a table.
+    """A list with a :class:`FoldedRow` for each call of a layer, in module order; ``print`` shows it as a table.
+
+    A layer that is used several times is several layers of eq. 17.
 
     Attributes:
         unfolded: Names of the batch norms that do not fold into a layer (after a concatenation, pooling or activation).
             In the bound of eq. 17 each is a separate linear layer, which the chains below leave out.
+        others: Weights of other modules (transposed convolutions, attention), by name, with the reason why they are not
+            listed. The chains leave them out too.
         skipped: Names of the layers that did not run in the forward pass.
         unclear: Layers that are not a linear map of their input (an activation in the layer, a normalised input), by
             name, with the reason. Their norms are NaN, and so are the chains.
@@ -42,6 +47,7 @@ class FoldedAudit(list[FoldedRow]):
     def __init__(self) -> None:
         super().__init__()
         self.unfolded: list[str] = []
+        self.others: dict[str, str] = {}
         self.skipped: list[str] = []
         self.unclear: dict[str, str] = {}
 
@@ -81,6 +87,8 @@ class FoldedAudit(list[FoldedRow]):
                 text[-1] += f", {self.map_slack:.4g} (linear maps)"
         if self.unfolded:
             text.append(f"{len(self.unfolded)} batch norms do not fold into a layer: {first_few(self.unfolded)}")
+        if self.others:
+            text.append(f"{len(self.others)} weights of other modules are left out: {first_few([*self.others])}")
         if self.skipped:
             text.append(f"{len(self.skipped)} layers did not run: {first_few(self.skipped)}")
         text += [f"no norm: {name} ({why})" for name, why in self.unclear.items()]
@@ -131,17 +139,22 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
         if isinstance(layer, ENCLayer) and layer.enc_norm is not None:
             norms.insert(0, layer.enc_norm)
         folded.update(norms)
-        try:
-            if (first := trace.calls[layer][0].input) is None:
-                raise UnclearWeightError("its input is not a tensor")
-            used = used_weight(layer, first.shape, with_map=inputs is not None)
-        except UnclearWeightError as error:
-            table.unclear[name] = str(error)
-            used = UsedWeight(torch.tensor([math.nan]), torch.tensor([math.nan]))
-        sq_norm, map_sq_norm = _folded_norms(used, norms)
         norm_names = tuple(names[norm] for norm in norms)
-        map_sq_norm = None if inputs is None else map_sq_norm
-        table.append(FoldedRow(name, type(layer).__name__, norm_names, sq_norm, map_sq_norm))
+        for number, call in enumerate(trace.calls[layer], 1):
+            try:
+                if call.input is None:
+                    raise UnclearWeightError("its input is not a tensor")
+                used = used_weight(layer, call.input.shape, with_map=inputs is not None)
+            except UnclearWeightError as error:
+                table.unclear[name] = str(error)
+                used = UsedWeight(torch.tensor([math.nan]), torch.tensor([math.nan]))
+            sq_norm, map_sq_norm = _folded_norms(used, norms)
+            map_sq_norm = None if inputs is None else map_sq_norm
+            row_name = name if number == 1 else f"{name} (call {number})"
+            table.append(FoldedRow(row_name, type(layer).__name__, norm_names, sq_norm, map_sq_norm))
+    for name, module in model.named_modules():
+        if module in trace.calls and module not in inside and not isinstance(module, (StockLayer, _BatchNorm)):
+            table.others |= own_matrices(name, module)
     ran = {trace.norm_of(op) for op in trace.ops} - inside
     table.unfolded = [name for name, module in model.named_modules() if module in ran - folded]
     return table

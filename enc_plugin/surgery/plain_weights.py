@@ -30,11 +30,12 @@ def plain_weights(model: nn.Module, problems: Mapping[str, str]) -> dict[str, st
         if enc_class(type(module)) is not None:
             plain[name] = "left out by include / exclude"
         else:
-            plain |= _own_matrices(name, module)
+            plain |= own_matrices(name, module)
     return plain
 
 
-def _own_matrices(name: str, module: nn.Module) -> dict[str, str]:
+def own_matrices(name: str, module: nn.Module) -> dict[str, str]:
+    """The weights that ``module``, which is not a layer that ENC knows, owns itself, as in :func:`plain_weights`."""
     owner = type(module).__name__
     found = {}
     for leaf, parameter in module.named_parameters(recurse=False):

@@ -311,6 +311,13 @@ def test_train_mode_is_refused(attack, layer, wrap):
     attack(wrap(model), torch.rand(4, 3), torch.zeros(4, dtype=torch.long), 0.1)
 
 
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_a_batch_norm_without_running_statistics_is_refused(attack):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match="BatchNorm1d keeps no running statistics"):
+        attack(model, torch.rand(4, 3), torch.zeros(4, dtype=torch.long), 0.1)
+
+
 def test_images_outside_the_bounds_are_refused():
     with pytest.raises(ValueError, match=r"pixels within \[0, 1\], got \[-2, 2\].*normalise them in forward"):
         fgsm(lambda x: x, torch.tensor([[-2.0, 2.0]]), torch.tensor([0]), 0.1)

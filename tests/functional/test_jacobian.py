@@ -1,3 +1,4 @@
+import copy
 import math
 import random
 from functools import partial
@@ -90,6 +91,16 @@ def test_float32_agrees_with_float64():
     single = gbr(net.float(), x.float())
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("output", ["probs", "label_prob"])
+def test_probabilities_of_confident_predictions_have_the_gbr_of_float64(output):
+    torch.manual_seed(0)
+    net, labels = nn.Linear(6, 3), torch.zeros(5, dtype=torch.long)
+    net.bias.data[0] = 18  # 1 - p is about 1e-8, below the rounding of float32
+    x = torch.randn(5, 6)
+    exact = gbr(copy.deepcopy(net).double(), x.double(), output=output, labels=labels)
+    torch.testing.assert_close(gbr(net, x, output=output, labels=labels).double(), exact, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -198,6 +209,13 @@ def test_nothing_but_the_result_changes():
     assert torch.equal(x, copy)
     assert x.grad is None
     assert not x.requires_grad
+
+
+def test_the_power_iteration_of_spectral_norm_in_train_mode_is_undone():
+    net = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    before = copy.deepcopy(net.state_dict())
+    gbr(net, torch.randn(2, 4))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
 def test_no_parameter_gradient_is_computed():
@@ -383,6 +401,7 @@ def test_no_samples_give_no_values():
         (lambda x: x, {"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
         (lambda x: x, {"seeds": torch.zeros(3, dtype=torch.long)}, ValueError, "seeds: expected 4 integers"),
         (lambda x: (x, x), {}, TypeError, "forward: expected a callable that returns a tensor .* got tuple"),
+        (torch.fft.fft, {}, TypeError, "forward: expected a callable that returns .* real numbers"),
         (lambda x: x.sum(), {}, ValueError, r"forward: expected outputs of shape \(4, C\), got \(\)"),
         (lambda x: x.detach() * 2, {}, ValueError, "does not depend on the input in a way that autograd sees"),
         (lambda x: torch.ones(4, 2, requires_grad=True), {}, ValueError, "does not depend on the input"),

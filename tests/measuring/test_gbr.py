@@ -81,6 +81,23 @@ def test_the_softmax_of_the_true_class_is_refused_where_the_head_predicts_someth
         measure_gbr(model, FixedSamples(Noise(), [], range(5), 2), output="label_prob")
 
 
+def test_scores_of_a_head_with_several_logits_are_measured():
+    class Two(nn.Module):  # a backbone with two kinds of features, as Conformer
+        def forward(self, x):
+            return ([x.mean((2, 3)), x[:, :, 0, 0]],)
+
+    model = classifier(dict(type="mmpretrain.ConformerHead", num_classes=3, in_channels=[3, 3]), **NORMALISED)
+    model.backbone, model.neck = Two(), None
+    samples = FixedSamples(Noise(), [], range(5), 2)
+    found = measure_gbr(model, samples, output="probs")
+    x = ((Noise().pixels.double() - 120) / 60).requires_grad_()
+    probs = sum(model.double()(x, mode="tensor")).softmax(-1)
+    grads = [torch.autograd.grad(probs[:, i].sum(), x, retain_graph=True)[0] for i in range(3)]
+    torch.testing.assert_close(found.values, sum(g.square().sum((1, 2, 3)) for g in grads), rtol=1e-4, atol=0)
+    with pytest.raises(TypeError, match="returns a tensor .* got tuple"):
+        measure_gbr(model.float(), samples)
+
+
 def test_a_head_without_scores_is_refused_by_name():
     class Bare(nn.Module):
         def __init__(self):

@@ -170,6 +170,18 @@ def test_images_of_different_sizes_are_refused():
         measure_robustness(Stub(lambda x: x), data, [1])
 
 
+@pytest.mark.parametrize(
+    ("logits", "why"),
+    [
+        (lambda x: (x - x.mean(0)).flatten(1)[:, :10], "depends on other samples"),
+        (lambda x: (x + torch.randn_like(x)).flatten(1)[:, :10], "it is random"),
+    ],
+)
+def test_accuracies_that_depend_on_the_batch_or_on_chance_are_refused(logits, why):
+    with pytest.raises(ValueError, match=why):
+        measure_robustness(Stub(logits).eval(), Noise(), [1])
+
+
 def test_sample_without_a_label_is_refused():
     data = [{"inputs": torch.zeros(3, 4, 4, dtype=torch.uint8), "data_samples": DataSample()}]
     with pytest.raises(ValueError, match="expected one gt_label"):

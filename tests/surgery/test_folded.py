@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from enc_plugin import audit, to_enc
-from enc_plugin.functional import bound_chain, gbr
+from enc_plugin.functional import bound_chain, conv_map_sq_norm, gbr
 
 
 def disturb(model):
@@ -123,7 +123,7 @@ class _Net(nn.Module):
 )
 def test_a_norm_folds_if_it_alone_reads_the_output_as_it_is(kind, folds):
     table = audit(disturb(_Net(kind)), folded=True)
-    assert [row.norms for row in table] == [("norm",) if folds else ()]
+    assert [row.norms for row in table] == [("norm",) if folds else ()] * (2 if kind in ("shared", "twice") else 1)
     assert table.unfolded == ([] if folds else ["norm"])
 
 
@@ -177,6 +177,35 @@ def test_the_maps_bound_the_gbr_of_a_network_with_batch_norms(variant):
     assert table.kernel_chain == bound_chain(row.sq_norm for row in table)
     assert "AM-GM slack" in str(table)
     assert f"{table.map_slack:.4g} (linear maps)" in str(table)
+
+
+def test_a_layer_counts_in_the_bound_as_often_as_it_runs_with_the_input_sizes_of_its_calls():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, stride=2, padding=1, bias=False).double()
+            self.head = nn.Linear(3 * 9, 2, bias=False).double()
+
+        def forward(self, x):
+            return self.head(self.conv(self.conv(x)).flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    model.conv.weight.data.mul_(100)
+    table = audit(model, folded=True, inputs=x)
+    maps = [conv_map_sq_norm(model.conv.weight, (side, side), stride=2, padding=1).item() for side in (12, 6)]
+    head = model.head.weight.square().sum().item()
+    assert [row.name for row in table] == ["conv", "conv (call 2)", "head"]
+    assert [row.map_sq_norm for row in table] == pytest.approx([*maps, head])
+    assert table.map_chain["product"] == pytest.approx(maps[0] * maps[1] * head)
+    assert maps[0] * head < gbr(model, x).max().item() <= table.map_chain["product"]
+
+
+def test_weights_of_other_modules_are_named_because_the_chains_leave_them_out():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 3))
+    table = audit(model, folded=True)
+    assert table.others == {"2": "ConvTranspose2d has no ENC layer"}
+    assert "1 weights of other modules are left out: 2" in str(table)
 
 
 def test_slack_is_zero_for_equal_norms_and_grows_with_the_gains():

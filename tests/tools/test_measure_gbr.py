@@ -7,6 +7,7 @@ import torch
 from helpers import ROOT, digits_config, run_tool, scalars, train
 
 import enc_plugin
+from enc_plugin.build import load_config
 from enc_plugin.reports.gbr_report import measure_checkpoints
 
 
@@ -93,6 +94,16 @@ def test_checkpoints_of_several_configs_each_have_their_line(finished, tmp_path,
     for arguments in ([configs[0]], [configs[0], configs[1], one], [configs[0], one, configs[1]]):
         with pytest.raises(ValueError, match="expected CONFIG CHECKPOINT ..., got no checkpoint for"):
             read_checkpoints(arguments, None)
+
+
+def test_changes_of_one_config_are_read_as_different_data(finished):
+    checkpoint = finished / "epoch_1.pth"
+    changes = [{"train_dataloader.dataset.indices": indices} for indices in (50, 100)]
+    pairs = [(load_config(finished / "config.py", change), checkpoint) for change in changes]
+    both = [record["gbr"] for record in measure_checkpoints(pairs, num_samples=10, projections=1).records]
+    alone = [measure_checkpoints([pair], num_samples=10, projections=1).records[0]["gbr"] for pair in pairs]
+    assert both == alone
+    assert both[0] != both[1]
 
 
 def test_a_config_without_test_pipeline_is_refused(finished):

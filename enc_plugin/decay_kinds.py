@@ -18,6 +18,7 @@ from .shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, restore, sh
 _TRIAL_STEPS = 8
 # Not round: a decay of 0.5 by 0.1 would equal a step by the gradient's sign with learning rate 0.05.
 _TRIAL_LR, _TRIAL_DECAY = 0.0371, 0.113
+_NO_DECAY = 1e-30  # not 0, and lost in rounding when it is added to anything
 
 
 def decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str | None:
@@ -72,12 +73,13 @@ def _isolated(device: torch.device) -> Iterator[None]:
         yield
 
 
-def shrinking_power(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int | None:
+def shrinking_power(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[int | None, float]:
     """Determine by which power of c steps have to be rescaled for a scale-invariant weight that is c times as large.
 
     Its gradient is 1 / c times as long, and to rotate it by the same angle, a step has to be c times as long. The step
     of the optimizer changes by a different factor: 1 / c for SGD, 1 for Adam, which ignores the length of gradients,
-    and c for LARS and Lamb, whose steps are proportional to the length of weights. Trial steps measure it.
+    and c for LARS and Lamb, whose steps are proportional to the length of weights. Trial steps measure it, for small
+    and for large gradients.
 
     Args:
         optimizer: Any torch optimizer; neither it, its parameters nor the random numbers are touched.
@@ -85,23 +87,43 @@ def shrinking_power(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> 
 
     Returns:
         The power of c by which a step has to be multiplied: 2 for SGD, 1 for Adam, 0 for Lamb. None if the factor is
-        not an integer power, or no trial optimizer could be built and stepped.
+        not an integer power, depends on the size of gradients, or no trial optimizer could be built and stepped. And
+        the weight decay that stands for none in the group's steps. It is 0, or a number without an effect of its own
+        if the optimizer takes other steps with decay than without (LARS and Lamb by default).
     """
-    weight, gradient = _trial_tensors(group)
     try:
-        with _isolated(weight.device):
-            whole, half = (
-                (_trial(optimizer, group, None, weight * scale, gradient / scale, 0.0) - weight * scale).norm()
-                for scale in (1.0, 0.5)
-            )
-            power = 1 + math.log2(half / whole)
+        with _isolated(_trial_tensors(group)[0].device):
+            power = _power(optimizer, group, 0.0)
+            if group.get("weight_decay"):
+                with_decay = _power(optimizer, group, _NO_DECAY)
+                if with_decay != power:
+                    return with_decay, _NO_DECAY
+            return power, 0.0
     except Exception:  # optimizers of unknown classes can raise anything
-        return None
-    return round(power) if abs(power - round(power)) < 0.02 else None
+        return None, 0.0
+
+
+def _power(optimizer: torch.optim.Optimizer, group: dict[str, Any], decay: float) -> int | None:
+    weight, gradient = _trial_tensors(group)
+    found = []
+    for size in (1.0, 1e4):
+        whole, half = (
+            _trial(optimizer, group, None, weight * c, gradient / c * size, decay, _TRIAL_LR / size) - weight * c
+            for c in (1.0, 0.5)
+        )
+        found.append(1 + math.log2(half.norm() / whole.norm()))
+    power = round(found[0])
+    return power if all(abs(x - power) < 0.02 for x in found) else None
 
 
 def _trial(
-    optimizer: torch.optim.Optimizer, group: dict, kind: str | None, weight: Tensor, gradient: Tensor, decay: float
+    optimizer: torch.optim.Optimizer,
+    group: dict,
+    kind: str | None,
+    weight: Tensor,
+    gradient: Tensor,
+    decay: float,
+    lr: float = _TRIAL_LR,
 ) -> Tensor:
     """Weight after a few steps of a trial optimizer; its decay is shifted as for ``kind``, or not if that is None."""
     weight = nn.Parameter(weight.clone())
@@ -111,7 +133,7 @@ def _trial(
     settings |= {"weight_decay": decay, "differentiable": False}
     if settings.get("lr") is not None:
         # Different from the optimizer's default, because some optimizers multiply the decay by lr / default lr.
-        settings["lr"] = torch.full_like(settings["lr"], _TRIAL_LR) if isinstance(settings["lr"], Tensor) else _TRIAL_LR
+        settings["lr"] = torch.full_like(settings["lr"], lr) if isinstance(settings["lr"], Tensor) else lr
     trial = _trial_optimizer(optimizer, {"params": [weight], **settings})
     step = type(optimizer).step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without any step hooks

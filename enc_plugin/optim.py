@@ -16,7 +16,8 @@ from .functional.checks import check_not_negative, check_type
 from .functional.decay import check_shift_eps
 from .functional.weights import check_variant
 from .layers import ENC_LAYERS, ENCLayer
-from .projection import add_projection, check_mode
+from .projected_groups import check_mode
+from .projection import add_projection
 from .shift import add_shift
 from .surgery.projected import check_projectable, projected_layers, projection_of
 

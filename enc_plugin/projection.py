@@ -15,30 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .carried_hooks import carry_load_hook
-from .decay_kinds import shrinking_power
+from .carried_hooks import carry_load_hook, register_carried_hook
 from .functional.checks import check_type
 from .functional.retraction import retract_, turn_
 from .functional.rotation import equilibrium_angle
-from .functional.weights import check_alpha, check_variant, is_centered, num_rows
-from .running_step import RunningStep, calling_frame, steps_itself
-
-MODES = {
-    "retract": "the optimizer's own step, then a projection onto the constraint set",
-    "rotate": "a rotation in the direction of the optimizer's step, by the angle of plain training in equilibrium",
-}
-
-# Settings of a group, and what the first step adds to them.
-PROJECTION_SETTINGS = ("enc_projection", "enc_variant", "enc_alpha")
-_FOUND = ("enc_power", "enc_decay", "enc_shrink")
-
-Group = dict[str, Any]
-
-
-def check_mode(mode: str) -> None:
-    """Raise ``ValueError`` unless ``mode`` is ``'retract'`` or ``'rotate'``."""
-    if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"projection: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
+from .projected_groups import FOUND_SETTINGS, PROJECTION_SETTINGS, Group, own_groups, prepare, projected_groups, start
+from .running_step import RunningStep, calling_frame, inner_optimizers, is_zero, steps_itself
 
 
 def add_projection(optimizer: Optimizer) -> None:
@@ -60,25 +42,28 @@ def add_projection(optimizer: Optimizer) -> None:
       angle is the one by which plain training with this learning rate and decay turns it, once norms are in equilibrium
       (:func:`~enc_plugin.functional.rotation.equilibrium_angle`).
 
-    The call moves the decay of such groups from ``weight_decay`` to ``enc_decay``. Clip gradients before the step, as
-    usual; they are the gradients on the set. A weight that is pruned or parametrized afterwards is projected as a
-    whole, so the part that the network computes with leaves the set (``audit`` shows by how much). Between steps, a CPU
-    keeps copies of the weights for ``'rotate'``, and for ``'retract'`` with other optimizers than SGD.
+    Clip gradients before the step, as usual; they are the gradients on the set. A weight that is pruned or parametrized
+    afterwards is projected as a whole, so the part that the network computes with leaves the set (``audit`` shows by
+    how much). Between steps, a CPU keeps copies of the weights for ``'rotate'``, and for ``'retract'`` with other
+    optimizers than SGD.
 
     Args:
-        optimizer: Any torch optimizer. Groups come from :func:`~enc_plugin.optim.param_groups_enc`, or hold
-            ``enc_projection``, ``enc_variant`` and ``enc_alpha``.
+        optimizer: Any torch optimizer, also one that wraps another (look-ahead). Groups come from
+            :func:`~enc_plugin.optim.param_groups_enc`, or hold ``enc_projection``, ``enc_variant`` and ``enc_alpha``.
 
     Raises:
         TypeError: If ``optimizer`` is no torch optimizer.
         ValueError: If a group lacks a setting; if for ``'retract'`` it is unknown how the optimizer's steps depend on
-            the length of gradients and weights (LBFGS); or if the optimizer of ``'rotate'`` is not SGD or AdamW.
+            the length of gradients and weights (LBFGS); if the optimizer of ``'rotate'`` is not SGD or AdamW; if its
+            steps are differentiable or shared out among processes (ZeRO); or if a weight cannot be normalised (a row
+            of zeros).
     """
     check_projection(optimizer)
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, Optimizer):
+            add_projection(inner)
     with torch.no_grad():
-        for group in _own_groups(optimizer):
-            if "enc_shrink" not in group:
-                _start(group, has_gradients=False)
+        start(own_groups(optimizer), has_gradients=False)
 
 
 def check_projection(optimizer: Optimizer) -> None:
@@ -88,48 +73,21 @@ def check_projection(optimizer: Optimizer) -> None:
     when a state with other settings is loaded, also in copies of the optimizer, pickled ones included.
     """
     check_type("optimizer", optimizer, Optimizer, "a torch optimizer")
+    _refuse_zero(optimizer)
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, Optimizer):
+            check_projection(inner)
     carry_load_hook(optimizer, _keep_settings)
-    for group in _own_groups(optimizer):
-        _prepare(optimizer, group)
+    for group in own_groups(optimizer):
+        prepare(optimizer, group)
 
 
-def _groups(optimizer: Optimizer) -> list[Group]:
-    return [group for group in optimizer.param_groups if group.get("enc_projection") and group["params"]]
-
-
-def _own_groups(optimizer: Optimizer) -> list[Group]:
-    return [group for group in _groups(optimizer) if steps_itself(optimizer, group)]
-
-
-def _prepare(optimizer: Optimizer, group: Group) -> None:
-    """Check a group, move its decay to ``enc_decay``, and find out how steps depend on the length of gradients."""
-    if "enc_power" in group:
-        return
-    missing = [key for key in ("lr", "enc_variant", "enc_alpha") if key not in group]
-    if missing:
-        raise ValueError(f"param_groups: a group with enc_projection lacks {', '.join(missing)}")
-    check_mode(group["enc_projection"])
-    check_variant(group["enc_variant"])
-    check_alpha(group["enc_alpha"])
-    name = type(optimizer).__name__
-    if group["enc_projection"] == "rotate":
-        if not isinstance(optimizer, (torch.optim.SGD, torch.optim.AdamW)):
-            raise ValueError(
-                f"projection: 'rotate' turns weights as SGD or AdamW does in equilibrium, and {name} is neither; use "
-                "one of the two, or 'retract'"
-            )
-        power = 2
-    else:
-        power = shrinking_power(optimizer, group)
-        if power is None:
-            raise ValueError(
-                f"projection: 'retract' has to know how the length of steps depends on the length of gradients and "
-                f"weights, which is unknown for {name}; use SGD or AdamW"
-            )
-    group.setdefault("enc_decay", group.get("weight_decay", 0.0))
-    if "weight_decay" in group:
-        group["weight_decay"] = 0.0
-    group["enc_power"] = power
+def _refuse_zero(optimizer: Optimizer) -> None:
+    if is_zero(optimizer) and projected_groups(optimizer):
+        raise ValueError(
+            "projection: ZeroRedundancyOptimizer steps a share of the weights in each process, and the initial norms "
+            "that the steps need would be lost in its state dict; use the optimizer that it wraps, or ENC layers"
+        )
 
 
 def _trained(group: Group) -> list[int]:
@@ -140,15 +98,18 @@ class _Projection:
     """The projection of one optimizer: its hooks, the running step, and the weights before that step."""
 
     def __init__(self, optimizer: Optimizer):
+        _refuse_zero(optimizer)
         self.step: RunningStep | None = None
         self.depth = 0
         self.before: list[tuple[Group, list[int], list[Tensor]]] = []
         self.copies: dict[int, list[Tensor]] = {}
+        self.decays: list[tuple[Group, float | Tensor]] = []
         carry_load_hook(optimizer, _keep_settings)
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
         # First among the post-hooks, so that the others (an average of the weights) see weights on the set.
         after = optimizer.register_step_post_hook(self.after_step).id
         optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)
+        optimizer.register_state_dict_pre_hook(self.restore)
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Project new weights, and rescale gradients to the length for which the learning rate was chosen."""
@@ -156,14 +117,24 @@ class _Projection:
         if self.step is not None and self.step.runs(frame):  # super().step()
             self.depth += 1
             return
+        self.restore(optimizer)
         self.step, self.depth, self.before = RunningStep(frame, []), 0, []
         has_closure = callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
+        groups = own_groups(optimizer)
+        for group in groups:
+            prepare(optimizer, group)
         with torch.no_grad():
-            for index, group in enumerate(_own_groups(optimizer)):
-                _prepare(optimizer, group)
-                if "enc_shrink" not in group:
-                    _start(group, not has_closure)
+            start(groups, not has_closure)
+            for index, group in enumerate(groups):
                 self.before.append(self.look(index, group, has_closure))
+                if "weight_decay" in group:
+                    self.decays.append((group, group["weight_decay"]))
+                    group["weight_decay"] = group["enc_no_decay"]
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Restore ``weight_decay`` of the groups, also after a step that raised an error."""
+        while self.decays:
+            group, group["weight_decay"] = self.decays.pop()
 
     def look(self, index: int, group: Group, has_closure: bool) -> tuple[Group, list[int], list[Tensor]]:
         """Indices of the weights that the step will move, and copies of them if their steps are needed afterwards."""
@@ -194,14 +165,24 @@ class _Projection:
         if self.depth:
             self.depth -= 1
             return
+        self.restore(optimizer)
         with torch.no_grad():
             for group, chosen, before in self.before:
                 _finish(group, chosen, before)
-            for group in _groups(optimizer):
-                # Averages with earlier weights, as in Lookahead, leave the set.
-                if not steps_itself(optimizer, group):
-                    retract_(group["params"], group["enc_variant"], group["enc_alpha"])
+            _retract_inner(optimizer)  # averages with earlier weights, as in Lookahead, leave the set
         self.step, self.before = None, []
+
+
+def _restore(optimizer: Optimizer) -> None:
+    if "_enc_projection" in vars(optimizer):
+        optimizer._enc_projection.restore(optimizer)
+
+
+def _retract_inner(optimizer: Optimizer) -> None:
+    """Project the weights of the groups that an inner optimizer steps."""
+    for group in projected_groups(optimizer):
+        if not steps_itself(optimizer, group):
+            retract_(group["params"], group["enc_variant"], group["enc_alpha"])
 
 
 def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -209,8 +190,10 @@ def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any
     own, loaded = optimizer.param_groups, state["param_groups"]
     if len(own) != len(loaded):
         return None  # torch refuses it
-    groups = []
+    groups, entries = [], dict(state["state"])
     for was, found in zip(own, loaded, strict=True):
+        if "enc_decay" in found:  # version 0.1.0 moved the decay there
+            found = {**found, "weight_decay": found["enc_decay"]}
         settings, others = ({key: group.get(key) for key in PROJECTION_SETTINGS} for group in (was, found))
         if settings == others or not (was.get("enc_projection") or found.get("enc_projection")):
             groups.append(found)
@@ -218,14 +201,18 @@ def _keep_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any
         warnings.warn(
             f"ENC: projection of {len(was['params'])} tensors: the loaded state has {others['enc_projection']!r} "
             f"({others['enc_variant']}), this optimizer was made with {settings['enc_projection']!r} "
-            f"({settings['enc_variant']}) and keeps that",
+            f"({settings['enc_variant']}) and keeps that; their momentum starts anew",
             stacklevel=2,
         )
-        group = {key: value for key, value in found.items() if key not in (*PROJECTION_SETTINGS, *_FOUND)}
-        if "enc_decay" in found:
-            group["weight_decay"] = found["enc_decay"]
-        groups.append(group | {key: was[key] for key in PROJECTION_SETTINGS if key in was})
-    return {**state, "param_groups": groups}
+        group = {key: value for key, value in found.items() if key not in (*PROJECTION_SETTINGS, *FOUND_SETTINGS)}
+        group |= {key: was[key] for key in PROJECTION_SETTINGS if key in was}
+        if "enc_shrink" in found and was.get("enc_projection"):
+            grows = math.sqrt(was["enc_alpha"] / found["enc_alpha"])
+            group["enc_shrink"] = [shrink * grows for shrink in found["enc_shrink"]]
+        groups.append(group)
+        for index in found["params"]:
+            entries.pop(index, None)  # moments of gradients of another length
+    return {**state, "param_groups": groups, "state": entries}
 
 
 def _finish(group: Group, chosen: list[int], before: list[Tensor]) -> None:
@@ -249,38 +236,17 @@ def _scale(tensors: list[Tensor], factors: list[float]) -> None:
         torch._foreach_mul_(tensors, factors)
 
 
-def _start(group: Group, has_gradients: bool) -> None:
-    """Project initial weights, and store by which factor their norms changed."""
-    variant, alpha = group["enc_variant"], group["enc_alpha"]
-    group["enc_shrink"] = []
-    for weight in group["params"]:
-        lengths = _row_lengths(weight, variant)
-        group["enc_shrink"].append(math.sqrt(alpha) / lengths.norm().item())
-        retract_([weight], variant, alpha)
-        if has_gradients and weight.grad is not None:
-            # The gradient was computed at the initial weight. The shorter a row, the longer its gradient.
-            factors = (lengths / _row_lengths(weight, variant)).to(weight.grad.dtype)
-            rows = weight.grad.reshape(len(factors), -1) * factors[:, None]
-            weight.grad.copy_(rows.reshape(weight.shape))
-
-
-def _row_lengths(weight: Tensor, variant: str) -> Tensor:
-    """Norms of the rows (whole-layer variants: of the layer), without their means if the variant removes those."""
-    rows = weight.double().reshape(num_rows(weight, variant), -1)
-    return (rows - rows.mean(1, keepdim=True) if is_centered(variant) else rows).norm(dim=1)
-
-
 def _angle(group: Group) -> float | Tensor:
     if "betas" in group:
         beta = group["betas"][0]
-        return equilibrium_angle(group["lr"], group["enc_decay"], beta, beta)
+        return equilibrium_angle(group["lr"], group.get("weight_decay", 0.0), beta, beta)
     keys = ("momentum", "dampening", "nesterov")
-    return equilibrium_angle(group["lr"], group["enc_decay"], **{key: group[key] for key in keys})
+    return equilibrium_angle(group["lr"], group.get("weight_decay", 0.0), **{key: group[key] for key in keys})
 
 
 def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Step hook of all optimizers. One with projected groups gets hooks of its own, after all other pre-hooks."""
-    if not _groups(optimizer):
+    if not projected_groups(optimizer):
         return
     own = vars(optimizer).get("_enc_projection")
     if own is None:
@@ -288,4 +254,5 @@ def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     optimizer._optimizer_step_pre_hooks.move_to_end(own.hook)
 
 
+register_carried_hook(_keep_settings, _restore)
 register_optimizer_step_pre_hook(_see_step)

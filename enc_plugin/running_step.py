@@ -45,8 +45,17 @@ def calling_frame() -> FrameType | None:
 
 def steps_itself(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Whether ``optimizer`` steps ``group`` itself, instead of leaving that to an optimizer that it wraps."""
+    if is_zero(optimizer):  # another process may step the group
+        return False
     inner = {id(p) for one in inner_optimizers(optimizer) for held in one.param_groups for p in held["params"]}
     return not any(id(p) in inner for p in group["params"])
+
+
+def is_zero(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` shares out its parameters among the processes, as torch's ``ZeroRedundancyOptimizer``."""
+    # Importing its module takes a second.
+    zero = getattr(sys.modules.get("torch.distributed.optim"), "ZeroRedundancyOptimizer", None)
+    return zero is not None and isinstance(optimizer, zero)
 
 
 def inner_optimizers(optimizer: Optimizer) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .carried_hooks import carry_load_hook
+from .carried_hooks import carry_load_hook, register_carried_hook
 from .decay_kinds import decay_kind
 from .functional.checks import check_type
 from .running_step import RunningStep, calling_frame, inner_optimizers
@@ -107,7 +107,7 @@ class _Shift:
         # First among the post-hooks, so that the others (an average of the weights) see the restored weights.
         after = optimizer.register_step_post_hook(self.after_step).id
         optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)
-        carry_load_hook(optimizer, _see_loading, before_copy=self.restore)
+        carry_load_hook(optimizer, _see_loading)
         if hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):
             # After a step that raised, the decay and the weights are not yet restored.
             optimizer.register_state_dict_pre_hook(self.restore)
@@ -266,6 +266,12 @@ def _see_loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] 
     return _shift_of(optimizer).before_loading(optimizer, state)
 
 
+def _restore(optimizer: Optimizer) -> None:
+    """Called before an optimizer that has the load hook is copied: its last step may have raised an error."""
+    if "_enc_shift" in vars(optimizer):
+        optimizer._enc_shift.restore(optimizer)
+
+
 def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Step hook of all optimizers: if a group has a shift, install the hook that applies it, after all others."""
     shifts = any("shift_eps" in group for group in optimizer.param_groups)
@@ -273,4 +279,5 @@ def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         _shift_of(optimizer).move_last(optimizer)
 
 
+register_carried_hook(_see_loading, _restore)
 register_optimizer_step_pre_hook(_see_step)

@@ -6,11 +6,14 @@ import copy
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import Lamb, Lars, create_optimizer_v2
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from enc_plugin import ENCLinear, add_shift, param_groups_enc, to_enc
 from enc_plugin.functional import VARIANTS, enc_weight
@@ -73,6 +76,8 @@ OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, **SGD),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
 }
+# Without decay, these two do not adapt steps to norms.
+ADAPTIVE = {"Lamb": lambda p: Lamb(p, lr=1e-2, eps=1e-12), "Lars": lambda p: Lars(p, lr=1.0)}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -142,12 +147,12 @@ def _direction(weight, variant):
     return rows - rows.mean(1, keepdim=True) if variant in ("ws", "centered_fro") else rows
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS | ADAPTIVE)
 def test_the_first_step_of_retraction_is_that_of_the_plain_network(optimizer):
     outputs = []
     for mode, begins in ((None, False), ("retract", True), ("retract", False)):
         model = network()
-        own = OPTIMIZERS[optimizer](groups_of(model, mode, "fro", decay=0.0))
+        own = (OPTIMIZERS | ADAPTIVE)[optimizer](groups_of(model, mode, "fro", decay=1e-9))
         if begins:
             add_projection(own)
         train(model, own, 1)
@@ -170,10 +175,11 @@ def test_weights_that_the_first_step_takes_to_the_set_take_the_step_from_there()
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_rotation_turns_by_the_angle_of_equilibrium_of_the_groups_own_settings(optimizer):
     model = network()
-    optimizer = OPTIMIZERS[optimizer](groups_of(model, "rotate", "wn", decay=0.02))
+    optimizer = OPTIMIZERS[optimizer](groups_of(model, "rotate", "wn", decay=0.08))
     train(model, optimizer, 2)
     before = [w.detach().clone() for w in weights_of(model)]
-    optimizer.param_groups[0]["lr"] *= 0.1  # as a schedule does
+    optimizer.param_groups[0]["lr"] *= 0.1  # as schedules do
+    optimizer.param_groups[0]["weight_decay"] /= 4
     train(model, optimizer, 1, seed=3)
     group = optimizer.param_groups[0]
     beta = group["betas"][0] if "betas" in group else 0.0
@@ -181,8 +187,7 @@ def test_rotation_turns_by_the_angle_of_equilibrium_of_the_groups_own_settings(o
     for old, weight in zip(before, weights_of(model), strict=True):
         cosines = F.cosine_similarity(old.flatten(1), weight.detach().flatten(1))
         torch.testing.assert_close(cosines.acos(), torch.full_like(cosines, angle), rtol=1e-6, atol=0)
-    assert group["weight_decay"] == 0
-    assert group["enc_decay"] == 0.02
+    assert group["weight_decay"] == 0.02
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -216,8 +221,34 @@ def test_groups_stay_held_as_they_were_made_when_another_state_is_loaded(other):
         optimizer.load_state_dict(before.state_dict())
     train(model, optimizer, 1)
     assert optimizer.param_groups[0]["enc_projection"] == "retract"
-    assert optimizer.param_groups[0]["enc_decay"] == 0.02
+    assert optimizer.param_groups[0]["weight_decay"] == 0.02
     assert all(w.square().sum().item() == pytest.approx(1, rel=1e-12) for w in weights_of(model))
+
+
+def test_steps_keep_the_size_for_initial_norms_when_the_mode_changes_and_momentum_starts_anew():
+    runs = []
+    for first in ("retract", "rotate"):
+        model = network()
+        optimizer = torch.optim.SGD(groups_of(model, first), **SGD)
+        add_projection(optimizer)
+        initial = [w.detach().clone() for w in weights_of(model)]
+        train(model, optimizer, 2)
+        again = network()
+        twin = torch.optim.SGD(groups_of(again, "retract"), **SGD)
+        add_projection(twin)
+        again.load_state_dict(model.state_dict())
+        with torch.no_grad():  # the same weights after either mode
+            torch._foreach_copy_(weights_of(again), initial)
+        with nullcontext() if first == "retract" else pytest.warns(UserWarning, match="their momentum starts anew"):
+            twin.load_state_dict(optimizer.state_dict())
+        for weight in weights_of(again):
+            twin.state[weight].clear()
+        add_projection(twin)
+        for weight in weights_of(again):
+            weight.grad = torch.ones_like(weight).cumsum(-1)
+        twin.step()
+        runs.append([w.detach() for w in weights_of(again)])
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-14)
 
 
 def test_a_plain_optimizer_that_loads_a_held_state_stays_plain_and_decays():
@@ -262,7 +293,15 @@ print(max(abs(p.square().sum().item() - 1) for p in optimizer.param_groups[0]["p
     assert float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 1e-12
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+WAYS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+    "copy of a pickle": lambda optimizer: copy.deepcopy(pickle.loads(pickle.dumps(optimizer))),
+    "copy of a shallow copy": lambda optimizer: copy.deepcopy(copy.copy(optimizer)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("first", ["shift", "projection"])
 def test_a_copy_projects_and_shifts_and_keeps_both_when_it_loads_another_state(way, first):
     model = nn.Sequential(nn.Linear(4, 6), ENCLinear(6, 5))
@@ -393,12 +432,15 @@ def test_a_step_that_calls_that_of_its_class_is_one_step():
 
 def test_a_step_that_an_exception_ended_leaves_nothing_behind():
     models = network(), network()
-    optimizers = [torch.optim.SGD(groups_of(m, "retract"), **SGD) for m in models]
+    optimizers = [torch.optim.SGD(groups_of(m, "retract", decay=0.02), **SGD) for m in models]
     for model, optimizer in zip(models, optimizers, strict=True):
         add_projection(optimizer)
         train(model, optimizer, 1)
-    with pytest.raises(ArithmeticError):
-        train(models[1], _Failing(optimizers[1].param_groups), 1)
+    for look in (lambda x: x.state_dict()["param_groups"][0], lambda x: copy.deepcopy(x).param_groups[0]):
+        failing = _Failing(optimizers[1].param_groups)
+        with pytest.raises(ArithmeticError):
+            train(models[1], failing, 1)
+        assert look(failing)["weight_decay"] == 0.02
     models[1].load_state_dict(models[0].state_dict())
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, 2, seed=4)
@@ -437,6 +479,51 @@ def test_a_group_that_is_added_later_is_held():
     assert all(w.square().sum().item() == pytest.approx(1, rel=1e-12) for w in weights_of(model))
 
 
+def test_an_optimizer_around_another_prepares_it():
+    model = network()
+    optimizer = create_optimizer_v2(groups_of(model, "retract"), opt="lookahead_momentum", lr=0.1)
+    add_projection(optimizer)
+    assert all(w.square().sum().item() == pytest.approx(1, rel=1e-12) for w in weights_of(model))
+    with pytest.raises(ValueError, match="unknown for RAdam"):
+        add_projection(create_optimizer_v2(groups_of(model, "retract"), opt="lookahead_radam", lr=0.1))
+
+
+def test_retraction_of_weights_that_are_on_the_set_from_the_start_warns_of_their_small_norms():
+    model = network()
+    add_projection(torch.optim.SGD(groups_of(model, "retract"), **SGD))
+    with pytest.warns(UserWarning, match="3 projected weights have squared norm 1 from the start"):
+        add_projection(torch.optim.SGD(groups_of(model, "retract"), **SGD))
+
+
+@pytest.mark.parametrize(("variant", "value"), [("wn", 0.0), ("ws", 0.1), ("fro", float("nan"))])
+def test_a_weight_that_cannot_be_normalised_is_refused_before_any_is_changed(variant, value):
+    model = network()
+    with torch.no_grad():
+        model[7].weight.fill_(value) if variant == "fro" else model[7].weight[1].fill_(value)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"1 of . rows of a projected weight of shape \(5, 32\) are zero, constant or"):
+        add_projection(torch.optim.SGD(groups_of(model, "retract", variant), **SGD))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["radam", "rmsproptf", "madgrad"])
+def test_retraction_refuses_optimizers_whose_steps_depend_on_the_size_of_gradients(name):
+    """RMSpropTF, for instance, takes steps as SGD at first and by the length of gradients later."""
+    with pytest.raises(ValueError, match="'retract' has to know how the length of steps depends"):
+        add_projection(create_optimizer_v2(groups_of(network(), "retract"), opt=name, lr=0.1))
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_shares_of_processes_are_refused_before_a_step(tmp_path, prepared):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        optimizer = ZeroRedundancyOptimizer(groups_of(network(), "retract"), torch.optim.SGD, **SGD)
+        with pytest.raises(ValueError, match="ZeroRedundancyOptimizer steps a share of the weights in each process"):
+            add_projection(optimizer) if prepared else optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_cannot_be_held_is_refused_before_a_step():
     model = network()
     with pytest.raises(ValueError, match="'rotate' turns weights as SGD or AdamW does.*and RMSprop is neither"):
@@ -445,5 +532,7 @@ def test_what_cannot_be_held_is_refused_before_a_step():
         add_projection(torch.optim.SGD(groups_of(model, "turn"), **SGD))
     with pytest.raises(ValueError, match="lacks enc_variant, enc_alpha"):
         add_projection(torch.optim.SGD([{"params": [model[0].weight], "enc_projection": "retract"}], **SGD))
+    with pytest.raises(ValueError, match="differentiable: the projection of a step passes no gradient on"):
+        add_projection(torch.optim.SGD(groups_of(model, "retract"), differentiable=True, **SGD))
     with pytest.raises(TypeError, match="a torch optimizer"):
         add_projection(model)

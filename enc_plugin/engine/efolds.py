@@ -83,6 +83,8 @@ class DecayTally:
 
 def _decay_settings(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> dict[str, float]:
     """Arguments of ``decay_efolds`` from a group; no momentum for AdamW, because its decay bypasses the moments."""
+    if group.get("enc_projection"):  # norms are held
+        return {"weight_decay": 0.0}
     names = ("weight_decay", "momentum", "dampening") if issubclass(kind, torch.optim.SGD) else ("weight_decay",)
     return {name: group[name] for name in names if name in group}
 

@@ -10,6 +10,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..functional.normalizable import check_normalizable
 from ..functional.retraction import retract_
 from ..measuring.untouched import unwrap
 from ..projection import add_projection
@@ -32,6 +33,8 @@ class ENCProjectionHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Project the weights, which are initialised or loaded by now."""
+        for name, layer in projected_layers(unwrap(runner.model)):
+            check_normalizable(name, layer.weight, layer.enc_variant)
         for wrapper in optim_wrappers(runner):
             add_projection(wrapper.optimizer)
         # The average of a resumed run is on the set already, and has to stay as it is, bit by bit.

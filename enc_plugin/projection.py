@@ -59,6 +59,11 @@ def add_projection(optimizer: Optimizer) -> None:
             of zeros).
     """
     check_projection(optimizer)
+    if not projected_groups(optimizer):
+        warnings.warn(
+            "optimizer: no group has enc_projection, so nothing is projected; build the groups with param_groups_enc",
+            stacklevel=2,
+        )
     for inner in inner_optimizers(optimizer):
         if isinstance(inner, Optimizer):
             add_projection(inner)

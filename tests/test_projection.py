@@ -257,7 +257,8 @@ def test_a_plain_optimizer_that_loads_a_held_state_stays_plain_and_decays():
     train(saved, before, 2)
     held, rest = groups_of(model, None)
     optimizer = torch.optim.SGD([{"params": held["params"], "weight_decay": 0.5}, rest], **SGD)
-    add_projection(optimizer)
+    with pytest.warns(UserWarning, match="no group has enc_projection, so nothing is projected"):
+        add_projection(optimizer)
     with pytest.warns(UserWarning, match="the loaded state has 'retract'.*made with None"):
         optimizer.load_state_dict(before.state_dict())
     assert optimizer.param_groups[0]["weight_decay"] == 0.02

@@ -10,11 +10,11 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..functional.normalizable import check_normalizable
 from ..functional.retraction import retract_
 from ..measuring.untouched import unwrap
+from ..projected_groups import projected_groups
 from ..projection import add_projection
-from ..surgery.projected import check_projectable, projected_layers
+from ..surgery.projected import check_constrained, check_projectable, projected_layers
 from .wrappers import optim_wrappers
 
 
@@ -24,8 +24,9 @@ class ENCProjectionHook(Hook):
 
     After each step, the optimizer itself projects them (:func:`enc_plugin.projection.add_projection`). A resumed run
     continues with its weights unchanged. An average of weights on the set is shorter than they are, so the hook
-    projects the average that ``EMAHook`` keeps after each update. A layer that is pruned or parametrized during the run
-    raises an error when the next epoch starts. ``ENCRunner`` registers the hook. Without it, the first step projects
+    projects the average that ``EMAHook`` keeps after each update. Before training, projected layers that no optimizer
+    projects raise an error, and so does a layer that is pruned or parametrized later, when the next epoch starts.
+    ``ENCRunner`` registers the hook. Without it, the first step projects
     the weights, and averages stay off the set. A network without projected layers is left alone.
     """
 
@@ -33,10 +34,18 @@ class ENCProjectionHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Project the weights, which are initialised or loaded by now."""
-        for name, layer in projected_layers(unwrap(runner.model)):
-            check_normalizable(name, layer.weight, layer.enc_variant)
-        for wrapper in optim_wrappers(runner):
-            add_projection(wrapper.optimizer)
+        model, optimizers = unwrap(runner.model), [wrapper.optimizer for wrapper in optim_wrappers(runner)]
+        check_constrained(model)
+        held = {p for optimizer in optimizers for group in projected_groups(optimizer) for p in group["params"]}
+        free = [x for x, layer in projected_layers(model) if layer.weight.requires_grad and layer.weight not in held]
+        if free:
+            raise ValueError(
+                f"optim_wrapper: the model has enc=dict(how='project'), but no optimizer projects {len(free)} of its "
+                f"layers ({free[0]!r}, ...); set constructor='ENCOptimWrapperConstructor' in optim_wrapper"
+            )
+        for optimizer in optimizers:
+            if projected_groups(optimizer):
+                add_projection(optimizer)
         # The average of a resumed run is on the set already, and has to stay as it is, bit by bit.
         if runner.iter == 0:
             self._retract_averages(runner)

@@ -161,3 +161,12 @@ def test_a_run_holds_weights_and_averages_on_the_set(tmp_path):
         assert audit(model).max_deviation < 1e-6
         for layer in layers.values():
             torch.testing.assert_close(layer.weight, enc_weight(layer.weight), rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_whose_optimizer_would_not_project_is_refused_before_training(tmp_path):
+    cfg = digits_config(tmp_path, "resnet8_1xb64", model__type="ENCImageClassifier", model__enc=dict(how="project"))
+    cfg.optim_wrapper.constructor = "DefaultOptimWrapperConstructor"
+    runner = build_runner(cfg)
+    with pytest.raises(ValueError, match="no optimizer projects 10 of its layers .'backbone.conv1', .*constructor="):
+        runner.train()
+    assert runner.iter == 0

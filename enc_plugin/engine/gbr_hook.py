@@ -21,7 +21,7 @@ _GROUP = FigureGroup(
     "Generalization bound regularizer (GBR)",
     "Mean squared Frobenius norm of the input-output Jacobian, over the same training samples in the whole run. The "
     "smaller it is, the less the output changes with the input. Weights are those of validation. Bands: 95 % bootstrap "
-    "intervals of the mean. A few samples can dominate a mean, so the table also shows the median.",
+    "intervals of the mean. A few samples can dominate a mean, so the table also shows the median of exact values.",
 )
 
 _TAKEN = ("_sem", "_low", "_high", "_median", "seconds", "averaged")  # endings of the hook's other scalars
@@ -48,7 +48,8 @@ class GBRHook(ValidatedNetworkHook):
     ``gbr/<name>_sem``      its standard error, over samples and probes
     ``gbr/<name>_low``      lower end of its 95 % bootstrap interval, over samples and probes
     ``gbr/<name>_high``     upper end
-    ``gbr/<name>_median``   median over the samples, which is robust against heavy tails
+    ``gbr/<name>_median``   median over the samples, which is robust against heavy tails; only of exact
+                            values (``projections=None`` or ``'label_prob'``), because noise lowers it
     ``gbr/averaged``        1 if averaged weights were measured, 0 if the weights in training
     ``gbr/seconds``         duration of the measurement in seconds (of a second hook: ``gbr/<name>_seconds``)
     ======================  ============================================================================
@@ -194,15 +195,15 @@ class GBRHook(ValidatedNetworkHook):
         )
         low, high = found.interval
         values = [found.mean, found.sem, low, high, found.median]
-        scalars = dict(zip(self.scalar_names, values, strict=True))
+        scalars = {k: v for k, v in zip(self.scalar_names, values, strict=True) if v is not None}
         scalars |= {"gbr/averaged": float(averaged), self._seconds: found.seconds}
         log_scalars(runner, scalars, step)
         how = "exact" if self.projections is None else f"{self.projections} projection(s)"
         when = f"{'epoch' if self.by_epoch else 'iteration'} {step}"
+        median = "" if found.median is None else f", median {found.median:.4g}"
         note = statistics_note(unwrap(runner.model))
         runner.logger.info(
-            f"GBR: {found.mean:.5g} ({low:.4g} to {high:.4g}, median {found.median:.4g}) at {when} ({self.output} to "
-            f"{self.space} inputs, "
+            f"GBR: {found.mean:.5g} ({low:.4g} to {high:.4g}{median}) at {when} ({self.output} to {self.space} inputs, "
             f"{weights_in_words(averaged)}, {len(self._samples)} different training samples, {how}, "
             f"{found.seconds:.1f} s)" + (f"; {note}" if note else "")
         )

@@ -38,6 +38,7 @@ class GBREstimate:
 
     values: Tensor  # (N,) float64, in the order of the samples
     seconds: float
+    exact: bool = True  # False: each value is an estimate from random directions
 
     @property
     def mean(self) -> float:
@@ -50,9 +51,13 @@ class GBREstimate:
         return (self.values.std() / math.sqrt(len(self.values))).item()
 
     @property
-    def median(self) -> float:
-        """Median over the samples, which is robust against a heavy tail; NaN if any value is."""
-        return self.values.quantile(0.5).item()
+    def median(self) -> float | None:
+        """Median over the samples, which is robust against a heavy tail; NaN if any value is.
+
+        None for estimates: their mean is unbiased, but their noise is skewed and lowers the median, down to less than
+        half with one direction.
+        """
+        return self.values.quantile(0.5).item() if self.exact else None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -124,7 +129,7 @@ def measure_gbr(
             if progress is not None:
                 progress(len(x))
     all_reduce(values)
-    return GBREstimate(values, time.perf_counter() - start)
+    return GBREstimate(values, time.perf_counter() - start, projections is None or output == "label_prob")
 
 
 def pick_batch_size(device: torch.device, trained_with: int | None) -> int:

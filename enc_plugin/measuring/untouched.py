@@ -40,6 +40,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     devices = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
     try:
         with kept_random_states(devices, model), torch.no_grad():
+            model.train()  # networks that keep values of their weights in eval mode (LeViT, ...) drop them
             model.eval()
             for module, flag, _ in flags:
                 setattr(module, flag, False)
@@ -59,7 +60,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in own:
                 buffer.copy_(value)
-        for module, mode in modes:
+        for module, mode in modes:  # parents come first
+            module.train(mode)
+        for module, mode in modes:  # some networks overrule train() in their frozen parts
             module.training = mode
 
 

@@ -37,7 +37,7 @@ class GBRReport:
         records: One for each checkpoint and output: ``config``, ``checkpoint``, ``epoch`` (None if unknown),
             ``weights`` (``'averaged'`` by EMAHook, ``'in training'`` or ``'unknown'``), ``output``, ``gbr`` (the mean
             over the samples), ``sem`` (its standard error), ``low`` and ``high`` (its 95 % bootstrap interval),
-            ``median``, ``unit`` and ``seconds``.
+            ``median`` (None if estimated with random directions), ``unit`` and ``seconds``.
         settings: The settings that the records depend on, and each checkpoint's SHA-256 and origin; ready for JSON.
     """
 
@@ -53,7 +53,7 @@ class GBRReport:
                 r["output"],
                 f"{r['gbr']:.6g}",
                 f"{r['low']:.4g} to {r['high']:.4g}",
-                f"{r['median']:.4g}",
+                "-" if r["median"] is None else f"{r['median']:.4g}",
                 f"{r['seconds']:.1f}",
             )
             for r in self.records
@@ -156,7 +156,7 @@ def measure_checkpoints(
     return GBRReport(records, settings)
 
 
-def _results(found: GBREstimate) -> dict[str, float]:
+def _results(found: GBREstimate) -> dict[str, float | None]:
     low, high = found.interval
     return {"gbr": found.mean, "sem": found.sem, "low": low, "high": high, "median": found.median}
 

@@ -153,7 +153,7 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
             row_name = name if number == 1 else f"{name} (call {number})"
             table.append(FoldedRow(row_name, type(layer).__name__, norm_names, sq_norm, map_sq_norm))
     for name, module in model.named_modules():
-        if module in trace.calls and module not in inside and not isinstance(module, (StockLayer, _BatchNorm)):
+        if module not in inside and not isinstance(module, (StockLayer, _BatchNorm)):
             table.others |= own_matrices(name, module)
     ran = {trace.norm_of(op) for op in trace.ops} - inside
     table.unfolded = [name for name, module in model.named_modules() if module in ran - folded]

@@ -18,7 +18,7 @@ def test_every_scalar_that_a_hook_of_ours_logs_is_declared(tmp_path):
     cfg = digits_config(tmp_path)
     cfg.default_hooks.enc_audit = None  # it is among the observers
     cfg.custom_hooks = [dict(type=name, **options) for name, (options, _) in OBSERVERS.items()]
-    cfg.custom_hooks += [dict(type="GBRHook", num_samples=8, name="second.curve")]
+    cfg.custom_hooks += [dict(type="GBRHook", num_samples=8, projections=None, name="second.curve")]
     train(cfg)
     logged = {key for line in scalars(tmp_path) for key in line if key.startswith(OWN)}
     assert len(logged) > 50

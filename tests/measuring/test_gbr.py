@@ -154,6 +154,17 @@ def test_a_measurement_checks_its_network_once_and_on_a_few_samples():
         measure_gbr(_Counting(mix=True), FixedSamples(_Many(), [], range(40), 10))
 
 
+def test_there_is_no_median_of_estimates_because_their_noise_lowers_it():
+    model, samples = classifier(HEADS["softmax"][0], **NORMALISED), FixedSamples(_Many(), [], range(40), 40)
+    model.head.fc.weight.data[:] = model.head.fc.weight.data[0]  # J has rank 1
+    exact = measure_gbr(model, samples)
+    found = [measure_gbr(model, samples, projections=1, seed=seed) for seed in range(10)]
+    # An estimate is 3 cos^2 of the exact value, where |cos| is uniform between 0 and 1: the median is 3/4 of it.
+    assert sum(one.values.quantile(0.5) for one in found) / 10 < 0.85 * exact.median
+    assert {one.median for one in found} == {None}
+    assert measure_gbr(model, samples, output="label_prob", projections=1).median > 0
+
+
 def test_batches_that_do_not_fit_into_the_memory_are_split_and_give_the_same_values():
     samples = FixedSamples(_Many(), [], range(40), 20)
     whole, split = (measure_gbr(_Counting(most), samples, projections=2) for most in (100, 8))

@@ -41,6 +41,32 @@ def test_untouched_restores_modes_buffers_flags_and_random_states():
     assert random.getstate() == states[2]
 
 
+def test_values_that_a_network_keeps_in_eval_mode_are_those_of_its_present_weights():
+    class Caching(nn.Module):  # as the attention biases of timm's LeViT and EfficientFormer
+        def __init__(self):
+            super().__init__()
+            self.factor, self.kept = nn.Parameter(torch.ones(())), None
+
+        def train(self, mode=True):
+            super().train(mode)
+            if mode:
+                self.kept = None
+
+        def forward(self, x):
+            self.kept = self.factor * 2 if self.kept is None or self.training else self.kept
+            return x * self.kept
+
+    model, found = nn.Sequential(Caching()), []
+    for factor, mode in ((1, True), (3, True), (3, False), (5, False)):
+        model.train(mode)
+        model[0].factor.data.fill_(factor)
+        with untouched(model), torch.enable_grad():
+            found.append(model(torch.ones(1)).item())
+        assert mode == model[0].training
+        assert (model[0].kept is None) == mode
+    assert found == [2, 6, 6, 10]
+
+
 def test_untouched_unwraps_forwards_that_mmengine_checkpoints():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     turn_on_activation_checkpointing(model, ["0", "0", "1"])  # 0 twice

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .decay_kinds import shrinking_power
+from .functional.normalizable import check_whole
 from .functional.retraction import retract_
 from .functional.weights import check_alpha, check_variant, imprecise_rows, is_centered, num_rows
 from .running_step import steps_itself
@@ -22,7 +23,7 @@ MODES = {
 
 # Settings of a group, and what the first step adds to them.
 PROJECTION_SETTINGS = ("enc_projection", "enc_variant", "enc_alpha")
-FOUND_SETTINGS = ("enc_power", "enc_no_decay", "enc_shrink")
+FOUND_SETTINGS = ("enc_stepped_by", "enc_power", "enc_no_decay", "enc_shrink")
 
 Group = dict[str, Any]
 
@@ -46,7 +47,8 @@ def own_groups(optimizer: Optimizer) -> list[Group]:
 @torch._disable_dynamo  # as in torch.optim: trial steps must not be compiled
 def prepare(optimizer: Optimizer, group: Group) -> None:
     """Check a group, and find out how the optimizer's steps depend on the length of gradients and weights."""
-    if "enc_no_decay" in group:
+    name = type(optimizer).__name__
+    if group.get("enc_stepped_by") == name:  # else groups may come from an optimizer of another kind
         return
     missing = [key for key in ("lr", "enc_variant", "enc_alpha") if key not in group]
     if missing:
@@ -54,7 +56,8 @@ def prepare(optimizer: Optimizer, group: Group) -> None:
     check_mode(group["enc_projection"])
     check_variant(group["enc_variant"])
     check_alpha(group["enc_alpha"])
-    name = type(optimizer).__name__
+    for weight in group["params"]:
+        check_whole(weight)
     if group.get("differentiable"):
         raise ValueError(
             "differentiable: the projection of a step passes no gradient on; use differentiable=False, or ENC layers"
@@ -73,11 +76,18 @@ def prepare(optimizer: Optimizer, group: Group) -> None:
                 f"projection: 'retract' has to know how the length of steps depends on the length of gradients and "
                 f"weights, which is unknown for {name}; use SGD or AdamW"
             )
-    group.update(enc_power=power, enc_no_decay=no_decay)
+    group.update(enc_power=power, enc_no_decay=no_decay, enc_stepped_by=name)
 
 
 def start(groups: list[Group], has_gradients: bool) -> None:
     """Project the weights of new groups, and store by which factor their norms changed."""
+    for group in groups:
+        if len(group.get("enc_shrink", group["params"])) != len(group["params"]):
+            raise ValueError(
+                f"param_groups: a projected group has {len(group['params'])} weights, and it had "
+                f"{len(group['enc_shrink'])} at its first step; add weights by add_param_group, and freeze them by "
+                "requires_grad_(False) instead of removing them"
+            )
     groups = [group for group in groups if "enc_shrink" not in group]
     for group in groups:
         for weight in group["params"]:

@@ -45,7 +45,7 @@ def calling_frame() -> FrameType | None:
 
 def steps_itself(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Whether ``optimizer`` steps ``group`` itself, instead of leaving that to an optimizer that it wraps."""
-    if is_zero(optimizer):  # another process may step the group
+    if is_zero(optimizer):  # maybe in another process
         return False
     inner = {id(p) for one in inner_optimizers(optimizer) for held in one.param_groups for p in held["params"]}
     return not any(id(p) in inner for p in group["params"])

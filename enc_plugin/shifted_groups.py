@@ -7,6 +7,7 @@ from typing import Any
 from torch.optim.optimizer import Optimizer
 
 from .functional.decay import check_shift_eps
+from .functional.normalizable import check_whole
 from .functional.weights import check_variant
 from .running_step import steps_itself
 
@@ -17,7 +18,7 @@ _NEEDED = ("lr", "weight_decay", "enc_variant")
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if ``group`` has a shift and lacks a setting that the shift needs."""
+    """Raise ``ValueError`` if ``group`` has a shift, and lacks a setting that it needs or holds sharded weights."""
     if "shift_eps" not in group:
         return
     missing = [key for key in _NEEDED if key not in group]
@@ -27,6 +28,8 @@ def check_group(group: dict[str, Any]) -> None:
         )
     check_variant(group["enc_variant"])
     check_shift_eps(group["shift_eps"], "shift_eps")
+    for weight in group["params"]:
+        check_whole(weight)
 
 
 def shifted_groups(optimizer: Optimizer) -> list[tuple[int, dict[str, Any]]]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import Lamb, Lars, create_optimizer_v2
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from enc_plugin import ENCLinear, add_shift, param_groups_enc, to_enc
@@ -480,6 +481,25 @@ def test_a_group_that_is_added_later_is_held():
     assert all(w.square().sum().item() == pytest.approx(1, rel=1e-12) for w in weights_of(model))
 
 
+def test_groups_that_an_optimizer_of_another_kind_takes_over_take_its_steps():
+    model = network()
+    first = torch.optim.SGD(groups_of(model, "retract"), **SGD)
+    add_projection(first)
+    assert first.param_groups[0]["enc_power"] == 2
+    second = torch.optim.AdamW(first.param_groups)
+    add_projection(second)
+    assert second.param_groups[0]["enc_power"] == 1
+
+
+def test_a_group_whose_weights_changed_is_refused():
+    model = network()
+    optimizer = torch.optim.SGD(groups_of(model, "retract"), **SGD)
+    add_projection(optimizer)
+    del optimizer.param_groups[0]["params"][0]
+    with pytest.raises(ValueError, match="a projected group has 2 weights, and it had 3 at its first step"):
+        optimizer.step()
+
+
 def test_an_optimizer_around_another_prepares_it():
     model = network()
     optimizer = create_optimizer_v2(groups_of(model, "retract"), opt="lookahead_momentum", lr=0.1)
@@ -515,12 +535,16 @@ def test_retraction_refuses_optimizers_whose_steps_depend_on_the_size_of_gradien
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_shares_of_processes_are_refused_before_a_step(tmp_path, prepared):
+def test_weights_shared_out_among_processes_are_refused_before_a_step(tmp_path, prepared):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         optimizer = ZeroRedundancyOptimizer(groups_of(network(), "retract"), torch.optim.SGD, **SGD)
         with pytest.raises(ValueError, match="ZeroRedundancyOptimizer steps a share of the weights in each process"):
             add_projection(optimizer) if prepared else optimizer.step()
+        model = network()
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="a weight of shape .* is sharded or flattened .FSDP.*train with DDP"):
+            add_projection(torch.optim.SGD(groups_of(model, "retract"), **SGD))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -14,6 +14,7 @@ from functional.test_decay import literal as shifted
 from mmpretrain.registry import OPTIMIZERS
 from timm.optim import create_optimizer_v2
 from torch import nn, optim
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import enc_plugin.functional.grouped
@@ -642,6 +643,22 @@ def test_zero_redundancy_shifts_once(tmp_path):
         optimizer.step(evaluate)
         expected = before - LR * DECAY * shifted(before, "wn", EPS)
         torch.testing.assert_close(fc.weight.detach(), expected, rtol=0, atol=1e-14)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_refused_unless_their_decay_is_plain(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fc = layer()
+        fully_shard(fc, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        for apply in (add_shift, lambda optimizer: optimizer.step()):
+            with pytest.raises(
+                ValueError,
+                match="shape .4, 6. is sharded or flattened.*train with DDP, or use ENC layers with shift_eps=0",
+            ):
+                apply(optim.SGD(groups_of(fc), lr=LR))
+        add_shift(optim.SGD(groups_of(fc, 0.0), lr=LR))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -11,6 +11,15 @@ from torch import Tensor
 from .weights import imprecise_rows, is_centered, min_elements, num_rows
 
 
+def check_whole(weight: Tensor) -> None:
+    """Raise ``ValueError`` if ``weight`` is a part of a weight: sharded (FSDP, tensor parallelism) or flattened."""
+    if hasattr(weight, "placements") or weight.ndim < 2:
+        raise ValueError(
+            f"params: a weight of shape {tuple(weight.shape)} is sharded or flattened (FSDP), but the shift of "
+            "the decay and the projection need whole rows; train with DDP, or use ENC layers with shift_eps=0"
+        )
+
+
 def check_row_length(weight: Tensor, variant: str) -> None:
     """Raise ``ValueError`` if the rows of ``weight`` are too short for ``variant`` (see :func:`min_elements`)."""
     elements = weight.numel() // num_rows(weight, variant)

@@ -113,12 +113,16 @@ def write_measurements(runner: Runner, entries: dict[str, dict[str, str]]) -> No
     """
     if not is_main_process():
         return
-    path = Path(runner.work_dir, MEASUREMENTS)
+    known = read_measurements(runner.work_dir)
+    Path(runner.work_dir, MEASUREMENTS).write_text(json.dumps({**known, **entries}, indent=1) + "\n")
+
+
+def read_measurements(work_dir: str | Path) -> dict[str, dict[str, str]]:
+    """What :func:`write_measurements` has written in a work dir; empty if nothing can be read."""
     try:
-        known = json.loads(path.read_text())
+        return json.loads(Path(work_dir, MEASUREMENTS).read_text())
     except (OSError, ValueError):
-        known = {}
-    path.write_text(json.dumps({**known, **entries}, indent=1) + "\n")
+        return {}
 
 
 def _fill_in(value: object, words: dict[str, str]) -> object:

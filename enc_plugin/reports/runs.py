@@ -6,7 +6,7 @@ from ..installation import needs_mmengine  # noqa: F401
 
 # isort: split
 import contextlib
-import json
+import functools
 import math
 import re
 import statistics
@@ -17,9 +17,10 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..build import build_dataset, load_config, named_parts
-from ..engine.scalars import MEASUREMENTS
+from ..engine import SCALARS
+from ..engine.scalars import declared, read_measurements
 from .run_log import read_origin
-from .segments import counts_epochs, join, newest_start, read_segment
+from .segments import Segment, counts_epochs, newest_start, read_segment, validates
 
 
 @dataclass
@@ -122,7 +123,7 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
         run.notes.append(f"{broken} damaged lines of the log were left out")
     run.config = chain[-1].config
     run.origin = read_origin(work_dir, logs[-1].parents[1])
-    run.measurements = _read_measurements(work_dir)
+    run.measurements = read_measurements(work_dir)
     training = [record for segment in chain for record in segment.training]
     if not training:
         run.notes.append("no training was logged yet")
@@ -132,7 +133,7 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
         # The last iteration of an epoch may not be logged, but iter <= epoch * length holds for all records.
         run.epoch_length = math.ceil(max((r["iter"] / max(r.get("epoch", 1), 1) for r in training), default=0))
     for segment in chain:
-        join(run, segment)
+        _join(run, segment)
     if run.by_epoch:
         # The last iterations of the last epoch may not be logged either, but its validation or measurement is.
         epochs = max((int(points[-1][0]) for points in run.scalars.values()), default=0)
@@ -144,6 +145,74 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
     return run
 
 
+def _join(run: Run, segment: Segment) -> None:
+    """Add the scalars of a segment to a run, and drop earlier points after the iteration from which it resumed."""
+    training = segment.training
+    iteration = 0
+    if run.scalars:  # estimate the iteration from which the segment resumed
+        iteration = training[0]["iter"] - segment.log_interval if training else run.iterations
+        if training:
+            _forget_beyond(run, iteration, training[0].get("epoch", 1) - 1)
+    found: dict[str, dict[float, float]] = {}
+    epoch = max((r.get("epoch", 0) for r in training), default=math.inf)
+    # Scalars that are logged without "iter", but whose "step" counts iterations.
+    by_iteration = {
+        key
+        for record in segment.records
+        for key in record
+        if "iter" not in record and (_is_by_iteration(key) or record.get("step", 0) > epoch)
+    }
+    for record in segment.records:
+        iteration = record.get("iter", iteration)
+        for logged, value in record.items():
+            if logged in ("step", "epoch", "iter") or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            key, x = _key(run, logged, record), record.get("step", 0)
+            if "iter" in record:
+                x = _training_x(run, record)
+            elif not run.by_epoch:
+                # LoggerHook logs validations with an epoch as step unless configured, which is 0 in an iteration loop.
+                x = x or (iteration if validates(record) else 0)
+            elif logged in by_iteration and run.epoch_length:
+                x = x / run.epoch_length
+            found.setdefault(key, {})[x] = value
+    for key, points in found.items():
+        run.scalars[key] = sorted((dict(run.scalars.get(key, [])) | points).items())
+
+
+def _forget_beyond(run: Run, iteration: int, epochs: int) -> None:
+    """Remove the points after the one from which a segment resumed."""
+    start = max(iteration, epochs * run.epoch_length) / run.epoch_length if run.by_epoch else iteration
+    kept = {key: [point for point in points if point[0] <= start] for key, points in run.scalars.items()}
+    run.scalars = {key: points for key, points in kept.items() if points}
+
+
+def _key(run: Run, key: str, record: dict) -> str:
+    """Key of a scalar of a record in a run, without the loop prefix that log_with_hierarchy writes."""
+    loop = "train" if "iter" in record else "val" if validates(record) else ""
+    key = key.removeprefix(f"{loop}/") if loop else key
+    if loop and key in ("time", "data_time"):
+        return f"{loop}/{key}"
+    if loop == "val" and key not in run.metrics:
+        run.metrics.append(key)
+    return key
+
+
+@functools.cache
+def _is_by_iteration(key: str) -> bool:
+    """Whether a hook always logs a scalar by iteration, also in a training loop by epochs."""
+    scalar = declared(SCALARS, key)
+    return scalar is not None and scalar.by_iteration
+
+
+def _training_x(run: Run, record: dict) -> float:
+    if not run.by_epoch:
+        return record["iter"]
+    epoch = record.get("epoch", 1)
+    # Clamped, because the epochs of a run that resumed with another batch size have two lengths.
+    return min(max(record["iter"] / run.epoch_length, epoch - 1), epoch)
+
+
 def default_names(work_dirs: Sequence[str | Path]) -> list[str]:
     """The names of the folders, preceded by as many parents as needed to make them different."""
     parts = [Path(work_dir).resolve().parts for work_dir in work_dirs]
@@ -152,10 +221,3 @@ def default_names(work_dirs: Sequence[str | Path]) -> list[str]:
         double = {name for name in names if names.count(name) > 1}
         names = ["/".join(p[-depth:]) if name in double else name for p, name in zip(parts, names, strict=True)]
     return names
-
-
-def _read_measurements(work_dir: Path) -> dict[str, dict[str, str]]:
-    try:
-        return json.loads((work_dir / MEASUREMENTS).read_text())
-    except (OSError, ValueError):
-        return {}

@@ -18,14 +18,9 @@ def config_differences(runs: Sequence[Run]) -> list[list[str]]:
     An entry of a list of parts is named by its type, as in ``custom_hooks[GBRHook].interval``.
     """
     flat = [dict(_flatten(run.config)) for run in runs]
-    keys = sorted(set().union(*flat))
-    rows = {key: [repr(f[key]) if key in f else "" for f in flat] for key in keys if key not in _NOT_COMPARED}
-    known = [bool(f) for f in flat]
-    rows = {
-        key: cells
-        for key, cells in rows.items()
-        if len({cell for cell, there in zip(cells, known, strict=True) if there}) > 1
-    }
+    keys = sorted(set().union(*flat) - set(_NOT_COMPARED))
+    rows = {key: [repr(f[key]) if key in f else "" for f in flat] for key in keys}
+    rows = {key: cells for key, cells in rows.items() if len({c for c, f in zip(cells, flat, strict=True) if f}) > 1}
     # Settings of the test set are usually those of the validation set.
     repeated = {key for key in rows if key.startswith("test_") and rows.get(f"val_{key[5:]}") == rows[key]}
     return [[key, *cells] for key, cells in rows.items() if key not in repeated]

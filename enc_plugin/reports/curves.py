@@ -158,7 +158,7 @@ def _over_words(runs: Sequence[Run], own: dict[str, Scalar], kind: Scalar) -> pa
 
 def _over_layers(runs: Sequence[Run], group: FigureGroup, kinds: dict[str, Scalar]) -> Iterable[page.Html]:
     """A figure over the layers for each quantity of the group that was logged for each layer."""
-    titles = {kind.title for kind in kinds.values() if kind.group == group and kind.band}
+    titles = dict.fromkeys(kind.title for kind in kinds.values() if kind.group == group and kind.band)
     for title in titles:
         own = {key: kind for key, kind in kinds.items() if kind.title.startswith(f"{title}: ")}
         if own:

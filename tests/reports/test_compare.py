@@ -13,6 +13,7 @@ from browser import CHROMIUM, browser
 from helpers import digits_config, scalars, train
 from scipy import stats
 
+from enc_plugin.engine.monitor_hook import STEP
 from enc_plugin.reports.compare import write_report
 from enc_plugin.reports.curves import _series, kind_of, limits_without_first
 from enc_plugin.reports.plot import Series
@@ -180,14 +181,15 @@ def test_a_browser_shows_the_page_whole_at_desktop_and_phone_width(work_dirs, tm
 
 
 def test_the_monitors_scalars_stand_at_their_iteration_and_are_drawn_by_layer_and_over_training(tmp_path):
-    keys = ("norm/min", "norm/median", "norm/max", "stem/norm", "head.fc/norm")
+    keys = [f"{key}/{bound}" for key in STEP for bound in ("min", "median", "max")]
+    keys += [f"{layer}/{key}" for layer in ("stem", "head.fc") for key in STEP]
     monitor = {f"enc_monitor/{key}": float(i + 1) for i, key in enumerate(keys)}
     write_log(tmp_path, [monitor | {"step": 5}, *epoch(1, 3.0, 10.0), monitor | {"step": 15}, *epoch(2, 2.0, 20.0)])
     run = load_run(tmp_path)
-    assert run.scalars["enc_monitor/stem/norm"] == [(0.5, 4.0), (1.5, 4.0)]
+    assert run.scalars["enc_monitor/stem/norm"] == [(0.5, 13.0), (1.5, 13.0)]
     write_report([tmp_path], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert 'alt="Norm of the free weights W, layer by layer"' in page
+    assert re.findall('alt="(.*), layer by layer"', page) == [title for title, _ in STEP.values()]
     assert 'alt="Norm of the free weights W over training' in page
 
 

@@ -59,7 +59,7 @@ def difference(results: Results, arena: str, metric: Metric) -> Interval | None:
     """Mean over the cells of GPU less CPU, a factor for ratios; None unless all cells have enough seeds."""
     cells = [cell.name for cell in results.grid.cells[arena]]
     sides = ((1, arena), (-1, results.grid.arenas[arena].repeats))
-    terms = [(sign / len(cells), [*results.values(side, c, metric).values()]) for c in cells for sign, side in sides]
+    terms = [(sign / len(cells), results.values(side, c, metric)) for c in cells for sign, side in sides]
     if min(len(values) for _, values in terms) < MIN_SEEDS:
         return None
     return contrast(terms, ratio=metric.as_ratio)

@@ -12,7 +12,7 @@ from enc_plugin.reports.curves import limits_without_first
 from . import results as metrics
 from .claims import ENC, PLAIN, Claim
 from .grid import GAUGES
-from .results import Results
+from .results import Results, read_together
 from .statistics import Interval, geometric_interval, interval
 from .verdicts import MIN_SEEDS
 
@@ -93,7 +93,7 @@ def _epoch_curves(
     series: list[dict | None] = []
     for cell in cells:
         by_epoch: dict[float, list[float]] = {}
-        for result in results.seeds(arena, cell).values():
+        for result in results.of_cell(arena, cell):
             for epoch, value in result["by_epoch"].get(key, []):
                 if value is not None and (not log_y or (epoch > 0 and value > 0)):
                     by_epoch.setdefault(epoch, []).append(value)
@@ -110,7 +110,7 @@ def _fgsm_curves(results: Results, arena: str, caption: str) -> list[Figure]:
     series: list[dict | None] = []
     for cell in SHOWN:
         by_eps: dict[float, list[float]] = {}
-        for result in results.seeds(arena, cell).values():
+        for result in results.of_cell(arena, cell):
             for key, value in result["final"].items():
                 if key.startswith("fgsm/top1_eps") and value is not None:
                     by_eps.setdefault(float(key.removeprefix("fgsm/top1_eps")), []).append(value)
@@ -146,7 +146,7 @@ def cells_by_class(results: Results, arena: str) -> list[Figure]:
     order = {gauge: place for place, gauge in enumerate(GAUGES)}
     rows = []
     for cell in sorted(results.grid.cells[arena], key=lambda cell: order.get(cell.gauge, len(order))):
-        values = list(results.values(arena, cell.name, metrics.TOP1).values())
+        values = results.values(arena, cell.name, metrics.TOP1)
         if values:
             group = cell.gauge or OTHERS[is_enc(cell.name)]
             rows.append({"label": cell.title, **_bounds(interval(values)), "group": group})
@@ -156,7 +156,7 @@ def cells_by_class(results: Results, arena: str) -> list[Figure]:
         f"Top-1 accuracy of every cell, {results.grid.arenas[arena].title}: mean over seeds and 95 % interval; the "
         "band is the plain network's."
     )
-    plain = list(results.values(arena, PLAIN, metrics.TOP1).values())
+    plain = results.values(arena, PLAIN, metrics.TOP1)
     band = (interval(plain).low, interval(plain).high) if len(plain) > 1 else None
     return [Figure(f"cells_{arena}", "intervals", caption, metrics.TOP1.name, "", rows, band=band)]
 
@@ -173,9 +173,7 @@ def scatters(results: Results, arena: str) -> list[Figure]:
     for metric, name in ((metrics.TOP1, "top1"), (metrics.GAP, "gap")):
         series = []
         for what, of_kind, slot in (("plain and controls", False, PLAIN), ("ENC", True, ENC)):
-            kind = [r for r in runs if is_enc(r["cell"]) == of_kind]
-            points = [(metrics.GBR_LOGITS.read(r), metric.read(r)) for r in kind]
-            points = [point for point in points if None not in point]
+            points = read_together([r for r in runs if is_enc(r["cell"]) == of_kind], metrics.GBR_LOGITS, metric)
             if points:
                 x, y = zip(*points, strict=True)
                 series.append({"label": what, "x": list(x), "y": list(y), "slot": SHOWN.index(slot)})

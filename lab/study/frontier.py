@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import results as metrics
 from .figures import Figure
-from .results import Results
+from .results import Results, read_together
 from .sections import Section
 from .statistics import interval
 from .verdicts import MIN_SEEDS, compare
@@ -23,10 +23,10 @@ def frontier_section(results: Results) -> Section:
         f"under PGD-10, both by Welch's interval with at least {MIN_SEEDS} seeds on both sides. What is not beaten is "
         "left to choose from.",
     )
-    cells = [cell for cell in results.grid.cells.get(ARENA, ()) if results.seeds(ARENA, cell.name)]
+    cells = [cell for cell in results.grid.cells.get(ARENA, ()) if results.of_cell(ARENA, cell.name)]
     rows = []
     for cell in cells:
-        values = [[*results.values(ARENA, cell.name, metric).values()] for metric in (metrics.TOP1, metrics.PGD)]
+        values = [results.values(ARENA, cell.name, metric) for metric in (metrics.TOP1, metrics.PGD)]
         means = [f"{interval(v).mean:.2f}" if v else "-" for v in values]
         beaten_by = [other.title for other in cells if beats(results, other.name, cell.name)]
         rows.append([cell.title, str(len(values[0])), *means, ", ".join(beaten_by) or "none"])
@@ -47,8 +47,7 @@ def _figure(results: Results) -> Figure:
     series = []
     for prefix, label in _METHODS.items():
         runs = [run for run in results.of_arena(ARENA) if run["cell"].startswith(prefix)]
-        points = [(metrics.TOP1.read(run), metrics.PGD.read(run)) for run in runs]
-        points = [point for point in points if None not in point]
+        points = read_together(runs, metrics.TOP1, metrics.PGD)
         x, y = zip(*points, strict=True) if points else ((), ())
         series.append({"label": label, "x": [*x], "y": [*y]})
     caption = f"Clean accuracy against accuracy under PGD-10, every run, {results.grid.arenas[ARENA].title}."

@@ -37,7 +37,7 @@ def projection_section(results: Results) -> Section:
     )
     for title, other in (("Against plain + classifier BN", "bn"), ("Against ENC layers", ENC)):
         found = [c for form in FORMS for c in _against(results, form, other)]
-        section.tables += contrast_table(results, found, [c.seen for c in found], title)
+        section.tables += contrast_table(results, found, title)
     section.text = [f"`{mode}`: {decision(results, form)}." for form, mode in FORMS.items()]
     return section
 

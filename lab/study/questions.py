@@ -12,7 +12,7 @@ from .figures import cells_by_class, scatters
 from .frontier import frontier_section
 from .grid import GAUGES
 from .projection_rule import projection_section
-from .results import Metric, Results
+from .results import Metric, Results, read_together
 from .sections import Section, contrast_table, found_contrasts
 from .statistics import (
     Interval,
@@ -64,7 +64,7 @@ def _classes(results: Results) -> Section:
 def _members(results: Results, arena: str, gauge: str) -> dict[str, list[float]]:
     """Accuracies of the cells of a class that have run, by title."""
     cells = [cell for cell in results.grid.cells[arena] if cell.gauge == gauge]
-    found = {cell.title: list(results.values(arena, cell.name, metrics.TOP1).values()) for cell in cells}
+    found = {cell.title: results.values(arena, cell.name, metrics.TOP1) for cell in cells}
     return {title: values for title, values in found.items() if values}
 
 
@@ -142,8 +142,7 @@ def _without_norms(results: Results) -> list[str]:
 
 def _correlation(runs: Sequence[dict], gbr: Metric, other: Metric) -> list[str]:
     """A row of the table: rank correlation, plain and at equal training loss; empty where there is none."""
-    triples = [(gbr.read(r), other.read(r), metrics.TRAIN_LOSS.read(r)) for r in runs]
-    triples = [triple for triple in triples if None not in triple]
+    triples = read_together(runs, gbr, other, metrics.TRAIN_LOSS)
     x, y, loss = zip(*triples, strict=True) if triples else ((), (), ())
     rho, p = rank_correlation(x, y)
     if math.isnan(rho):
@@ -169,7 +168,7 @@ def _learning_rates(results: Results) -> Section:
             values = results.values(arena, cell, metrics.TOP1)
             if not values:
                 continue
-            found = interval(list(values.values()))
+            found = interval(values)
             rows.append([side, f"{rate:g}", str(found.n), *_cells(found, metrics.TOP1)])
             best[side] = max(best.get(side, (-math.inf, "")), (found.mean, cell))
     if rows:
@@ -177,7 +176,7 @@ def _learning_rates(results: Results) -> Section:
         section.tables.append((results.grid.arenas[arena].title, head, rows))
     if len(rows) == 2 * len(rates):
         found = compare(results, arena, ((1, best["ENC"][1]), (-1, best["plain"][1])), metrics.TOP1)
-        section.tables += contrast_table(results, [found], [found.seen])
+        section.tables += contrast_table(results, [found])
     return section
 
 
@@ -190,7 +189,7 @@ def _rival(results: Results) -> Section:
     )
     of = (metrics.TOP1, metrics.GBR_LOGITS, metrics.FGSM, metrics.CPU_SECONDS)
     found = [compare(results, "quarter", ((1, "gbr-penalty"), (-1, cell)), m) for cell in (PLAIN, ENC) for m in of]
-    section.tables += contrast_table(results, found, [c.seen for c in found])
+    section.tables += contrast_table(results, found)
     return section
 
 
@@ -207,8 +206,7 @@ def _cost(results: Results) -> Section:
         for metric in (metrics.STEP_SECONDS, metrics.CPU_SECONDS)
         for cell in (ENC, "enc-wn", "enc-fro", "ws", "wn")
     ]
-    found = found_contrasts(results, wanted)
-    section.tables += contrast_table(results, found, [c.seen for c in found])
+    section.tables += contrast_table(results, found_contrasts(results, wanted))
     return section
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from .execute import DIVERGED, FAILED, FINISHED, core_seconds
@@ -104,10 +105,10 @@ class Results:
     def __init__(self, grid: Grid, runs: dict[str, dict]):
         self.grid = grid
         self.runs = runs
-        self._cells: dict[tuple[str, str], dict[int, dict]] = {}
+        self._cells: dict[tuple[str, str], list[dict]] = {}
         for result in runs.values():
             if result["status"] == FINISHED:
-                self._cells.setdefault((result["arena"], result["cell"]), {})[result["seed"]] = result
+                self._cells.setdefault((result["arena"], result["cell"]), []).append(result)
 
     @property
     def arenas(self) -> list[str]:
@@ -117,14 +118,12 @@ class Results:
 
     def __iter__(self) -> Iterator[dict]:
         """The finished runs, in the order of the grid."""
-        return (self.runs[run.id] for run in self.grid.runs() if self._has(run.id, FINISHED))
-
-    def _has(self, run_id: str, status: str) -> bool:
-        return run_id in self.runs and self.runs[run_id]["status"] == status
+        return iter(self.with_status(FINISHED))
 
     def with_status(self, status: str) -> list[dict]:
         """Results with the status ``'finished'``, ``'diverged'`` or ``'failed'``, in the order of the grid."""
-        return [self.runs[run.id] for run in self.grid.runs() if self._has(run.id, status)]
+        found = [self.runs[run.id] for run in self.grid.runs() if run.id in self.runs]
+        return [result for result in found if result["status"] == status]
 
     @property
     def missing(self) -> list[PlannedRun]:
@@ -136,30 +135,28 @@ class Results:
         """Names of the arenas that have runs to go."""
         return {run.cell.arena.name for run in self.missing}
 
-    def seeds(self, arena: str, cell: str) -> dict[int, dict]:
-        """The finished runs of a cell by seed; empty if there is none."""
-        return self._cells.get((arena, cell), {})
+    def of_cell(self, arena: str, cell: str) -> list[dict]:
+        """The finished runs of a cell."""
+        return self._cells.get((arena, cell), [])
 
     def of_arena(self, arena: str) -> list[dict]:
         """The finished runs of an arena, cell by cell."""
-        return [run for cell in self.grid.cells.get(arena, []) for run in self.seeds(arena, cell.name).values()]
+        return [run for cell in self.grid.cells.get(arena, []) for run in self.of_cell(arena, cell.name)]
 
-    def finished(self, arena: str, cells: Iterable[str]) -> bool:
-        """Whether each of these cells has a finished run."""
-        return all(self.seeds(arena, cell) for cell in cells)
-
-    def values(self, arena: str, cell: str, metric: Metric) -> dict[int, float]:
-        """A metric of a cell's finished runs by seed, where it is finite."""
-        found = {seed: metric.read(result) for seed, result in sorted(self.seeds(arena, cell).items())}
-        return {seed: value for seed, value in found.items() if value is not None}
+    def values(self, arena: str, cell: str, metric: Metric) -> list[float]:
+        """A metric of a cell's finished runs in the order of their seeds, where it is finite."""
+        found = [metric.read(run) for run in sorted(self.of_cell(arena, cell), key=itemgetter("seed"))]
+        return [value for value in found if value is not None]
 
     def title(self, arena: str, cell: str) -> str:
         """What a cell is called."""
         return next(c.title for c in self.grid.cells[arena] if c.name == cell)
 
-    def has_cell(self, arena: str, cell: str) -> bool:
-        """Whether the grid plans this cell."""
-        return any(c.name == cell for c in self.grid.cells.get(arena, []))
+
+def read_together(runs: Iterable[dict], *metrics: Metric) -> list[tuple[float, ...]]:
+    """Values of several metrics, run by run, for the runs in which all are finite."""
+    found = [tuple(metric.read(run) for metric in metrics) for run in runs]
+    return [values for values in found if None not in values]
 
 
 def load_results(grid: Grid, folder: str | Path) -> Results:

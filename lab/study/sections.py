@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import results as metrics
@@ -11,7 +11,7 @@ from .claims import CLAIMS, DECAY_PAPER, DECAY_TITLE, DECAYS, NEEDED_EFOLDS, Cla
 from .figures import Figure, claim_curves, decay_curves
 from .grid import cell_efolds
 from .results import Metric, Results
-from .statistics import geometric_interval, interval, rank_correlation
+from .statistics import contrast, rank_correlation
 from .verdicts import (
     HOLDS,
     NOT_TESTABLE,
@@ -57,15 +57,14 @@ def _claim(results: Results, claim: Claim) -> Section:
         if is_planned(results, arena, claim.asked_in(arena)[0])
     ]
     # An arena whose finished runs lack the measure was not measured for this claim.
-    found = [c for c in found if c.effect is not None or not results.finished(c.arena, [x for _, x in c.terms])]
+    found = [c for c in found if c.effect is not None or not all(results.of_cell(c.arena, x) for _, x in c.terms)]
     words = [decide(c.effect, claim.asked_in(c.arena)[1], claim.metric.as_ratio) for c in found]
     section.verdicts = {
         c.arena: Verdict(word, effect_text(c), c.arena in results.unfinished)
         for c, word in zip(found, words, strict=True)
     }
-    section.tables += contrast_table(results, found, [verdict.shown for verdict in section.verdicts.values()])
-    beside = found_contrasts(results, claim.beside)
-    section.tables += contrast_table(results, beside, [c.seen for c in beside], "Beside it")
+    section.tables += contrast_table(results, found, words=[verdict.shown for verdict in section.verdicts.values()])
+    section.tables += contrast_table(results, found_contrasts(results, claim.beside), "Beside it")
     if claim.curve:
         section.figures = [figure for arena in results.arenas for figure in claim_curves(results, claim, arena)]
     return section
@@ -80,7 +79,7 @@ def _decay(results: Results) -> Section:
         efolds = {cell.name: cell_efolds(cell) for cell in results.grid.cells[arena] if cell.name in decays}
         points, rows = [], []
         for cell, decay in decays.items():
-            values = [v for v in results.values(arena, cell, metrics.GBR_LOGITS).values() if v > 0]
+            values = [v for v in results.values(arena, cell, metrics.GBR_LOGITS) if v > 0]
             points += [(decay, value) for value in values]
             if values:
                 columns = [metrics.GBR_LOGITS, metrics.GBR_MARGIN, metrics.FREE_NORM, metrics.TOP1, metrics.TRAIN_LOSS]
@@ -106,7 +105,7 @@ def _trend(rho: float, p: float, runs: int, efolds: float, to_go: bool) -> Verdi
     """The word for a rank correlation of decay and GBR, which the claim says is negative."""
     if math.isnan(rho):
         return Verdict(NOT_TESTABLE, to_go=to_go)
-    word = {True: HOLDS, False: OPPOSITE}[rho < 0] if p < 0.05 else UNDECIDED
+    word = UNDECIDED if p >= 0.05 else HOLDS if rho < 0 else OPPOSITE
     if efolds < NEEDED_EFOLDS:
         word = NOT_TESTABLE
     return Verdict(word, f"rho {rho:+.2f} (p {p:.2g}, {runs} runs, e-folds up to {efolds:.2g})", to_go)
@@ -123,14 +122,16 @@ def found_contrasts(results: Results, wanted: Sequence[tuple[Terms, Metric]]) ->
     return [comparison for comparison in found if comparison.effect is not None]
 
 
-def contrast_table(results: Results, found: Sequence[Comparison], words: Iterable[str], title: str = "") -> list[Table]:
+def contrast_table(
+    results: Results, found: Sequence[Comparison], title: str = "", words: Sequence[str] | None = None
+) -> list[Table]:
     """Contrasts as a table, none if there is none; means of the cells where a side has one.
 
-    A single metric is named in the table's title, several in a column.
+    A single metric is named in the table's title, several in a column. ``words``: the results; None: what is seen.
     """
     names = list(dict.fromkeys(c.metric.name for c in found))
     rows = []
-    for c, word in zip(found, words, strict=True):
+    for c, word in zip(found, words or [c.seen for c in found], strict=True):
         first, second = describe_terms(results, c.arena, c.terms)
         means = [""] * 2
         if len(c.terms) == 2:
@@ -148,7 +149,6 @@ def contrast_table(results: Results, found: Sequence[Comparison], words: Iterabl
 def _means(results: Results, arena: str, cell: str, of: Sequence[Metric]) -> list[str]:
     texts = []
     for metric in of:
-        values = list(results.values(arena, cell, metric).values())
-        mean = geometric_interval if metric.as_ratio else interval
-        texts.append(format(mean(values).mean, metric.digits) if values else "-")
+        values = results.values(arena, cell, metric)
+        texts.append(format(contrast([(1, values)], metric.as_ratio).mean, metric.digits) if values else "-")
     return texts

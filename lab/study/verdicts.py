@@ -77,12 +77,12 @@ class Comparison:
 
 def is_planned(results: Results, arena: str, terms: Terms) -> bool:
     """Whether the grid has all cells of a contrast in this arena."""
-    return all(results.has_cell(arena, cell) for _, cell in terms)
+    return {cell for _, cell in terms} <= {cell.name for cell in results.grid.cells.get(arena, [])}
 
 
 def compare(results: Results, arena: str, terms: Terms, metric: Metric) -> Comparison:
     """The contrast ``sum of weight * mean of cell`` in one arena, from all finished runs in which it was measured."""
-    cells = [list(results.values(arena, cell, metric).values()) for _, cell in terms]
+    cells = [results.values(arena, cell, metric) for _, cell in terms]
     if metric.as_ratio:
         cells = [[value for value in values if value > 0] for values in cells]
     means = tuple(contrast([(1, values)], metric.as_ratio).mean if values else None for values in cells)

@@ -279,7 +279,7 @@ def test_the_best_learning_rates_meet():
 def test_norms_that_are_not_available_count_nowhere():
     norms = {"sum_sq_free": 800.0, "not_available": "why"}
     found = results(*(made_up(cell="ws", seed=s, norms=norms) for s in range(3)))
-    assert found.values("quarter", "ws", LOG_PRODUCT) == {}
+    assert found.values("quarter", "ws", LOG_PRODUCT) == []
     assert len(found.values("quarter", "ws", TOP1)) == 3
 
 
@@ -351,7 +351,7 @@ def test_sections_stand_without_any_run():
 def test_diverged_runs_count_in_no_mean_and_are_listed():
     lost = made_up(cell="wd0", status="diverged", top1=10.0)
     found = results(lost, made_up())
-    assert found.values("quarter", "wd0", TOP1) == {}
+    assert found.values("quarter", "wd0", TOP1) == []
     assert found.with_status("diverged") == [lost]
 
 

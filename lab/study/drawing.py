@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -91,7 +89,8 @@ def _curves(figure: Figure) -> bytes:
     for place, one in enumerate(figure.data):
         if one is not None:
             color = one.get("color", plot.look(place)["color"])
-            plot.draw(axes, _band(one), place, color=color)
+            series = plot.Series(one["label"], one["x"], one["mean"], one["low"], one["high"])
+            plot.draw(axes, series, place, color=color)
             ends.append((one["mean"][-1], one["label"], color))
     if figure.y_limits is not None:
         axes.set_ylim(*figure.y_limits)
@@ -99,11 +98,6 @@ def _curves(figure: Figure) -> bytes:
         plot.log_ticks(axes.yaxis)
     _name_ends(axes, ends)
     return plot.to_png(axes.figure)
-
-
-def _band(curve: dict) -> plot.Series:
-    low, high = ([math.nan if bound is None else bound for bound in curve[end]] for end in ("low", "high"))
-    return plot.Series(curve["label"], curve["x"], curve["mean"], low, high)
 
 
 def _name_ends(axes: Axes, ends: list[tuple[float, str, str]], gap: float = 0.065) -> None:

@@ -156,18 +156,19 @@ def channels_last(model: nn.Module) -> None:
 
 
 def write_result(path: Path, result: dict) -> None:
-    """Write JSON in one step; numbers that are not finite become null."""
+    """Write JSON in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_finite(result), indent=1) + "\n")
+    partial.write_text(json.dumps(as_json(result), indent=1) + "\n")
     os.replace(partial, path)
 
 
-def _finite(value):
+def as_json(value):
+    """Data for a JSON file: numbers have six digits, and those that are not finite become null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os.path
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -14,15 +13,12 @@ from pathlib import Path
 from mmengine.config import Config
 
 from enc_plugin.engine.efolds import config_efolds
+from enc_plugin.refused import require_file
 from lab import ROOT
 
 from . import input_noise  # noqa: F401  (cells name it)
 
 CELLS = Path(__file__).with_name("cells.py")  # the committed grid
-
-_ARENA_NEEDS = {"title", "config", "images", "epochs"}
-_ARENA_KEYS = _ARENA_NEEDS | {"overrides", "pgd", "for_gpu", "instead_of", "repeats"}
-_CELL_KEYS = {"title", "seeds", "overrides", "gauge"}
 
 # Networks with a batch norm behind every layer but perhaps the classifier train alike within a class (docs/gauge.md).
 GAUGES = ("row means kept", "row means kept + classifier BN", "row means removed", "row means removed + classifier BN")
@@ -72,6 +68,11 @@ class Cell:
     overrides: dict = field(default_factory=dict)
     gauge: str | None = None
 
+    @property
+    def id(self) -> str:
+        """``arena/cell``: the cell's name among those of all arenas."""
+        return f"{self.arena.name}/{self.name}"
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -83,7 +84,7 @@ class PlannedRun:
     @property
     def id(self) -> str:
         """``arena/cell-seedN``: the run's name, and the path of its result below the results' folder."""
-        return f"{self.cell.arena.name}/{self.cell.name}-seed{self.seed}"
+        return f"{self.cell.id}-seed{self.seed}"
 
     @property
     def overrides(self) -> dict:
@@ -129,28 +130,17 @@ class Grid:
         Raises:
             ValueError: If a pattern matches no cell.
         """
-        chosen = {name: list(cells) for name, cells in self.cells.items()}
-        if only is not None:
-            matched = {pattern: self._matching(pattern) for pattern in only}
-            for pattern, cells in matched.items():
-                if not cells:
-                    names = [f"{cell.arena.name}/{cell.name}" for cells in self.cells.values() for cell in cells]
-                    raise ValueError(f"only: {pattern!r} matches no cell; the cells are {', '.join(names)}")
-            wanted = {id(cell) for cells in matched.values() for cell in cells}
-            chosen = {name: [cell for cell in cells if id(cell) in wanted] for name, cells in chosen.items()}
+        ids, chosen = [cell.id for cells in self.cells.values() for cell in cells], set()
+        for pattern in ["*"] if only is None else only:
+            matched = {name for name in ids if fnmatchcase(name, pattern) or fnmatchcase(name.split("/")[0], pattern)}
+            if not matched:
+                raise ValueError(f"only: {pattern!r} matches no cell; the cells are {', '.join(ids)}")
+            chosen |= matched
         runs = []
-        for cells in chosen.values():
+        for cells in self.cells.values():
             for turn in range(max((len(cell.seeds) for cell in cells), default=0)):
-                runs += [PlannedRun(cell, cell.seeds[turn]) for cell in cells if turn < len(cell.seeds)]
+                runs += [PlannedRun(x, x.seeds[turn]) for x in cells if x.id in chosen and turn < len(x.seeds)]
         return runs
-
-    def _matching(self, pattern: str) -> list[Cell]:
-        return [
-            cell
-            for cells in self.cells.values()
-            for cell in cells
-            if fnmatchcase(cell.arena.name, pattern) or fnmatchcase(f"{cell.arena.name}/{cell.name}", pattern)
-        ]
 
 
 def load_grid(path: str | Path) -> Grid:
@@ -164,15 +154,14 @@ def load_grid(path: str | Path) -> Grid:
         FileNotFoundError: If there is no such file.
         ValueError: If a part is missing, unknown or repeated; names the arena and cell.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"grid: there is no file {path}")
+    require_file("grid", path)
     content = Config.fromfile(path).to_dict()
     for part in ("arenas", "cells"):
         if not content.get(part):
             raise ValueError(f"grid: {path} sets no {part}")
     arenas = {}
     for name, settings in content["arenas"].items():
-        _check_keys(f"arena {name!r}", settings, _ARENA_KEYS, _ARENA_NEEDS)
+        _check_keys(f"arena {name!r}", settings, Arena)
         arenas[name] = Arena(name, **settings)
     for arena in arenas.values():
         if unknown := {*arena.instead_of, arena.repeats or arena.name} - set(arenas):
@@ -186,7 +175,7 @@ def load_grid(path: str | Path) -> Grid:
 
 
 def _cell(arena: Arena, name: str, settings: dict) -> Cell:
-    _check_keys(f"cell '{arena.name}/{name}'", settings, _CELL_KEYS, {"title", "seeds"})
+    _check_keys(f"cell '{arena.name}/{name}'", settings, Cell)
     seeds: Sequence[int] = settings["seeds"]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: cell '{arena.name}/{name}' needs different seeds, at least one, got {seeds!r}")
@@ -198,7 +187,10 @@ def _cell(arena: Arena, name: str, settings: dict) -> Cell:
     return Cell(arena, name, settings["title"], tuple(seeds), settings.get("overrides", {}), gauge)
 
 
-def _check_keys(what: str, settings: dict, known: set[str], needed: set[str]) -> None:
+def _check_keys(what: str, settings: dict, kind: type[Arena] | type[Cell]) -> None:
+    """Raise ``ValueError`` for settings that ``kind`` does not have, or that it needs and lacks."""
+    asked = [f for f in fields(kind) if f.name not in ("name", "arena")]  # these are the keys of the dicts
+    known, needed = {f.name for f in asked}, {f.name for f in asked if f.default is f.default_factory is MISSING}
     if unknown := set(settings) - known:
         raise ValueError(f"grid: {what} sets {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
     if missing := needed - set(settings):

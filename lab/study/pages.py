@@ -11,7 +11,7 @@ from enc_plugin.reports import page, plot
 
 from .answer import METHOD, WORDS, arena_lines, headlines, markdown_table, opening_figure, summary_table
 from .drawing import to_picture
-from .execute import DIVERGED, FAILED, runs_folder
+from .execute import DIVERGED, FAILED, as_json, runs_folder
 from .figures import Figure
 from .grid import CELLS, load_grid
 from .questions import question_sections
@@ -55,8 +55,9 @@ def write_study(study: str | Path, readme: str | Path | None = None, grid: str |
         texts[Path(readme)] = _insert(Path(readme).read_text(), lines, readme)
     pictures = {figure.name: to_picture(figure) for figure in figures}
     wanted = {study / "figures" / f"{name}.png": picture for name, picture in pictures.items()}
+    plain = [{"name": figure.name, "kind": figure.kind, "data": figure.data} for figure in figures]
     texts |= {
-        study / "figures.json": json.dumps([_plain(figure) for figure in figures], indent=1) + "\n",
+        study / "figures.json": json.dumps(as_json(plain), indent=1) + "\n",
         study / "README.md": markdown(found, parts),
         study / "report.html": _html(found, parts, pictures),
     }
@@ -112,7 +113,9 @@ def _html(found: Results, parts: Sequence[Section], pictures: dict[str, bytes]) 
         return [page.figure(pictures[one.name], alt=one.caption, caption=one.caption) for one in figures]
 
     opening = opening_figure(parts)
-    blocks: list[str] = [page.table(*_plain_cells(*summary_table(found, parts))), WORDS.replace("*", "")]
+    head, rows = summary_table(found, parts)
+    blocks: list[str] = [page.table(head, [[cell.replace("*", "") for cell in row] for row in rows])]
+    blocks.append(WORDS.replace("*", ""))
     blocks += [page.items(*arena_lines(found)), *drawn(opening)]
     blocks += ["Contents:", page.contents(*(part.title for part in parts), _RUNS)]
     blocks += [METHOD, _INTRODUCTION.replace("`", "")]
@@ -132,10 +135,6 @@ def _html(found: Results, parts: Sequence[Section], pictures: dict[str, bytes]) 
     return page.render(_TITLE, *blocks)
 
 
-def _plain_cells(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    return head, [[cell.replace("*", "") for cell in row] for row in rows]
-
-
 def _about_runs(found: Results) -> list[str]:
     hours = sum(result["seconds"]["cpu"] for result in found.runs.values()) / 3600
     diverged, failed = found.with_status(DIVERGED), found.with_status(FAILED)
@@ -153,7 +152,7 @@ def _about_runs(found: Results) -> list[str]:
     if left:
         seeds: dict[str, list[str]] = {}
         for run in left:
-            seeds.setdefault(f"{run.cell.arena.name}/{run.cell.name}", []).append(str(run.seed))
+            seeds.setdefault(run.cell.id, []).append(str(run.seed))
         cells = [f"{cell} {', '.join(left)}" for cell, left in seeds.items()]
         lines.append(f"Seeds not run yet: {'; '.join(cells)}.")
     return lines
@@ -174,18 +173,6 @@ def _run_table(found: Results) -> tuple[list[str], list[list[str]]]:
         commit = result["provenance"]["commit"]
         rows.append([run.id, result["status"], *numbers, f"{result['seconds']['cpu']:.0f}", commit])
     return head, rows
-
-
-def _plain(figure: Figure) -> dict:
-    return {"name": figure.name, "kind": figure.kind, "data": _rounded(figure.data)}
-
-
-def _rounded(value):
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _insert(text: str, lines: str, readme: str | Path) -> str:

@@ -45,7 +45,7 @@ def describe_plan(runs: Sequence[PlannedRun], results: str | Path) -> str:
     left = {id(run) for run in pending(runs, results)}
     cells: dict[str, list[PlannedRun]] = {}
     for run in runs:
-        cells.setdefault(f"{run.cell.arena.name}/{run.cell.name}", []).append(run)
+        cells.setdefault(run.cell.id, []).append(run)
     rows, total = [], 0.0
     for name, members in cells.items():
         todo = [run for run in members if id(run) in left]

@@ -1,6 +1,20 @@
 # The study: which runs test which claim. Every cell is a config, changes to it (dotted keys, as for --cfg-options) and
 # seeds; `python -m lab.study` runs what has no result yet, `--dry-run` prints the plan and its cost.
 
+
+def schedule(epochs, decay, gbr_every=10):
+    """Decay lambda; the learning rate falls after 30, 60 and 90 % of the epochs; FGSM of all test images at the end."""
+    gbr = [
+        dict(type="GBRHook", num_samples=512, projections=1, output=x, interval=gbr_every) for x in ("logits", "probs")
+    ]
+    return {
+        "train_cfg": dict(max_epochs=epochs, val_interval=3),
+        "param_scheduler.milestones": [share * epochs // 10 for share in (3, 6, 9)],
+        "optim_wrapper.optimizer.weight_decay": decay,
+        "custom_hooks": [*gbr, dict(type="FGSMHook", eps=(1, 2, 4, 8), interval=1000)],
+    }
+
+
 # --- Arenas: data and schedule, decided once. lr is divided by 10 after 30, 60 and 90 % of the epochs. ---
 arenas = dict(
     quarter=dict(
@@ -20,17 +34,7 @@ arenas = dict(
         config="lab/study/cifar10_resnet20.py",
         images=12_500,
         epochs=60,
-        overrides={
-            "train_dataloader.dataset.per_class": 1250,
-            "train_cfg": dict(max_epochs=60, val_interval=3),
-            "param_scheduler.milestones": [18, 36, 54],
-            "optim_wrapper.optimizer.weight_decay": 8.5e-3,
-            "custom_hooks": [
-                dict(type="GBRHook", num_samples=512, projections=1, output="logits", interval=3),
-                dict(type="GBRHook", num_samples=512, projections=1, output="probs", interval=3),
-                dict(type="FGSMHook", eps=(1, 2, 4, 8), interval=1000),  # all test images, after the last epoch alone
-            ],
-        },
+        overrides={"train_dataloader.dataset.per_class": 1250, **schedule(60, 8.5e-3, gbr_every=3)},
         pgd=dict(eps=[2], steps=10),
     ),
     full=dict(
@@ -51,28 +55,11 @@ arenas = dict(
 
 # Arenas for a GPU (`python -m lab.side_by_side`). The first repeats runs of another arena: do both ways of training agree?
 arenas["g0"] = dict(arenas["quarter"], title="the arena quarter again, on a GPU", for_gpu=True, repeats="quarter")
-measured = [
-    dict(type="GBRHook", num_samples=512, projections=1, output="logits", interval=10),
-    dict(type="GBRHook", num_samples=512, projections=1, output="probs", interval=10),
-    dict(type="FGSMHook", eps=(1, 2, 4, 8), interval=1000),  # all test images, after the last epoch alone
-]
-thirty_epochs = {
-    "train_cfg": dict(max_epochs=30, val_interval=3),
-    "param_scheduler.milestones": [9, 18, 27],
-    "optim_wrapper.optimizer.weight_decay": 4e-3,  # 31 e-folds
-    "custom_hooks": measured,
-}
-sixty_epochs = {
-    "train_cfg": dict(max_epochs=60, val_interval=3),
-    "param_scheduler.milestones": [18, 36, 54],
-    "optim_wrapper.optimizer.weight_decay": 2e-3,  # 31 e-folds
-    "custom_hooks": measured,
-}
 thirty = dict(
     config="lab/study/cifar10_resnet20.py",
     images=50_000,
     epochs=30,
-    overrides=thirty_epochs,
+    overrides=schedule(30, 4e-3),  # 31 e-folds
     pgd=dict(eps=[2], steps=10),
     for_gpu=True,
 )
@@ -83,14 +70,14 @@ arenas |= dict(
         thirty,
         title=f"{everything}, 60 epochs, ResNet-20, decay 2e-3",
         epochs=60,
-        overrides=sixty_epochs,
+        overrides=schedule(60, 2e-3),  # 31 e-folds
         instead_of=("quarter",),
     ),
     g3=dict(thirty, title=f"{everything}, 30 epochs, ResNet-18, decay 4e-3", config="lab/study/cifar10_resnet18.py"),
     g4=dict(
         thirty,
         title=f"{everything}, 30 epochs, ResNet-20, decay 1e-3",
-        overrides={**thirty_epochs, "optim_wrapper.optimizer.weight_decay": 1e-3},
+        overrides=schedule(30, 1e-3),
     ),
 )
 

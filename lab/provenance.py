@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from enc_plugin.functional.precision import float32_formats
+from enc_plugin.installation import version_of
 
 # Includes the forks that have the same module names.
 _PACKAGES = ("torch", "torchvision", "mmengine", "mmpretrain", "mmcv", "mmcv-lite")
@@ -25,16 +25,10 @@ def provenance(root: str | Path) -> dict[str, object]:
     # Only code counts as dirty; changed results and pages do not.
     if any(name.endswith(_CODE) for name in _git(root, "diff", "--name-only", "HEAD").splitlines()):
         commit += "-dirty"
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "commit": commit or "unknown",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {package: found for package in _PACKAGES if (found := version_of(package))},
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         **gpu(),

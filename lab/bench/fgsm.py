@@ -11,10 +11,10 @@ import torch
 from mmpretrain.models.backbones import ResNet_CIFAR
 from torch import nn
 
-from enc_plugin import to_enc
 from enc_plugin.functional import fgsm
 
 from .harness import interleave, ratios
+from .rivals import converted
 
 EPS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 BATCH = 64
@@ -43,10 +43,7 @@ def run(rounds: int = 5, batch: int = BATCH) -> dict:
 
     torch.manual_seed(0)
     model = Classifier().eval()
-    enc = Classifier().eval()
-    enc.load_state_dict(model.state_dict())
-    to_enc(enc)
-    enc.eval()
+    enc = converted(model, ("ENC ws",))["ENC ws"].eval()
     images, labels = torch.rand(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
     arrays = images.numpy(), labels.numpy()
     estimator = PyTorchClassifier(

@@ -54,11 +54,9 @@ def run(rounds: int = 1, batch: int = 4, size: int = 64) -> dict:
     """Count once; ``rounds`` has no effect."""
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
-    found = {}
-    for name, model in converted(resnet50()).items():
-        found[name] = footprint(model.train(), images, labels)
-        if name == "plain":
-            weights = [p for p in model.parameters() if p.ndim > 1]
+    networks = converted(resnet50())
+    found = {name: footprint(network.train(), images, labels) for name, network in networks.items()}
+    weights = [p for p in networks["plain"].parameters() if p.ndim > 1]
     elements = sum(4 * p.numel() for p in weights)
     forward, backward, plain = found["plain"]
     counts = {

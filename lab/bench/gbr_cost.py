@@ -188,22 +188,17 @@ def probes_section(rounds: int, samples: int = 32, wanted: float = 0.02) -> dict
             **{f"from_{k}_probes": {p: row[k] * at_512 for p, row in rows.items()} for k in rows[1]},
         }
     needed = next((p for p in (1, 2, 5) if all(t["from_orthonormal_probes"][p] <= wanted for t in totals.values())), 10)
-    seconds = interleave(
-        {
-            "exact": lambda: gbr(model, images[:16], batch_size=16),
-            **{
-                f"{p} projections": lambda p=p: gbr(model, images[:16], projections=p, batch_size=16) for p in (1, 2, 5)
-            },
-        },
-        rounds,
-    )
+    timed = {"exact": lambda: gbr(model, images[:16], batch_size=16)}
+    for p in (1, 2, 5):
+        timed[f"{p} projections"] = lambda p=p: gbr(model, images[:16], projections=p, batch_size=16)
+    times = ratios(interleave(timed, rounds), "exact")
     return {
         "what": "relative standard error of the mean GBR of logits that comes from random directions; 200 draws",
         "fixed_samples": errors,
         "at_512_samples": totals,
-        "time": ratios(seconds, "exact"),
+        "time": times,
         "projections_for_2_percent_at_512": needed,
-        "time_to_2_percent": 1.0 if needed == 10 else ratios(seconds, "exact")[f"{needed} projections"]["ratio"],
+        "time_to_2_percent": 1.0 if needed == 10 else times[f"{needed} projections"]["ratio"],
         "bound": {"time_to_2_percent": 0.25},
     }
 
@@ -252,8 +247,7 @@ def hook_section(rounds: int, batch: int = 64, num_samples: int = 512, epoch: in
                 gbr(m, part, projections=1, batch_size=s) for part in images.split(s)
             ]
         seconds = interleave(candidates, rounds)
-        table = ratios(seconds, "training step")
-        share = (num_samples / batch) / (epoch / batch)
+        table, share = ratios(seconds, "training step"), num_samples / epoch
         result[name] = {
             "to_training_step": table,
             "share_of_epoch": {k: row["ratio"] * share for k, row in table.items() if k != "training step"},

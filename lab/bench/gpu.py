@@ -23,6 +23,7 @@ from enc_plugin import fold
 from enc_plugin.build import pick_device
 from enc_plugin.functional import fgsm, gbr
 from enc_plugin.packed import pack_weights
+from enc_plugin.refused import describe
 
 from .harness import event_clock, goal, interleave, ratios, wall_clock
 from .networks import resnet50
@@ -108,7 +109,7 @@ def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
             memory[name] = {"MiB at the peak": _peak(call) - before}
             calls[name] = call
         except Exception as error:  # the other networks are still measured
-            failed[name] = _text(error)
+            failed[name] = describe(error, 500)
     return {"to_plain": setting.timed(calls, "plain"), "peak": memory, "failed": failed}
 
 
@@ -221,7 +222,7 @@ def run(
         try:
             result[part] = measure(setting)
         except Exception as error:  # the other parts still run
-            result[part] = {"failed": {part: _text(error)}}
+            result[part] = {"failed": {part: describe(error, 500)}}
         result["counts"] = {
             f"{name}, {part.removeprefix('step, ')}": row
             for part in result
@@ -237,10 +238,6 @@ def run(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
 
 
 def _allocated() -> float:

@@ -50,18 +50,12 @@ def tables(result: dict, name: str = "") -> Iterator[tuple[str, dict[str, dict[s
 
 def draw_ratios(path: Path) -> None:
     """Draw the chart of a section's JSON file: a bar chart for each table, with the interval of each median."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     found = list(tables(json.loads(path.read_text())))
     if not found:
         return
     heights = [0.3 * len(rows) + 0.9 for _, rows in found]
-    figure, axes = plt.subplots(
-        len(found), 1, figsize=(8, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
-    )
+    figure = plot.new_figure((8, sum(heights)))
+    axes = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)
     for (title, rows), ax in zip(found, axes[:, 0], strict=True):
         values = [row["ratio"] for row in rows.values()]
         spread = [
@@ -83,7 +77,6 @@ def draw_ratios(path: Path) -> None:
         ax.tick_params(labelsize=8)
     axes[-1, 0].set_xlabel("time, ratio to the reference (median; whiskers: its 95 % interval)")
     figure.savefig(path.with_suffix(".png"), dpi=100)
-    plt.close(figure)
 
 
 def readme(folder: Path) -> str:

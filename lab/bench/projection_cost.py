@@ -5,6 +5,7 @@ The plain network runs twice in each round, as in the section ``training_step``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -23,12 +24,11 @@ BATCH, SIZE, CLASSES = 4, 64, 1000
 
 def candidates() -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
     """The networks with the same initial weights, and an optimizer for each."""
-    found = {}
-    networks = converted(resnet50(), ("plain", "ENC ws"))
-    for name, network in {**networks, "plain again": converted(networks["plain"], ("plain",))["plain"]}.items():
-        found[name] = network, sgd(network)
+    plain = resnet50()
+    networks = {**converted(plain, ("plain", "ENC ws")), "plain again": plain}
+    found = {name: (network, sgd(network)) for name, network in networks.items()}
     for mode in ("retract", "rotate"):
-        network = converted(networks["plain"], ("plain",))["plain"]
+        network = copy.deepcopy(plain)
         to_enc(network, "ws", how="project")
         found[f"ENC ws, {mode}"] = network, sgd(network, projection=mode)
     return found

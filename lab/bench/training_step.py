@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from .harness import goal, interleave, ratios
 from .networks import resnet20, resnet50
-from .rivals import converted, sgd
+from .rivals import CONVERSIONS, converted, sgd
 
 # Network, classes, batch, size, share of the rounds.
 CASES = {
@@ -47,11 +47,11 @@ def case(name: str, rounds: int) -> tuple[dict, list[dict]]:
         return lambda: cross_entropy(network(images), labels)
 
     networks = converted(build())
-    networks["plain again"] = converted(build(), ("plain",))["plain"]
+    networks["plain again"] = build()
     steps = {key: step(sgd(network.train()), loss_of(network)) for key, network in networks.items()}
     for key in ("ENC wn", "ENC ws"):  # without the shift, for a comparison of the layers
-        network = converted(build(), (key,))[key]
-        steps[f"{key}, no shift"] = step(sgd(network.train(), shift=False), loss_of(network))
+        network = CONVERSIONS[key](build()).train()
+        steps[f"{key}, no shift"] = step(sgd(network, shift=False), loss_of(network))
     seconds = interleave(steps, max(3, round(rounds * factor)), warmup=2)
     found = {
         "what": f"training step, {build.__name__}, batch {batch}, {size} x {size}, float32, without data loading",

@@ -50,15 +50,21 @@ class Loading:
         return [name for name in _not_finite(self.loaded.items()) if name not in self._not_finite]
 
 
-def enc_layers_of_plain_ones(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Names of the layers that are ENC in the checkpoint and plain in ``model``."""
+def refuse_enc_in_plain(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` if layers are ENC in a checkpoint and plain in ``model``, where W would be the weight."""
     own = {key.removeprefix("module.") for key in model.state_dict()}
     prefixes = {name: f"{name}." if name else "" for name in saved_settings(state_dict)}
-    return [
+    plain = [
         name
         for name, prefix in prefixes.items()
         if prefix + KEY not in own and any(prefix + key in own for key in WEIGHT_KEYS)
     ]
+    if plain:
+        raise ValueError(
+            f"checkpoint: {len(plain)} of its layers are ENC but plain in this model ({plain[0]!r}, ...), so the "
+            "outputs would differ; use the config that it was trained with (a copy is in its work_dir), or fold it "
+            "first with that config: python tools/fold.py CONFIG CHECKPOINT OUT"
+        )
 
 
 def check_trained_as(model: nn.Module) -> None:
@@ -91,9 +97,7 @@ def load_trained(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         ValueError: If keys or shapes differ, if a layer is ENC in only one of ``model`` and ``state_dict`` or has other
             settings, or if NaN or Inf is loaded.
     """
-    plain = enc_layers_of_plain_ones(model, state_dict)
-    if plain:
-        raise ValueError(f"checkpoint: {why_not_plain(plain)}")
+    refuse_enc_in_plain(model, state_dict)
     loading = Loading(model)
     try:
         # Strictly, because untrained tensors would be measured as if they had been trained.
@@ -105,15 +109,6 @@ def load_trained(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if broken:
         raise ValueError(f"checkpoint: it holds NaN or Inf in {len(broken)} tensors: {broken[0]!r}, ...")
     check_trained_as(model)
-
-
-def why_not_plain(layers: list[str]) -> str:
-    """Error message for the result of :func:`enc_layers_of_plain_ones`."""
-    return (
-        f"{len(layers)} of its layers are ENC but plain in this model ({layers[0]!r}, ...), so the outputs would "
-        "differ; use the config that it was trained with (a copy is in its work_dir), or fold it first with that "
-        "config: python tools/fold.py CONFIG CHECKPOINT OUT"
-    )
 
 
 def _loadable(model: nn.Module) -> dict[str, Tensor]:

@@ -54,9 +54,7 @@ def has_bfloat16_instructions() -> bool:
 
 def without_cuda(optim_wrapper, logger: Logger):
     """Replace ``AmpOptimWrapper`` in a config by :class:`BFloat16OptimWrapper` if there is no CUDA."""
-    if torch.cuda.is_available() or not isinstance(optim_wrapper, dict):
-        return optim_wrapper
-    if part_class(optim_wrapper, OPTIM_WRAPPERS) is not AmpOptimWrapper:
+    if torch.cuda.is_available() or part_class(optim_wrapper, OPTIM_WRAPPERS) is not AmpOptimWrapper:
         return optim_wrapper
     logger.info("ENC: without CUDA, mixed precision uses bfloat16 autocast without loss scaling")
     own = {k: v for k, v in optim_wrapper.items() if k not in ("loss_scale", "dtype", "use_fsdp")}

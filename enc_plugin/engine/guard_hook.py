@@ -122,13 +122,9 @@ class ENCGuardHook(Hook):
         loss = (outputs or {}).get("loss")
         if isinstance(loss, Tensor) and not math.isfinite(loss.item()):
             self._stop(runner, "the loss")
-        for hook in runner.hooks:
-            if (
-                isinstance(hook, CheckpointHook)
-                and not hook.by_epoch
-                and hook.every_n_train_iters(runner, hook.interval)
-            ):
-                self._check_weights(runner)
+        savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
+        if any(hook.every_n_train_iters(runner, hook.interval) for hook in savers):
+            self._check_weights(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Stop if weights that are about to be saved are not finite."""

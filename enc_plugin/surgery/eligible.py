@@ -51,7 +51,7 @@ class Evidence:
         try:
             self.trace = record_forward(model, example)
             self._whole = [self.trace]
-            if any(self._trace_of(layer) is None and not self._readers(layer) for layer in self._layers.values()):
+            if self.guessed():
                 with suppress(RecordError):
                     self._whole.append(record_forward(model, example, training=True))
         except RecordError as error:

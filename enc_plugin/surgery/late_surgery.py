@@ -28,20 +28,14 @@ def refuse_wrapped(model: nn.Module) -> None:
     own = set(model.modules())
     wrapper = next((type(m) for m in own if isinstance(m, _distributed_wrappers())), None)
     if wrapper is None and distributed.is_available() and distributed.is_initialized():
-        wrapper = _live_wrapper(own)
-        if wrapper is not None:
-            gc.collect()  # the wrapper may be garbage
-            wrapper = _live_wrapper(own)
+        gc.collect()  # a wrapper may be garbage
+        live = _live_objects(_distributed_wrappers())
+        wrapper = next((type(w) for w in live if not own.isdisjoint(w.modules())), None)
     if wrapper is not None:
         raise ValueError(
             f"model: it is already wrapped by {wrapper.__name__}, which would not synchronise the parameters that "
             "to_enc adds (batch norms after layers, learnable alphas); call to_enc first, then wrap the model"
         )
-
-
-def _live_wrapper(modules: set[nn.Module]) -> type | None:
-    """Type of any wrapper object in the process that contains one of ``modules``, or None."""
-    return next((type(w) for w in _live_objects(_distributed_wrappers()) if not modules.isdisjoint(w.modules())), None)
 
 
 def _distributed_wrappers() -> tuple[type, ...]:

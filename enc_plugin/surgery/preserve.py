@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,9 @@ class Plan:
     def _run(self) -> Tensor:
         args, kwargs = self.example
         with restored(self.model), torch.no_grad():
-            return _flat(self.model(*args, **kwargs))
+            leaves = tree_leaves(self.model(*args, **kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        return torch.cat([t.detach().double().flatten() for t in tensors])
 
     @torch.no_grad()
     def apply(self) -> Preservation:
@@ -138,8 +139,3 @@ def _fill_post_norm(norm: _BatchNorm, layer: ENCLayer, scale: Tensor) -> None:
     running_var.copy_(var)
     norm.weight.copy_((running_var.double() + norm.eps).sqrt() / scale)
     norm.bias.copy_(bias)
-
-
-def _flat(outputs: Any) -> Tensor:
-    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
-    return torch.cat([t.detach().double().flatten() for t in tensors])

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import time
 import traceback
 from collections.abc import Sequence
@@ -122,8 +121,8 @@ def _train_and_measure(run: PlannedRun, work_dir: Path, root: str | Path) -> dic
         **{key: log.last(key) for key in sorted(log.scalars) if key.startswith(_MEASURED) and "seconds" not in key},
         **measure(unwrap(runner.model), training_images(runner.cfg), runner.val_dataloader.dataset, arena.pgd),
     }
-    seconds = {key: sum(v for _, v in log.scalars.get(key, [])) for key in ("gbr/seconds", "fgsm/seconds")}
-    seconds["an_iteration"] = statistics.median(v for _, v in log.scalars["train/time"])
+    seconds = {key: sum(log.values(key)) for key in ("gbr/seconds", "fgsm/seconds")}
+    seconds["an_iteration"] = log.seconds_per_iteration
     return {"by_epoch": by_epoch, "final": final, "measured_seconds": seconds}
 
 

@@ -36,8 +36,7 @@ def constants(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def are_finite(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all elements are finite; waits for the device."""
-    largest = largest_magnitude(tensors)
-    return largest is None or math.isfinite(largest.item())
+    return math.isfinite(largest_magnitude(tensors).item())
 
 
 def find_cause(runner: Runner, batch: Any) -> str:

@@ -31,7 +31,7 @@ class UnreadStep:
 
     def is_finite(self) -> bool:
         """Whether all gradients were finite; waits for the device."""
-        return self._largest is None or math.isfinite(self._largest.item())
+        return math.isfinite(self._largest.item())
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -43,8 +43,7 @@ class UnreadStep:
 
 
 @torch.no_grad()
-def largest_magnitude(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    """Largest magnitude of all elements, as a scalar on the device; NaN if one is NaN, None if there are none."""
-    tensors = [t for t in tensors if t is not None and t.numel()]
+def largest_magnitude(tensors: Iterable[Tensor | None]) -> Tensor:
+    """Largest magnitude of all elements, as a scalar on the device; NaN if one is NaN, 0 if there are none."""
     # Unlike a sum of squares, the maximum cannot overflow.
-    return torch.nn.utils.get_total_norm(tensors, math.inf) if tensors else None
+    return torch.nn.utils.get_total_norm([t for t in tensors if t is not None and t.numel()], math.inf)

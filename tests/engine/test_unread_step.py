@@ -47,7 +47,7 @@ def test_without_gradients_there_is_nothing_to_tell():
     step = UnreadStep(nn.Linear(2, 2).parameters())
     step.undo()
     assert step.is_finite()
-    assert largest_magnitude([None, torch.zeros(0)]) is None
+    assert largest_magnitude([None, torch.zeros(0)]) == 0
 
 
 def test_taking_a_step_reads_nothing_from_the_device():

@@ -9,6 +9,7 @@ from mmengine.dist import gather_object, get_rank, get_world_size
 from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
 
 from ..measuring.untouched import unwrap
 from .generators import random_states, restore_random_states, run_generators
@@ -111,7 +112,9 @@ class RNGStateHook(Hook):
         state = saved["ranks"][get_rank()] if get_rank() < len(saved["ranks"]) else None
         if state is not None:
             self._check_generators(runner, state)
-            _restore(runner, state, tensors=same)
+            restore_random_states(runner, state)
+            if same:
+                _restore_tensors(unwrap(runner.model), state)
         if not saved["validated"] and is_validation_due(loop, saved["batch"]):
             runner.logger.info("RNGStateHook: the checkpoint was written before its validation, which is run first")
             runner.val_loop.run()
@@ -171,15 +174,11 @@ def _state(runner: Runner) -> dict:
     }
 
 
-def _restore(runner: Runner, state: dict, tensors: bool) -> None:
-    """Restore the random state of this rank, and, if ``tensors``, its gradients and buffers."""
-    restore_random_states(runner, state)
-    if not tensors:
-        return
-    model = unwrap(runner.model)
+@torch.no_grad()
+def _restore_tensors(model: nn.Module, state: dict) -> None:
+    """Restore the accumulated gradients and the buffers of this rank."""
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    with torch.no_grad():
-        for name, value in state["gradients"].items():
-            parameters[name].grad = value.to(parameters[name].device, copy=True)
-        for name, value in state["buffers"].items():
-            buffers[name].copy_(value)
+    for name, value in state["gradients"].items():
+        parameters[name].grad = value.to(parameters[name].device, copy=True)
+    for name, value in state["buffers"].items():
+        buffers[name].copy_(value)

@@ -58,12 +58,11 @@ class ValidatedNetworkHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Raise if another hook logs the same names, and move before all other hooks."""
         for other in runner.hooks:
-            double = set(self.scalar_names) & set(getattr(other, "scalar_names", [])) if other is not self else None
-            if double:
-                kind = type(self).__name__
+            double = set(self.scalar_names).intersection(getattr(other, "scalar_names", ()))
+            if double and other is not self:
                 raise ValueError(
-                    f"custom_hooks: two hooks ({kind}, {type(other).__name__}) would log under the same names "
-                    f"({', '.join(sorted(double))}); {self._advice}"
+                    f"custom_hooks: two hooks ({type(self).__name__}, {type(other).__name__}) would log under the same "
+                    f"names ({', '.join(sorted(double))}); {self._advice}"
                 )
         self._move_first(runner)
 

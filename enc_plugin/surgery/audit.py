@@ -83,16 +83,14 @@ def audit(model: nn.Module, folded: bool = False, inputs: Tensor | None = None) 
     check_type("inputs", inputs, (Tensor, type(None)), "a batch of inputs or None")
     if folded:
         return audit_folded(model, inputs)
-    rows = Audit()
-    for name, layer in constrained_layers(model):
-        rows.append(
-            AuditRow(
-                name,
-                type(layer.layer if isinstance(layer, Projected) else layer).__name__,
-                layer.enc_variant,
-                float(layer.enc_alpha),
-                layer.effective_weight.double().square().sum().item(),
-                layer.weight.double().square().sum().sqrt().item(),
-            )
+    return Audit(
+        AuditRow(
+            name,
+            type(layer.layer if isinstance(layer, Projected) else layer).__name__,
+            layer.enc_variant,
+            float(layer.enc_alpha),
+            layer.effective_weight.double().square().sum().item(),
+            layer.weight.double().square().sum().sqrt().item(),
         )
-    return rows
+        for name, layer in constrained_layers(model)
+    )

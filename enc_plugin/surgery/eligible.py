@@ -105,16 +105,13 @@ class Evidence:
         (squeeze-and-excitation blocks, convolutional classifiers) or before the last pooling.
         """
         guesses = self._guessed_wants()
-        wants: set[nn.Module] = set()
-        for layer in self._layers.values():
-            trace = self._trace_of(layer)
-            if trace is not None:
-                due = _needs_norm(trace, layer)
-            else:
-                due = layer in guesses and not any(norms_that_fold(part, layer) for part in self._parts)
-            if due:
-                wants.add(layer)
-        return wants
+
+        def is_due(layer: StockLayer) -> bool:
+            if (trace := self._trace_of(layer)) is not None:
+                return _needs_norm(trace, layer)
+            return layer in guesses and not any(norms_that_fold(part, layer) for part in self._parts)
+
+        return {layer for layer in self._layers.values() if is_due(layer)}
 
     def _guessed_wants(self) -> set[nn.Module]:
         wants: set[nn.Module] = {layer for layer in self._layers.values() if isinstance(layer, nn.Linear)}

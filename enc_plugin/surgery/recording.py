@@ -7,7 +7,6 @@ buffers, attributes, hooks and random states are restored afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,9 +73,6 @@ def _candidates(model: nn.Module, example: Any) -> Iterator[tuple[Arguments, boo
 def _record(model: nn.Module, arguments: Arguments, training: bool, shapes_only: bool) -> Trace:
     recorder = Recorder(model, shapes_only)
     args, kwargs = tree_map(recorder.take_input, arguments)
-    with ExitStack() as stack:
-        stack.enter_context(restored(model, training))
-        stack.enter_context(plain_forward(list(model.modules())))
-        stack.enter_context(recorder.watching())
+    with restored(model, training), plain_forward(list(model.modules())), recorder.watching():
         outputs = model(*args, **kwargs)
     return recorder.finish(outputs, arguments)

@@ -139,12 +139,13 @@ def which_weights(state_dict: Mapping[str, torch.Tensor], rest: Mapping) -> str:
         rest: Other entries of the file, as :func:`read_checkpoint` returns them.
 
     Returns:
-        ``'averaged'``, ``'in training'``, or ``'unknown'`` for a bare state dict.
+        ``'averaged'``, ``'in training'``, or ``'unknown'`` for a bare state dict and for an average of other keys.
     """
     others = rest.get("ema_state_dict")
     if not isinstance(others, Mapping):
         return "in training" if rest.get("meta") else "unknown"
     # Until averaging begins, both are equal.
-    pairs = ((value, others.get(f"module.{key}")) for key, value in state_dict.items())
-    same = all(other is None or torch.equal(value, other) for value, other in pairs)
-    return "in training" if same else "averaged"
+    pairs = [(value, others[name]) for key, value in state_dict.items() if (name := f"module.{key}") in others]
+    if not pairs:
+        return "unknown"
+    return "in training" if all(torch.equal(*pair) for pair in pairs) else "averaged"

@@ -198,3 +198,4 @@ def test_a_checkpoint_without_an_average_holds_the_weights_in_training():
     assert which_weights(state, {"meta": {"epoch": 1}}) == "in training"
     assert which_weights(state, {"meta": {}, "ema_state_dict": {"module.weight": torch.ones(2)}}) == "in training"
     assert which_weights(state, {"meta": {}, "ema_state_dict": {"module.weight": torch.zeros(2)}}) == "averaged"
+    assert which_weights(state, {"meta": {}, "ema_state_dict": {"module.net.weight": torch.zeros(2)}}) == "unknown"

@@ -290,6 +290,18 @@ def test_a_dataset_without_a_pipeline_is_taken_if_it_gives_the_same_sample_each_
         FixedSamples(Packed(draws=True), [], [0, 1], 2)
 
 
+def test_a_random_flip_in_a_dataset_without_a_pipeline_is_found_although_two_reads_may_agree():
+    class Flipped(Packed):
+        def __getitem__(self, index):
+            picture = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+            return super().__getitem__(index) | {"inputs": picture.flip(2) if torch.rand(()) < 0.5 else picture}
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        with pytest.raises(TypeError, match="returns another image each time"):
+            FixedSamples(Flipped(), [], [0, 1], 2)
+
+
 class Pixels(Dataset):
     """Pictures of the given values."""
 

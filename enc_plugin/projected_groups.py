@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from .decay_kinds import shrinking_power
 from .functional.normalizable import check_whole
 from .functional.retraction import retract_
-from .functional.weights import check_alpha, check_variant, imprecise_rows, is_centered, num_rows
+from .functional.weights import check_alpha, check_variant, enc_weight, imprecise_rows, is_centered, num_rows
 from .running_step import steps_itself
 
 MODES = {
@@ -91,7 +91,7 @@ def start(groups: list[Group], has_gradients: bool) -> None:
     groups = [group for group in groups if "enc_shrink" not in group]
     for group in groups:
         for weight in group["params"]:
-            _check_rows(weight, group["enc_variant"])
+            _check_start(weight.detach(), weight.requires_grad, group["enc_variant"], group["enc_alpha"])
     for group in groups:
         variant, alpha = group["enc_variant"], group["enc_alpha"]
         group["enc_shrink"] = []
@@ -104,7 +104,8 @@ def start(groups: list[Group], has_gradients: bool) -> None:
                 factors = (lengths / _row_lengths(weight, variant)).to(weight.grad.dtype)
                 rows = weight.grad.reshape(len(factors), -1) * factors[:, None]
                 weight.grad.copy_(rows.reshape(weight.shape))
-        if group["enc_projection"] == "retract" and all(abs(shrink - 1) < 1e-4 for shrink in group["enc_shrink"]):
+        needs_norms = group["enc_projection"] == "retract" and group["enc_power"]
+        if needs_norms and all(abs(shrink - 1) < 1e-4 for shrink in group["enc_shrink"]):
             warnings.warn(
                 f"ENC: {len(group['params'])} projected weights have squared norm {alpha:g} from the start, as if they "
                 "came from a projected network. 'retract' then takes the learning rate as one for a plain network of "
@@ -114,13 +115,19 @@ def start(groups: list[Group], has_gradients: bool) -> None:
             )
 
 
-def _check_rows(weight: Tensor, variant: str) -> None:
-    bad = imprecise_rows(weight.detach(), variant)
+def _check_start(weight: Tensor, is_trained: bool, variant: str, alpha: float) -> None:
+    bad = imprecise_rows(weight, variant)
     if bad.any():
         raise ValueError(
             f"params: {int(bad.sum())} of {len(bad)} rows of a projected weight of shape {tuple(weight.shape)} are "
             f"zero, constant or not finite, and {variant!r} cannot normalise them; initialise them with random values, "
             "or leave the layer out (to_enc with exclude=[...])"
+        )
+    if not is_trained and (enc_weight(weight, variant, alpha) - weight).norm() > 1e-4 * math.sqrt(alpha):
+        raise ValueError(
+            f"params: a projected weight of shape {tuple(weight.shape)} is frozen and off the constraint set. To "
+            "project it would change what frozen layers compute, because batch norms in eval mode keep their "
+            "statistics; leave frozen layers out (to_enc with exclude=[...]), or freeze them after add_projection"
         )
 
 

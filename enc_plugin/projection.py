@@ -42,10 +42,10 @@ def add_projection(optimizer: Optimizer) -> None:
       angle is the one by which plain training with this learning rate and decay turns it, once norms are in equilibrium
       (:func:`~enc_plugin.functional.rotation.equilibrium_angle`).
 
-    Clip gradients before the step, as usual; they are the gradients on the set. A weight that is pruned or parametrized
-    afterwards is projected as a whole, so the part that the network computes with leaves the set (``audit`` shows by
-    how much). Between steps, a CPU keeps copies of the weights for ``'rotate'``, and for ``'retract'`` with other
-    optimizers than SGD.
+    Clip gradients before the step, as usual; they are the gradients on the set. ``'retract'`` with SGD rescales them in
+    place, so clear them before the next step. A weight that is pruned or parametrized afterwards is projected as a
+    whole, so the part that the network computes with leaves the set (``audit`` shows by how much). Between steps, a CPU
+    keeps copies of the weights for ``'rotate'``, and for ``'retract'`` with other optimizers than SGD.
 
     Args:
         optimizer: Any torch optimizer, also one that wraps another (look-ahead). Groups come from

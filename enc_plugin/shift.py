@@ -35,7 +35,8 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
 
     The shift is applied after all other step pre-hooks, hence after unscaling and clipping. It is applied once per
     step, however many backward passes were accumulated, and not in steps that a gradient scaler skips. If ``step``
-    gets a closure, the shift is applied after each call of the closure.
+    gets a closure, the shift is applied after each call of the closure. It can be a part of ``grad`` after the step, so
+    clear gradients before the next one.
 
     Args:
         optimizer: Any torch optimizer whose groups hold ``lr`` and ``weight_decay``. If it wraps another optimizer

@@ -527,6 +527,22 @@ def test_a_weight_that_cannot_be_normalised_is_refused_before_any_is_changed(var
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
+def test_frozen_weights_off_the_set_are_refused_and_on_it_they_rest():
+    model = network()
+    weight = model[0].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"weight of shape \(6, 3, 3, 3\) is frozen and off the constraint set"):
+        add_projection(torch.optim.SGD(groups_of(model, "retract"), **SGD))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with torch.no_grad():
+        retract_([weight], "ws", 1.0)
+    on_set = weight.clone()
+    optimizer = torch.optim.SGD(groups_of(model, "retract"), **SGD)
+    add_projection(optimizer)
+    train(model, optimizer, 2)
+    torch.testing.assert_close(weight, on_set, rtol=1e-14, atol=1e-16)
+
+
 @pytest.mark.parametrize("name", ["radam", "rmsproptf", "madgrad"])
 def test_retraction_refuses_optimizers_whose_steps_depend_on_the_size_of_gradients(name):
     """RMSpropTF, for instance, takes steps as SGD at first and by the length of gradients later."""

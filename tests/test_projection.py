@@ -439,7 +439,8 @@ def test_a_step_that_an_exception_ended_leaves_nothing_behind():
         add_projection(optimizer)
         train(model, optimizer, 1)
     for look in (lambda x: x.state_dict()["param_groups"][0], lambda x: copy.deepcopy(x).param_groups[0]):
-        failing = _Failing(optimizers[1].param_groups)
+        failing = _Failing(optimizers[1].param_groups, **SGD)
+        failing.fails = True
         with pytest.raises(ArithmeticError):
             train(models[1], failing, 1)
         assert look(failing)["weight_decay"] == 0.02
@@ -451,12 +452,12 @@ def test_a_step_that_an_exception_ended_leaves_nothing_behind():
 
 
 class _Failing(torch.optim.SGD):
-    def __init__(self, groups):
-        super().__init__(groups, **SGD)
+    fails = False
 
     def step(self, closure=None):
         super().step()
-        raise ArithmeticError
+        if self.fails:
+            raise ArithmeticError
 
 
 def test_weights_without_a_gradient_rest():

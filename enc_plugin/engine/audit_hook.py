@@ -20,7 +20,7 @@ from ..surgery.projected import check_constrained, constrained_layers
 from ..surgery.recording import RecordError, record_forward
 from ..surgery.trace import Trace
 from ..table import first_few
-from .limits import warn_of_recomputation
+from .limits import warn_of_recomputation, warn_of_stock_decay
 from .scalars import Scalar, log_scalars
 
 DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
@@ -33,7 +33,8 @@ class ENCAuditHook(Hook):
     Scalars, by epoch: ``enc/layers`` and ``enc/max_deviation`` (relative to alpha). The hook changes nothing.
 
     Before training, after initialisation and loading, it raises an error for weights that cannot be normalised, and
-    warns if activation checkpointing will update batch norm statistics twice. On the first batch it raises an error if
+    warns if activation checkpointing will update batch norm statistics twice, or if ENC weights decay by other rules
+    than those of :class:`ENCOptimWrapperConstructor`. On the first batch it raises an error if
     the network reads the free weight of an ENC layer outside of that layer, and warns of ENC layers that do not run.
     """
 
@@ -61,6 +62,7 @@ class ENCAuditHook(Hook):
         check_constrained(model)
         self._report(runner, model)
         warn_of_recomputation(runner, model)
+        warn_of_stock_decay(runner, model)
         self._is_checked = False
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from helpers import build_runner, digits_config
 from mmengine.registry import MODELS
 from torch import nn
@@ -36,7 +35,7 @@ class IdleLayer(ResNetCIFAR6n):
         self.idle = MODELS.build(dict(type="ENCConv2d", in_channels=3, out_channels=4, kernel_size=3))
 
 
-def runner_of(tmp_path, backbone, caplog=None):
+def runner_of(tmp_path, backbone):
     cfg = digits_config(tmp_path)
     cfg.model.type = "ImageClassifier"  # layers that conv_cfg builds have not been looked at before
     cfg.model.backbone.update(type=backbone, conv_cfg=dict(type="ENCConv2d"))
@@ -50,12 +49,30 @@ def test_a_free_weight_that_the_network_reads_itself_ends_training_before_the_fi
     assert runner.iter == 0
 
 
-def test_layers_that_do_not_run_are_named_and_training_goes_on(tmp_path, caplog):
-    runner = runner_of(tmp_path, "IdleLayer")
-    runner.logger.addHandler(caplog.handler)
-    try:
-        runner.train()
-    finally:
-        runner.logger.removeHandler(caplog.handler)
-    assert "1 ENC layers did not run on the first batch: backbone.idle" in caplog.text
-    assert all(torch.isfinite(p).all() for p in runner.model.parameters())
+@pytest.fixture
+def logged(caplog):
+    """Trains a runner and returns the text of its log."""
+
+    def train(runner):
+        runner.logger.addHandler(caplog.handler)
+        try:
+            runner.train()
+        finally:
+            runner.logger.removeHandler(caplog.handler)
+        return caplog.text
+
+    return train
+
+
+def test_layers_that_do_not_run_are_named_and_training_goes_on(tmp_path, logged):
+    text = logged(runner_of(tmp_path, "IdleLayer"))
+    assert "1 ENC layers did not run on the first batch: backbone.idle" in text
+
+
+@pytest.mark.parametrize("changes", [{}, {"constructor": "DefaultOptimWrapperConstructor"}])
+def test_weights_that_decay_without_the_rules_of_enc_are_warned_of(tmp_path, logged, changes):
+    cfg = digits_config(tmp_path)
+    cfg.optim_wrapper.update(changes)
+    assert ("the weights of 10 ENC layers decay without the epsilon shift" in logged(build_runner(cfg))) == bool(
+        changes
+    )

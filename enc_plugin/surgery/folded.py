@@ -37,8 +37,8 @@ class FoldedAudit(list[FoldedRow]):
     Attributes:
         unfolded: Names of the batch norms that do not fold into a layer (after a concatenation, pooling or activation).
             In the bound of eq. 17 each is a separate linear layer, which the chains below leave out.
-        others: Weights of other modules (transposed convolutions, attention), by name, with the reason why they are not
-            listed. The chains leave them out too.
+        others: Weights of other modules (transposed convolutions, attention, LayerScale, group norms), by name, with
+            the reason why they are not listed. The chains leave them out too.
         skipped: Names of the layers that did not run in the forward pass.
         unclear: Layers that are not a linear map of their input (an activation in the layer, a normalised input), by
             name, with the reason. Their norms are NaN, and so are the chains.
@@ -154,10 +154,16 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
             table.append(FoldedRow(row_name, type(layer).__name__, norm_names, sq_norm, map_sq_norm))
     for name, module in model.named_modules():
         if module not in inside and not isinstance(module, (StockLayer, _BatchNorm)):
-            table.others |= own_matrices(name, module)
+            table.others |= own_matrices(name, module) or _own_vectors(name, module)
     ran = {trace.norm_of(op) for op in trace.ops} - inside
     table.unfolded = [name for name, module in model.named_modules() if module in ran - folded]
     return table
+
+
+def _own_vectors(name: str, module: nn.Module) -> dict[str, str]:
+    """A module with parameters of its own that are no matrices, or with the weight of a frozen batch norm."""
+    owns = [*module.parameters(recurse=False)] or isinstance(getattr(module, "weight", None), Tensor)
+    return {name: f"{type(module).__name__} is no layer or batch norm"} if owns else {}
 
 
 def _folded_norms(used: UsedWeight, norms: list[_BatchNorm]) -> tuple[float, float | None]:

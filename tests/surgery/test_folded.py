@@ -5,6 +5,7 @@ import torch
 from mmpretrain.models import build_classifier
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torchvision.ops import FrozenBatchNorm2d
 
 from enc_plugin import audit, to_enc
 from enc_plugin.functional import bound_chain, conv_map_sq_norm, gbr
@@ -202,10 +203,17 @@ def test_a_layer_counts_in_the_bound_as_often_as_it_runs_with_the_input_sizes_of
 
 
 def test_weights_of_other_modules_are_named_because_the_chains_leave_them_out():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 3))
+    frozen = FrozenBatchNorm2d(2)  # its weight is a buffer
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 3), nn.GroupNorm(2, 2), frozen, nn.ReLU()
+    )
     table = audit(model, folded=True)
-    assert table.others == {"2": "ConvTranspose2d has no ENC layer"}
-    assert "1 weights of other modules are left out: 2" in str(table)
+    assert table.others == {
+        "2": "ConvTranspose2d has no ENC layer",
+        "3": "GroupNorm is no layer or batch norm",
+        "4": "FrozenBatchNorm2d is no layer or batch norm",
+    }
+    assert "3 weights of other modules are left out: 2, 3, 4" in str(table)
 
 
 def test_slack_is_zero_for_equal_norms_and_grows_with_the_gains():

@@ -87,7 +87,7 @@ CLAIMS = (
     ),
     Claim(
         "convergence",
-        "ENC learns faster (mean of the first half)",
+        "ENC learns faster (first half)",
         "figure 2, taken as +1",
         _versus(ENC, PLAIN),
         metrics.EARLY_TOP1,
@@ -123,7 +123,7 @@ CLAIMS = (
     Claim(
         "robustness",
         "ENC is more robust to FGSM",
-        "+12.3 points, eps not stated (table 3)",
+        "+12.3 points, some eps (table 3)",
         _versus(ENC, PLAIN),
         metrics.FGSM,
         effect=12.33,

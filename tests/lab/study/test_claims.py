@@ -154,9 +154,10 @@ def complete(arena, top1_of):
 
 
 def cells_of(found, claim):
-    """The row of a claim by column."""
+    """The row of a claim by arena."""
     head, rows = summary_table(found, all_sections(found))
-    return dict(zip(head, next(row for row in rows if row[0].startswith(claim)), strict=True))
+    arenas = [column.removesuffix(" so far") for column in head]
+    return dict(zip(arenas, next(row for row in rows if row[0].startswith(claim)), strict=True))
 
 
 def test_an_arena_for_a_gpu_is_shown_once_it_has_runs():

@@ -34,8 +34,8 @@ class ENCAuditHook(Hook):
 
     Before training, after initialisation and loading, it raises an error for weights that cannot be normalised, and
     warns if activation checkpointing will update batch norm statistics twice, or if ENC weights decay by other rules
-    than those of :class:`ENCOptimWrapperConstructor`. On the first batch it raises an error if
-    the network reads the free weight of an ENC layer outside of that layer, and warns of ENC layers that do not run.
+    than those of :class:`ENCOptimWrapperConstructor`. On the first batch it raises an error if the network reads the
+    free weight of an ENC layer outside of that layer, and warns of ENC layers that do not run.
     """
 
     priority = "VERY_LOW"

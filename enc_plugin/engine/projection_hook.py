@@ -26,8 +26,8 @@ class ENCProjectionHook(Hook):
     continues with its weights unchanged. An average of weights on the set is shorter than they are, so the hook
     projects the average that ``EMAHook`` keeps after each update. Before training, projected layers that no optimizer
     projects raise an error, and so does a layer that is pruned or parametrized later, when the next epoch starts.
-    ``ENCRunner`` registers the hook. Without it, the first step projects
-    the weights, and averages stay off the set. A network without projected layers is left alone.
+    ``ENCRunner`` registers the hook. Without it, the first step projects the weights, and averages stay off the set. A
+    network without projected layers is left alone.
     """
 
     priority = "LOW"  # after EMAHook has updated its average, before ENCAuditHook looks at the weights

@@ -154,7 +154,8 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
             table.append(FoldedRow(row_name, type(layer).__name__, norm_names, sq_norm, map_sq_norm))
     for name, module in model.named_modules():
         if module not in inside and not isinstance(module, (StockLayer, _BatchNorm)):
-            table.others |= own_matrices(name, module) or _own_vectors(name, module)
+            # Attention uses the weights of modules that it does not call.
+            table.others |= own_matrices(name, module) or (_own_vectors(name, module) if module in trace.calls else {})
     ran = {trace.norm_of(op) for op in trace.ops} - inside
     table.unfolded = [name for name, module in model.named_modules() if module in ran - folded]
     return table

@@ -216,6 +216,19 @@ def test_weights_of_other_modules_are_named_because_the_chains_leave_them_out():
     assert "3 weights of other modules are left out: 2, 3, 4" in str(table)
 
 
+def test_class_weights_of_a_loss_are_no_part_of_the_network():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+            self.loss = nn.CrossEntropyLoss(weight=torch.ones(2))
+
+        def forward(self, x):
+            return self.head(x)
+
+    assert audit(Net(), folded=True, inputs=torch.randn(2, 4)).others == {}
+
+
 def test_slack_is_zero_for_equal_norms_and_grows_with_the_gains():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
     to_enc(model, post_norm=False)

@@ -38,8 +38,7 @@ def summary_table(found: Results, parts: Sequence[Section]) -> tuple[list[str], 
     for arena in found.arenas:
         cells = [_seen_in_full(found, part, arena) or str(part.verdicts.get(arena, "")) for part in claims]
         if any(cell and not cell.startswith("see ") for cell in cells):
-            head = f"{arena} so far" if arena in found.unfinished else arena
-            columns[head] = [cell.removesuffix(" so far") for cell in cells]
+            columns[f"{arena} so far" if arena in found.unfinished else arena] = cells
     papers = [part.claim.removeprefix("The paper: ").rstrip(".") for part in claims]
     rows = [[part.title, paper, *row] for part, paper, *row in zip(claims, papers, *columns.values(), strict=True)]
     return ["claim", "paper", *columns], [*rows, ["Not tested", NOT_TESTED, *[""] * len(columns)]]

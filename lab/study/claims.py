@@ -123,7 +123,7 @@ CLAIMS = (
     Claim(
         "robustness",
         "ENC is more robust to FGSM",
-        "+12.3 points, some eps (table 3)",
+        "+12.3, eps not stated (table 3)",
         _versus(ENC, PLAIN),
         metrics.FGSM,
         effect=12.33,

@@ -92,7 +92,7 @@ def _decay(results: Results) -> Section:
         if rows:
             section.tables.append((results.grid.arenas[arena].title, [*head, "training loss"], rows))
         section.figures += decay_curves(results, arena, tuple(decays))
-    found = [[arena, str(verdict).replace("*", "")] for arena, verdict in section.verdicts.items()]
+    found = [[arena, f"{verdict.shown} {verdict.effect}".rstrip()] for arena, verdict in section.verdicts.items()]
     section.tables.insert(0, ("Rank correlation of lambda and GBR", ["arena", "result"], found))
     section.text.append(
         "Spearman's rank correlation of lambda and GBR over all runs, p from permutations. E-folds say how much decay "

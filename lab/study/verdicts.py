@@ -43,9 +43,10 @@ class Verdict:
         return self.word
 
     def __str__(self) -> str:
+        """Word and effect, without a mark for runs to go, which the head of a column shows."""
         if self.to_go and not self.effect:
             return self.shown
-        return f"**{self.word}** {self.effect}{' so far' if self.to_go else ''}".rstrip()
+        return f"**{self.word}** {self.effect}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ class Comparison:
     @property
     def seen(self) -> str:
         """Whether a difference is seen, for questions without a claim."""
-        if self.effect is None or math.isnan(self.effect.low):
-            return "one seed" if self.effect else "not run yet"
+        if self.effect is None:
+            return "not run yet"
+        if self.effect.n < MIN_SEEDS or math.isnan(self.effect.low):
+            return "one seed" if self.effect.n == 1 else f"{self.effect.n} seeds"
         none = 1.0 if self.metric.as_ratio else 0.0
         return {1: "larger", -1: "smaller", 0: "no difference seen"}[
             (self.effect.low > none) - (self.effect.high < none)

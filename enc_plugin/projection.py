@@ -20,7 +20,16 @@ from .functional.checks import check_type
 from .functional.retraction import retract_, turn_
 from .functional.rotation import equilibrium_angle
 from .projected_groups import FOUND_SETTINGS, PROJECTION_SETTINGS, Group, own_groups, prepare, projected_groups, start
-from .running_step import RunningStep, calling_frame, inner_optimizers, is_zero, steps_itself
+from .running_step import (
+    Decays,
+    RunningStep,
+    calling_frame,
+    inner_optimizers,
+    is_zero,
+    replace_decay,
+    restore_decays,
+    steps_itself,
+)
 
 
 def add_projection(optimizer: Optimizer) -> None:
@@ -108,7 +117,7 @@ class _Projection:
         self.depth = 0
         self.before: list[tuple[Group, list[int], list[Tensor]]] = []
         self.copies: dict[int, list[Tensor]] = {}
-        self.decays: list[tuple[Group, float | Tensor]] = []
+        self.decays: Decays = []
         carry_load_hook(optimizer, _keep_settings)
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
         # First among the post-hooks, so that the others (an average of the weights) see weights on the set.
@@ -133,13 +142,11 @@ class _Projection:
             for index, group in enumerate(groups):
                 self.before.append(self.look(index, group, has_closure))
                 if "weight_decay" in group:
-                    self.decays.append((group, group["weight_decay"]))
-                    group["weight_decay"] = group["enc_no_decay"]
+                    replace_decay(group, group["enc_no_decay"], self.decays)
 
     def restore(self, optimizer: Optimizer) -> None:
         """Restore ``weight_decay`` of the groups, also after a step that raised an error."""
-        while self.decays:
-            group, group["weight_decay"] = self.decays.pop()
+        restore_decays(self.decays)
 
     def look(self, index: int, group: Group, has_closure: bool) -> tuple[Group, list[int], list[Tensor]]:
         """Indices of the weights that the step will move, and copies of them if their steps are needed afterwards."""

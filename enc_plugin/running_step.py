@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 
@@ -36,6 +37,21 @@ class RunningStep:
             if (id(frame), frame.f_code) == self._frame:
                 return True
         return False
+
+
+Decays = list[tuple[dict[str, Any], float | Tensor]]  # groups, and the decay that they have outside of the step
+
+
+def replace_decay(group: dict[str, Any], decay: float | Tensor, replaced: Decays) -> None:
+    """Let the running step see another ``weight_decay``, and add the group's own to ``replaced``."""
+    replaced.append((group, group["weight_decay"]))
+    group["weight_decay"] = decay
+
+
+def restore_decays(replaced: Decays) -> None:
+    """Give groups back what :func:`replace_decay` has taken, and empty ``replaced``; also after a step that raised."""
+    while replaced:
+        group, group["weight_decay"] = replaced.pop()
 
 
 def calling_frame() -> FrameType | None:

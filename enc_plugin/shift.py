@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from .carried_hooks import carry_load_hook, register_carried_hook
 from .decay_kinds import decay_kind
 from .functional.checks import check_type
-from .running_step import RunningStep, calling_frame, inner_optimizers
+from .running_step import Decays, RunningStep, calling_frame, inner_optimizers, replace_decay, restore_decays
 from .shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, restore, shift_group, takes_decay
 from .shifted_groups import SHIFT_SETTINGS, check_group, shifted_groups
 
@@ -102,7 +102,7 @@ class _Shift:
         self.warned: set[str] = set()
         self.kinds: dict[int, str] = {}
         self.offsets: Offsets = []
-        self.decays: list[tuple[dict[str, Any], float]] = []
+        self.decays: Decays = []
         self.step: _Step | None = None
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
         # First among the post-hooks, so that the others (an average of the weights) see the restored weights.
@@ -208,8 +208,7 @@ class _Shift:
                     is_taken = takes_decay(kind, optimizer, group)
                     self.offsets += shift_group(WHOLE if is_taken else kind, group, scale, found_inf)
                     if is_taken:
-                        self.decays.append((group, group["weight_decay"]))
-                        group["weight_decay"] = 0.0
+                        replace_decay(group, 0.0, self.decays)
         step.shifted = True
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -223,9 +222,7 @@ class _Shift:
 
     def restore(self, optimizer: Optimizer) -> None:
         """Restore ``weight_decay`` of the groups, and the weights that the kind AROUND has moved."""
-        while self.decays:
-            group, decay = self.decays.pop()
-            group["weight_decay"] = decay
+        restore_decays(self.decays)
         if self.offsets:
             with torch.set_grad_enabled(_is_differentiable(optimizer)):
                 restore(self.offsets)

@@ -76,8 +76,11 @@ def weight_in_pass(layer: nn.Module) -> Tensor | None:
     if torch.compiler.is_compiling() or not _running.passes:
         return None
     mode = _mode()
-    weights = (x.weights.weight_of(layer) for x in reversed(_running_passes()) if x.mode == mode)
-    return next((weight for weight in weights if weight is not None), None)
+    for running in reversed(_running_passes()):
+        weight = running.weights.weight_of(layer) if running.mode == mode else None
+        if weight is not None:
+            return weight
+    return None
 
 
 def _running_passes() -> list[_Pass]:
@@ -92,8 +95,9 @@ def _mode() -> tuple:
     # Activation checkpointing sets hooks for saved tensors. It reruns the layers when the pass is over, so they have to
     # compute their own weights in both runs.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    casts = [(x, torch.get_autocast_dtype(x)) for x in ("cpu", "cuda") if torch.is_autocast_enabled(x)]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _is_transformed(), hooks, casts
+    on_cpu = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    on_cuda = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _is_transformed(), hooks, on_cpu, on_cuda
 
 
 def _is_transformed() -> bool:

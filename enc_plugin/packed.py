@@ -7,24 +7,26 @@ the variants ``'wn'`` and ``'ws'`` take one launch forward and two backward (:mo
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor, distributed, nn
 
 from .forward_pass import can_precompute, close_pass, open_pass
 from .functional.checks import check_auto
-from .functional.grouped import enc_weights
 from .layers import ENC_LAYERS, ENCLayer
+from .together import effective_weights
 
 # With several processes, the weights are computed in parts of about one bucket of DistributedDataParallel, so that the
 # gradients of one part are exchanged while those of earlier layers are computed.
 _PART_BYTES = 25 * 2**20
+
+_OWN_LAYERS = frozenset(ENC_LAYERS.values())
+
+# The address of the current stream of a device: torch.cuda.current_stream takes as long as launching a kernel.
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
 
 
 def pack_weights(model: nn.Module, packed: bool | str = "auto") -> None:
@@ -77,19 +79,29 @@ def _is_ours(hook) -> bool:
 
 
 class _Packing:
-    """Hooks around the forward pass of a network. They hold no layers, so that copies of the network can share them."""
+    """Hooks around the forward pass of a network. Copies of the network have their own."""
+
+    # A network and its ENC layers. Searching all modules takes as long as launching some hundred kernels.
+    known: tuple[weakref.ref[nn.Module], list[weakref.ref[nn.Module]]] | None = None
 
     def __init__(self, packed: bool | str):
         self.packed = packed
+
+    def __reduce__(self) -> tuple:
+        return _Packing, (self.packed,)
 
     def before(self, model: nn.Module, args: tuple) -> None:
         """Forward pre-hook: begin a pass."""
         if not self.packed or not can_precompute():
             return
-        layers = (module for module in model.modules() if isinstance(module, ENCLayer) and not module.enc_is_projected)
-        first = next(layers, None)
-        if first is not None and (self.packed is True or any(weight.is_cuda for weight in first.free_weights())):
-            open_pass(model, _Weights([first, *layers]))
+        if self.known is None or self.known[0]() is not model:  # shallow copies share their hooks
+            found = [weakref.ref(module) for module in model.modules() if isinstance(module, ENCLayer)]
+            self.known = weakref.ref(model), found
+        alive = (reference() for reference in self.known[1])
+        # A layer may have become plain, or projected, since the last pass.
+        layers = [layer for layer in alive if isinstance(layer, ENCLayer) and not layer.enc_is_projected]
+        if layers and (self.packed is True or any(weight.is_cuda for weight in layers[0].free_weights())):
+            open_pass(model, _Weights(layers))
 
     def after(self, model: nn.Module, args: tuple, output: object) -> None:
         """Forward hook: end the pass; after an error, ``output`` is None."""
@@ -97,6 +109,8 @@ class _Packing:
             weights = close_pass(model)
             if weights is not None and output is not None:
                 weights.leave_out_unused()
+                if weights.has_met_others:
+                    self.known = None  # a layer may have been added: search again
 
 
 # Layers that the last pass did not call. Their weights are not precomputed until they are called again.
@@ -108,11 +122,15 @@ class _Weights:
 
     def __init__(self, layers: list[ENCLayer]):
         self.parts = {layer: part for part in map(_Part, _in_parts(layers)) for layer in part.layers}
+        self.has_met_others = False  # layers that are not in the list
 
     def weight_of(self, layer: ENCLayer) -> Tensor | None:
         """Effective weight of ``layer``, or None if the layer has to compute it."""
         part = self.parts.get(layer)
-        return None if part is None else part.weight_of(layer)
+        if part is None:
+            self.has_met_others = True
+            return None
+        return part.weight_of(layer)
 
     def leave_out_unused(self) -> None:
         """Do not precompute in the next pass the weights that this pass did not use."""
@@ -133,7 +151,8 @@ class _Part:
         if not self.is_computed:
             self.is_computed = True  # even if the computation raises
             self._compute([x for x in self.layers if x not in _unused and _can_be_packed(x)])
-        _unused.discard(layer)
+        if _unused:
+            _unused.discard(layer)
         if layer not in self.found:
             return None
         _, state, weight = self.found[layer]
@@ -146,38 +165,27 @@ class _Part:
         groups = defaultdict(list)
         for layer in layers:
             weight = layer._parameters["weight"]
-            groups[layer.enc_variant, weight.device, weight.dtype, _result_dtype(layer)].append(layer)
-        for (variant, _, _, dtype), members in groups.items():
+            groups[layer.enc_variant, weight.device, weight.dtype, type(layer) in _OWN_LAYERS].append(layer)
+        for (variant, device, dtype, is_own), members in groups.items():
+            # Subclasses may use the weight before autocast casts it.
+            dtype = _cast_dtype(device.type, dtype) if is_own else dtype
             sources = [_sources(layer) for layer in members]
             states = [_state(tensors) for tensors in sources]
-            whats = _together([x[0] for x in sources], variant, [layer.enc_alpha for layer in members], dtype)
+            alphas = [layer.enc_alpha for layer in members]
+            whats = effective_weights([x[0] for x in sources], variant, alphas, dtype)
             # Keeping the sources alive ensures that no other tensor gets their ids, which _state compares.
             self.found |= zip(members, zip(sources, states, whats, strict=True), strict=True)
 
 
-def _together(weights: list[Tensor], variant: str, alphas: list[float | Tensor], dtype: torch.dtype) -> list[Tensor]:
-    kernels = _triton_rows() if weights[0].is_cuda else None
-    if kernels is not None and kernels.can_take(weights, variant, dtype):
-        return kernels.triton_weights(weights, variant, alphas, dtype)
-    return enc_weights(weights, variant, alphas, dtype)
-
-
-@cache
-def _triton_rows() -> ModuleType | None:
-    """The module with the kernels, or None without Triton."""
-    try:
-        return importlib.import_module(".triton_rows", __package__)
-    except ImportError:
-        return None
-
-
 def _in_parts(layers: list[ENCLayer]) -> Iterator[list[ENCLayer]]:
-    is_exchanged = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        yield layers
+        return
     part, size = [], 0
     for layer in layers:
         part.append(layer)
         size += sum(weight.nbytes for weight in layer.free_weights())
-        if is_exchanged and size >= _PART_BYTES:
+        if size >= _PART_BYTES:
             yield part
             part, size = [], 0
     if part:
@@ -186,14 +194,13 @@ def _in_parts(layers: list[ENCLayer]) -> Iterator[list[ENCLayer]]:
 
 def _sources(layer: ENCLayer) -> list[Tensor]:
     """The tensors that the effective weight is computed from."""
-    return [x for x in (layer._parameters.get("weight"), layer.enc_log_alpha) if x is not None]
+    weight, log_alpha = layer._parameters.get("weight"), layer.enc_log_alpha
+    return [x for x in (weight, log_alpha) if x is not None]
 
 
 def _state(tensors: list[Tensor]) -> list[tuple]:
     """Value that differs if a tensor has changed, or on another CUDA stream, which would have to wait."""
-    return [
-        (id(x), x._version, x.data_ptr(), torch.cuda.current_stream(x.device) if x.is_cuda else None) for x in tensors
-    ]
+    return [(id(x), x._version, x.data_ptr(), _stream(x.get_device()) if x.is_cuda else None) for x in tensors]
 
 
 def _can_be_packed(layer: ENCLayer) -> bool:
@@ -222,9 +229,7 @@ def _is_plain_and_trained(tensor: Tensor) -> bool:
     )
 
 
-def _result_dtype(layer: ENCLayer) -> torch.dtype:
-    """Dtype to which autocast casts the weight; unchanged for subclasses, which may use the weight before the cast."""
-    weight = layer._parameters["weight"]
-    device = weight.device.type
-    is_cast = type(layer) in ENC_LAYERS.values() and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_cast and weight.dtype != torch.float64 else weight.dtype
+def _cast_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """Dtype to which autocast casts a weight."""
+    is_cast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if is_cast else dtype

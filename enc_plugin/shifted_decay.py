@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional.decay import shift_direction, shift_directions
-from .functional.grouped import blocks_of, groups_of
+from .functional.decay import direction_of_rows, direction_settings, shift_direction
+from .functional.grouped import blocks_of
+from .together import effective_weights
 
 # The shift replaces the decay term lambda W by lambda (W - eps U). How it does so depends on the optimizer:
 GRADIENT = "gradient"  # It adds lambda W to the gradient (SGD, Adam). The shift adds -lambda eps U to the gradient.
@@ -57,7 +58,7 @@ def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, fou
         if found_inf is not None:
             factor = factor * (1 - found_inf.clamp(max=1))
         for weights, targets in _pieces(trained, trained, variant):
-            _add(targets, shift_directions(weights, variant), factor)
+            _add(targets, _directions(weights, variant), factor)
         return []
     sign = -1.0 if group.get("maximize") else 1.0
     if grad_scale is not None:
@@ -68,7 +69,7 @@ def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, fou
     for weights, grads in _pieces(trained, [p.grad for p in trained], variant):
         if kind == WHOLE:
             _add(grads, weights, sign * decay)
-        _add(grads, shift_directions(weights, variant), sign * -amount)
+        _add(grads, _directions(weights, variant), sign * -amount)
     return []
 
 
@@ -86,14 +87,13 @@ def takes_decay(kind: str, optimizer: torch.optim.Optimizer, group: dict[str, An
 def _pieces(weights: list[Tensor], targets: list[Tensor], variant: str) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Split weights, and the tensors to which their terms are added, into pieces that are computed together.
 
-    On a GPU, a piece is a group of weights, because each kernel launch costs host time. On a CPU, it is some rows of a
+    On a GPU, all weights are one piece, because each kernel launch costs host time. On a CPU, a piece is some rows of a
     weight that fit into the cache, because the terms of all weights at once would need memory of the model's size.
     """
     if torch.is_grad_enabled():
         yield from (([_fixed(weight)], [target]) for weight, target in zip(weights, targets, strict=True))
     elif weights[0].is_cuda and len({(type(weight), weight.device, weight.dtype) for weight in weights}) == 1:
-        for members in groups_of(weights, variant):
-            yield [weights[i] for i in members], [targets[i] for i in members]
+        yield weights, targets
     else:
         for weight, target in zip(weights, targets, strict=True):
             if weight.stride() != target.stride():
@@ -101,6 +101,12 @@ def _pieces(weights: list[Tensor], targets: list[Tensor], variant: str) -> Itera
             else:
                 pieces = zip(blocks_of(weight, variant), blocks_of(target, variant), strict=True)
                 yield from (([rows], [target_rows]) for rows, target_rows in pieces)
+
+
+def _directions(weights: list[Tensor], variant: str) -> list[Tensor]:
+    if len(weights) == 1:
+        return [direction_of_rows(weights[0], variant)]
+    return effective_weights(weights, *direction_settings(weights, variant), weights[0].dtype)
 
 
 def _fixed(weight: Tensor) -> Tensor:
@@ -111,7 +117,7 @@ def _fixed(weight: Tensor) -> Tensor:
 def _add(targets: list[Tensor], terms: list[Tensor], factor: float | Tensor) -> None:
     """``targets += factor * terms`` in place."""
     if isinstance(factor, Tensor):  # passing it as alpha would read it, which waits for the device
-        torch._foreach_addcmul_(targets, terms, [factor.to(terms[0].dtype)] * len(terms))
+        torch._foreach_add_(targets, torch._foreach_mul(terms, factor.reshape(()).to(terms[0].dtype)))
     elif len(targets) == 1:
         targets[0].add_(terms[0], alpha=factor)
     else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -26,10 +28,13 @@ def check_rows() -> None:
         weights = [(torch.randn(shape) + 0.2).requires_grad_() for shape in shapes]
         weights[3] = weights[3].detach().to(memory_format=torch.channels_last).requires_grad_()
         alphas = [1.0, torch.tensor(2.0, requires_grad=True), 1.0, 0.5, 1.0]
-        assert triton_rows.can_take(weights, variant, dtype)
+        table = triton_rows.table_of(weights, variant, dtype)
+        assert table is triton_rows.table_of(weights, variant, dtype)
         found = []
-        for compute in (triton_rows.triton_weights, grouped.enc_weights):
+        for compute in (partial(triton_rows.triton_weights, table), grouped.enc_weights):
             whats = compute(weights, variant, alphas, dtype)
+            with torch.no_grad():
+                torch.testing.assert_close(compute(weights, variant, alphas, dtype), [x.detach() for x in whats])
             assert all(what.stride() == weight.stride() for what, weight in zip(whats, weights, strict=True))
             inputs = [*weights[:2], weights[3], alphas[1]]
             directions = [weight.detach().cos().to(dtype).contiguous() for weight in weights]
@@ -40,13 +45,14 @@ def check_rows() -> None:
             found.append([x.detach() for x in (*whats, *gradients)])
         rtol = 2**-7 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(*found, rtol=rtol, atol=1e-6)
-    (what, *_) = triton_rows.triton_weights(weights, "ws", [1.0] * 5, torch.float32)
+    table = triton_rows.table_of(weights, "ws", torch.float32)
+    (what, *_) = triton_rows.triton_weights(table, weights, "ws", [1.0] * 5, torch.float32)
     (first,) = torch.autograd.grad(what.pow(3).sum(), weights[0], create_graph=True)
     assert torch.autograd.grad(first.square().sum(), weights[0])[0].isfinite().all()
 
 
 def check_trial() -> None:
-    """Kernels that are wrong, or that do not run, are not used, with a warning."""
+    """Kernels that are wrong, or that do not run, are not used, with a warning; the weights do not matter."""
     from enc_plugin import triton_rows
 
     def fail(*args):
@@ -55,13 +61,23 @@ def check_trial() -> None:
     def wrong(*args):
         return [1.001 * what for what in right(*args)]
 
+    def table_of(size: float, dtype: torch.dtype = torch.bfloat16):
+        return triton_rows.table_of([size * torch.ones(2, 5)], "ws", dtype)
+
+    # Weights that are small, constant or NaN have gradients that vanish: no reason to distrust the kernels.
+    for size in (0.0, 1e-6, math.nan):
+        triton_rows._is_right.clear()
+        assert table_of(size) is not None
+    assert triton_rows.table_of([torch.ones(2, 5)], "fro", torch.float32) is None
+    assert triton_rows.table_of([torch.ones(2, 5).double()], "ws", torch.float32) is None
+    assert triton_rows.table_of([torch.ones(5, 2).T], "ws", torch.float32) is None
     right = triton_rows.triton_weights
     for kernels, reason in ((wrong, "their results differ from torch's by a relative 1.0e-03"), (fail, "no compiler")):
         triton_rows._is_right.clear()
         triton_rows.triton_weights = kernels
         with pytest.warns(UserWarning, match=reason):
-            assert not triton_rows.can_take([torch.randn(2, 5)], "ws", torch.float32)
-        assert not triton_rows.can_take([torch.randn(2, 5)], "ws", torch.float32)  # once
+            assert table_of(1.0, torch.float32) is None
+        assert table_of(1.0, torch.float32) is None  # without another warning
     triton_rows._is_right.clear()
 
 

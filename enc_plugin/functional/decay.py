@@ -39,6 +39,11 @@ def shift_direction(weight: Tensor, variant: str) -> Tensor:
     return enc_weight(weight, _division(variant), _alpha_of_direction(weight, variant))
 
 
+def direction_settings(weights: Sequence[Tensor], variant: str) -> tuple[str, list[float]]:
+    """The variant and the values of alpha with which the effective weights of ENC are the shift directions."""
+    return _division(variant), [_alpha_of_direction(weight, variant) for weight in weights]
+
+
 def _division(variant: str) -> str:
     return _DIVISIONS[is_whole_layer(variant), is_centered(variant)]
 
@@ -47,16 +52,14 @@ def _alpha_of_direction(weight: Tensor, variant: str) -> float:
     return float(weight.numel() if is_centered(variant) else num_rows(weight, variant))
 
 
-def shift_directions(weights: Sequence[Tensor], variant: str) -> list[Tensor]:
-    """:func:`shift_direction` of all weights of a group (:func:`~enc_plugin.functional.grouped.groups_of`)."""
+def direction_of_rows(weight: Tensor, variant: str) -> Tensor:
+    """:func:`shift_direction` with less overhead, for a weight or some of its rows, whose values are not checked."""
     variant = _division(variant)
-    first, is_alone = weights[0], len(weights) == 1
-    if torch.is_grad_enabled() or (is_alone and is_whole_layer(variant)):
-        return [shift_direction(weight, variant) for weight in weights]
-    if is_alone and first.ndim == 2 and first.is_contiguous() and first.dtype in (torch.float32, torch.float64):
-        return [normalized(first, variant, first.new_ones(len(first)))[0]]  # same result as below, with less overhead
-    scale = factors(weights, variant, [_alpha_of_direction(weight, variant) for weight in weights])
-    return computed(weights, variant, scale)[0]
+    if torch.is_grad_enabled() or is_whole_layer(variant):
+        return shift_direction(weight, variant)
+    if weight.ndim == 2 and weight.is_contiguous() and weight.dtype in (torch.float32, torch.float64):
+        return normalized(weight, variant, weight.new_ones(len(weight)))[0]
+    return computed([weight], variant, factors([weight], variant, [_alpha_of_direction(weight, variant)]))[0][0]
 
 
 def shifted_l2_grad(weight: Tensor, variant: str, eps: float) -> Tensor:

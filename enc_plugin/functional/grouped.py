@@ -94,9 +94,18 @@ def rows_of_gradient(grad: Tensor | None, weight: Tensor) -> Tensor:
         return weight.new_zeros(matrix_shape(weight))
     if not has_whole_rows(weight):
         return grad.reshape(matrix_shape(weight)).contiguous()
-    if grad.stride() != weight.stride():
-        grad = torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
-    return rows_of(grad)
+    m, n = matrix_shape(weight)
+    return in_order_of(weight, grad).as_strided((m, n), (n, 1))
+
+
+def in_order_of(weight: Tensor, grad: Tensor) -> Tensor:
+    """``grad`` with its elements in memory as those of ``weight``; a copy if they are not."""
+    if grad.stride() == weight.stride():
+        return grad
+    pairs = zip(grad.shape, grad.stride(), weight.stride(), strict=True)
+    if all(a == b for size, a, b in pairs if size > 1):  # the strides of a 1 x 1 convolution have no meaning
+        return grad
+    return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
 def in_layouts_of(weights: Sequence[Tensor], rows: Tensor) -> list[Tensor]:

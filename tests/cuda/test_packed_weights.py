@@ -9,7 +9,7 @@ import pytest
 import torch
 from networks import batch, error, network, optimizer_of, stepper
 
-from enc_plugin import packed
+from enc_plugin import packed, together
 from enc_plugin.functional import VARIANTS
 from enc_plugin.layers import enc_layers
 
@@ -21,26 +21,26 @@ from enc_plugin.layers import enc_layers
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_that_of_the_layers(device, variant, layout, dtype, with_triton, monkeypatch):
     if not with_triton:
-        monkeypatch.setattr(packed, "_triton_rows", lambda: None)
-    elif packed._triton_rows() is None:
+        monkeypatch.setattr(together, "_triton_rows", lambda: None)
+    elif together._triton_rows() is None:
         pytest.skip("no Triton")
     own = network(variant).to(device=device, memory_format=layout)
-    together = copy.deepcopy(own)
+    at_once = copy.deepcopy(own)
     images, labels = batch(device)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # as when the kernels do not pass their trial
-        for net, is_packed in ((own, False), (together, True)):
+        warnings.filterwarnings("error", message="ENC")  # as when the kernels do not pass their trial
+        for net, is_packed in ((own, False), (at_once, True)):
             packed.pack_weights(net, is_packed)
             stepper(net, optimizer_of(net), images.contiguous(memory_format=layout), labels, dtype)()
     tolerance = 1e-5 if dtype is None else 2e-2
-    for (_, a), (_, b) in zip(enc_layers(own), enc_layers(together), strict=True):
+    for (_, a), (_, b) in zip(enc_layers(own), enc_layers(at_once), strict=True):
         assert error(b.weight.grad, a.weight.grad) < tolerance
         assert b.weight.grad.stride() == a.weight.grad.stride() or 1 in a.weight.shape
 
 
 def test_weights_are_computed_together_by_default(device, monkeypatch):
     asked = []
-    monkeypatch.setattr(packed, "_together", lambda weights, *rest: asked.append(len(weights)) or weights)
+    monkeypatch.setattr(packed, "effective_weights", lambda weights, *rest: asked.append(len(weights)) or weights)
     net = network().to(device)
     net(batch(device)[0])
     assert sum(asked) == len(list(enc_layers(net)))

@@ -83,5 +83,3 @@ def check_known(cfg: Config) -> None:
         raise ValueError(f"param_scheduler: expected MultiStepLR by epochs, got {dict(schedule)}")
     if unknown := set(wrapper) - {"type", "constructor", "optimizer", "paramwise_cfg"}:
         raise ValueError(f"optim_wrapper: runs side by side do not know {', '.join(sorted(unknown))}")
-    if "projection" in (wrapper.get("paramwise_cfg") or {}):
-        raise ValueError("optim_wrapper: runs side by side do not hold weights by projection")

@@ -16,6 +16,7 @@ from mmengine.runner import set_random_seed
 from mmpretrain.models.losses import LabelSmoothLoss
 from torch import Tensor, nn
 
+from enc_plugin import add_projection
 from enc_plugin.build import build_model
 from enc_plugin.functional import gbr_penalty
 from enc_plugin.measuring.pixels import preprocess
@@ -62,6 +63,8 @@ class Training:
             channels_last(self.model)
         with DefaultScope.overwrite_default_scope("mmpretrain"):
             self.optimizer = build_optim_wrapper(self.model, self.cfg.optim_wrapper).optimizer
+        if any("enc_projection" in group for group in self.optimizer.param_groups):
+            add_projection(self.optimizer)  # as ENCProjectionHook, before the first forward pass
 
         batch, self.epochs, self.epoch = self.cfg.train_dataloader.batch_size, self.cfg.train_cfg.max_epochs, 0
         full, rest = divmod(len(self.train), batch)

@@ -30,6 +30,9 @@ cells = dict(digits={
     "cutmix": dict(title="CutMix", seeds=[0], overrides={
         **enc, "model.train_cfg": dict(augments=dict(type="CutMix", alpha=1.0)),
         "model.head.loss": dict(type="LabelSmoothLoss", label_smooth_val=0.1)}),
+    **{mode: dict(title=mode, seeds=[0], overrides={
+        **enc, "model.enc": dict(how="project"), "optim_wrapper.paramwise_cfg": dict(projection=mode)})
+        for mode in ("retract", "rotate")},
     "noise": dict(title="noise", seeds=[0], overrides={
         "model.train_cfg": dict(augments=dict(type="GaussianNoise", std=0.1))}),
     "penalty": dict(title="GBR penalty", seeds=[0], overrides={
@@ -56,7 +59,7 @@ def losses(run, device):
 
 
 @pytest.mark.usefixtures("exact_float32")
-@pytest.mark.parametrize("cell", ["plain", "enc", "cutmix"])
+@pytest.mark.parametrize("cell", ["plain", "enc", "retract", "rotate", "cutmix"])
 def test_graphs_train_as_the_cpu_does(device, runs, cell):
     training, found = losses(runs[cell], device)
     assert len(training._graphs) == 2  # one for each size of batch, since the learning rate changed
@@ -64,7 +67,7 @@ def test_graphs_train_as_the_cpu_does(device, runs, cell):
 
 
 def test_all_kinds_of_runs_share_the_device_and_leave_results(device, runs, tmp_path):
-    assert train_in_turns([*runs.values()], tmp_path, device, abreast=5, root=ROOT) == []
+    assert train_in_turns([*runs.values()], tmp_path, device, abreast=7, root=ROOT) == []
     for name in runs:
         result = json.loads((tmp_path / "digits" / f"{name}-seed0.json").read_text())
         assert result["status"] == "finished", result.get("error")

@@ -37,6 +37,9 @@ cells = dict(digits={
         "model.type": "ENCImageClassifier", "train_dataloader.dataset.pipeline": pipeline,
         "model.train_cfg": dict(augments=dict(type="CutMix", alpha=1.0)),
         "model.head.loss": dict(type="LabelSmoothLoss", label_smooth_val=0.1)}),
+    "retracted": dict(title="ENC, retracted", seeds=[0], overrides={
+        "model.type": "ENCImageClassifier", "model.enc": dict(how="project"),
+        "optim_wrapper.paramwise_cfg": dict(projection="retract")}),
     "wild": dict(title="wild", seeds=[0], overrides={"optim_wrapper.optimizer.lr": 1e30}),
     "broken": dict(title="broken", seeds=[0], overrides={"model.head.in_channels": 7}),
 })
@@ -56,7 +59,7 @@ def result_of(folder, run_id):
     return json.loads((folder / "runs" / f"{run_id}.json").read_text())
 
 
-@pytest.mark.parametrize("run_id", ["digits/mixup-seed0", "digits/all-seed2"])
+@pytest.mark.parametrize("run_id", ["digits/mixup-seed0", "digits/all-seed2", "digits/retracted-seed0"])
 def test_a_run_among_others_has_the_numbers_of_the_runner_alone(done, grid, tmp_path, run_id):
     (run,) = (run for run in load_grid(grid).runs() if run.id == run_id)
     execute(run, tmp_path / "runs", tmp_path / "work", ROOT)
@@ -108,10 +111,13 @@ def test_faults_of_single_runs_are_results_and_stop_no_other(done):
     assert "Traceback" in broken["traceback"]
 
 
+FIRST = ("mixup-seed0", "all-seed2", "retracted-seed0", "wild-seed0", "broken-seed0")
+
+
 def test_the_first_seeds_of_all_cells_end_before_second_ones(done):
     order = done[1]
     assert order[-1] == "digits/mixup-seed1"
-    assert set(order[:-1]) == {f"digits/{name}" for name in ("mixup-seed0", "all-seed2", "wild-seed0", "broken-seed0")}
+    assert set(order[:-1]) == {f"digits/{name}" for name in FIRST}
 
 
 def test_no_run_starts_or_leaves_a_result_when_the_time_is_up(grid, tmp_path):
@@ -135,9 +141,9 @@ def test_the_command_does_what_has_no_result_yet_and_writes_where_it_is_told(don
         assert not end.value.code
         return output.getvalue()
 
-    assert "1 of 5 runs have no result yet; they train on cpu" in command("--out", tmp_path)
+    assert "1 of 6 runs have no result yet; they train on cpu" in command("--out", tmp_path)
     assert [path.name for path in tmp_path.glob("*/*.json")] == ["broken-seed0.json"]
-    assert "0 of 5 runs" in command("--out", tmp_path)
+    assert "0 of 6 runs" in command("--out", tmp_path)
     command()
     assert pending(load_grid(grid).runs(), folder / "runs") == []
 

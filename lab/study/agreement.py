@@ -50,7 +50,7 @@ def statement(results: Results, arena: str) -> str:
     """What is known of one arena that repeats another."""
     found = difference(results, arena, metrics.TOP1)
     if found is None:
-        return "not run yet"
+        return f"fewer than {MIN_SEEDS} seeds of some cell yet" if results.of_arena(arena) else "not run yet"
     word = "agree" if _agrees(found) else "are not shown to agree"
     return f"both ways of training {word}, accuracy within {_bound(found, metrics.TOP1)} points"
 

@@ -140,6 +140,17 @@ def with_decay(name, at):
     return dict(title=f"{title}, decay {at}", overrides={**cell["overrides"], decay: float(at)}, seeds=cell["seeds"])
 
 
+def forms(seeds):
+    """ENC without its batch norm, and eq. 22 held by the optimizer (docs/gauge.md)."""
+    nobn = {**enc, "model.enc": dict(exclude="head")}
+    # The last two have no class: what the length of steps depends on is not the decay.
+    return {
+        "enc-ws-nobn": dict(title="ENC, plain classifier", overrides=nobn, seeds=seeds, **removed),
+        "enc-retract": dict(title="ENC 'ws' (eq. 22), retracted", overrides=enc_retract, seeds=seeds),
+        "enc-rotate": dict(title="ENC 'ws' (eq. 22), rotated", overrides=enc_rotate, seeds=seeds),
+    }
+
+
 def noise(std):
     """Gaussian noise on the normalised input."""
     return {"model.train_cfg": dict(augments=dict(type="GaussianNoise", std=std))}
@@ -209,7 +220,7 @@ cells = dict(
             seeds=three,
         ),
     },
-    # Block b is the first four cells, c the decays: each whole by itself, in this order.
+    # Block b is the first four cells, c the decays, d the next, e the last two: each whole by itself, in this order.
     overfit={
         "baseline": dict(title="plain", seeds=four, **kept),
         "bn": dict(title="plain + classifier BN", overrides=classifier_bn, seeds=four, **kept_bn),
@@ -220,6 +231,7 @@ cells = dict(
         "wd1e-3": dict(title="plain, decay 1e-3", overrides={decay: 1e-3}, seeds=three),
         "wd3e-3": dict(title="plain, decay 3e-3", overrides={decay: 3e-3}, seeds=three),
         "wd3e-2": dict(title="plain, decay 3e-2", overrides={decay: 3e-2}, seeds=three),
+        **forms(three),
     },
     full={
         "baseline": dict(title="plain", seeds=three, **kept),
@@ -283,14 +295,6 @@ cells = dict(
     # The arena overfit with seeds that did not run there; batch norm or constraint; the forms of the constraint.
     g5={
         **{name: {**cell, "seeds": others} for name, cell in four_networks.items()},
-        "enc-ws-nobn": dict(
-            title="ENC, plain classifier",
-            overrides={**enc, "model.enc": dict(exclude="head")},
-            seeds=others,
-            **removed,
-        ),
-        # Eq. 22 as a projection. No class: the length of steps is another one than that of decay (docs/gauge.md).
-        "enc-retract": dict(title="ENC 'ws' (eq. 22), retracted", overrides=enc_retract, seeds=others),
-        "enc-rotate": dict(title="ENC 'ws' (eq. 22), rotated", overrides=enc_rotate, seeds=others),
+        **forms(others),
     },
 )

@@ -31,9 +31,9 @@ def projection_section(results: Results) -> Section:
         "22, against the plain network with a batch norm behind the classifier, and against ENC layers of the same "
         "decay. The rule, declared before the runs: a form is recommended only if, with at least "
         f"{MIN_SEEDS} seeds on both sides, no interval of the six measures against ENC layers lies wholly on the worse "
-        "side, in any arena, and none of its runs has diverged; else it is an option with its numbers. Worse is: less "
-        "accuracy, also under FGSM and PGD-10, a larger GBR, also over the squared margin, and more epochs to 90 % of "
-        "the final accuracy.",
+        "side, in any arena with its runs, and none of its runs has diverged; else it is an option with its numbers. "
+        "Worse is: less accuracy, also under FGSM and PGD-10, a larger GBR, also over the squared margin, and more "
+        "epochs to 90 % of the final accuracy.",
     )
     for title, other in (("Against plain + classifier BN", "bn"), ("Against ENC layers", ENC)):
         found = [c for form in FORMS for c in _against(results, form, other)]
@@ -47,9 +47,10 @@ def decision(results: Results, form: str) -> str:
     if any(run["cell"] == form for run in results.with_status(DIVERGED)):
         return "an option: a run has diverged"
     found = _against(results, form, ENC)
-    arenas = {arena for arena in results.grid.arenas if is_planned(results, arena, ((1, form), (-1, ENC)))}
+    begun = {run["arena"] for run in results if run["cell"] == form}
+    arenas = {arena for arena in begun if is_planned(results, arena, ((1, form), (-1, ENC)))}
     to_go = any(run.cell.arena.name in arenas and run.cell.name in (form, ENC) for run in results.missing)
-    if to_go or {c.arena for c in found} != arenas or any(c.effect.n < MIN_SEEDS for c in found):
+    if not arenas or to_go or {c.arena for c in found} != arenas or any(c.effect.n < MIN_SEEDS for c in found):
         return "not decided yet"
     if worse := [f"{c.metric.name} ({c.arena})" for c in found if c.seen == WORSE[c.metric]]:
         return f"an option: worse in {', '.join(worse)}"

@@ -22,7 +22,7 @@ METHOD = (
     "seeds. Runs of the same seed are not paired, because their results are hardly correlated. A ratio (x) compares "
     'geometric means. Intervals are not corrected for their number. "So far": the arena has runs to go. Each word '
     f"needs at least {MIN_SEEDS} seeds. Claims, effects and words were declared before the runs of the arena overfit "
-    "and of those for a GPU (g0 to g4), and after those of the other three. The networks and schedules are far smaller "
+    "and of those for a GPU (g0 to g5), and after those of the other three. The networks and schedules are far smaller "
     "than the paper's, so the words are about this scale."
 )
 

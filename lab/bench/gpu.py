@@ -17,7 +17,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 
 from enc_plugin import fold
 from enc_plugin.build import pick_device
@@ -93,7 +95,7 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype
 
 
 def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
-    """Training steps of all networks, and their peak memory: weights, momentum, activations and gradients."""
+    """Training steps of all networks; their peak memory, and what the host and the device do in a step."""
     dtype, layout = PRECISIONS[precision]
     images, labels = setting.pictures()
     images = images.contiguous(memory_format=layout)
@@ -106,7 +108,7 @@ def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
         try:
             call = _step(setting.network(name, layout), images, labels, dtype, compiled)
             call()
-            memory[name] = {"MiB at the peak": _peak(call) - before}
+            memory[name] = {"MiB at the peak": _peak(call) - before, **_anatomy(call)}
             calls[name] = call
         except Exception as error:  # the other networks are still measured
             failed[name] = describe(error, 500)
@@ -243,6 +245,29 @@ def run(
 def _allocated() -> float:
     """Allocated GPU memory in MiB; 0 without a GPU."""
     return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+
+
+def _anatomy(call: Callable[[], None], calls: int = 5) -> dict[str, float]:
+    """What a call asks of the host, and its kernels: a step takes as long as the busier of both; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return {"ms of the host": 0.0, "ms of kernels": 0.0, "kernels": 0}
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    rows = profiled.key_averages()
+    kernels = [row for row in rows if row.device_type is DeviceType.CUDA and not row.is_user_annotation]
+    return {
+        "ms of the host": 1e3 * host / calls,
+        "ms of kernels": sum(row.self_device_time_total for row in kernels) / 1e3,
+        "kernels": sum(row.count for row in kernels),
+    }
 
 
 def _peak(call: Callable[[], None]) -> float:

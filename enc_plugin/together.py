@@ -16,8 +16,11 @@ from .functional.grouped import enc_weights
 def effective_weights(
     weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Same as :func:`~enc_plugin.functional.grouped.enc_weights`, by Triton's kernels where these can compute them."""
-    kernels = _triton_rows() if weights[0].is_cuda else None
+    """Same as :func:`~enc_plugin.functional.grouped.enc_weights`, by Triton's kernels where these can compute them.
+
+    Under ``torch.compile``, the compiler fuses torch's operations and cannot see addresses, which the kernels need.
+    """
+    kernels = _triton_rows() if weights[0].is_cuda and not torch.compiler.is_compiling() else None
     table = None if kernels is None else kernels.table_of(weights, variant, dtype)
     if kernels is None or table is None:
         return enc_weights(weights, variant, alphas, dtype)

@@ -137,8 +137,8 @@ def factors(weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Te
         return torch.cat([(a.to(dtype) / c).sqrt().expand(m) for a, c, m in zip(tensors, counts, rows, strict=True)])
     values = tuple(float((alpha / count) ** 0.5) for alpha, count in zip(alphas, counts, strict=True))
     # A tensor made while a CUDA graph is captured has no values until the graph runs, so it must not be cached.
-    is_captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    return (_filled if is_captured else _kept)(values, rows, dtype, like.device)
+    is_recorded = torch.compiler.is_compiling() or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+    return (_filled if is_recorded else _kept)(values, rows, dtype, like.device)
 
 
 def _divisor(weight: Tensor, variant: str) -> int:

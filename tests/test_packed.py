@@ -98,6 +98,18 @@ def test_the_weights_come_in_one_operation_for_each_length_of_rows():
     assert norms(lambda: packed(images())) == 3
 
 
+def test_a_layer_that_is_put_in_later_is_packed_from_its_second_pass_on():
+    own, packed = pair()
+    assert norms(lambda: packed(images())) == 3
+    packed.right = copy.deepcopy(packed.right)
+    assert norms(lambda: packed(images())) == 4
+    assert norms(lambda: packed(images())) == 3
+    assert_same_gradients(own, packed)
+    shared = copy.copy(packed)  # its hooks are those of the original
+    shared._modules = {**packed._modules, "left": copy.deepcopy(packed.left)}
+    assert norms(lambda: shared(images())) == norms(lambda: packed(images())) == 3
+
+
 @pytest.mark.parametrize("variant", ["ws", "fro"])
 def test_fifty_steps_of_training_are_the_same(variant):
     nets = pair(variant, "learnable", torch.float32)

@@ -68,16 +68,11 @@ def add_projection(optimizer: Optimizer) -> None:
             of zeros).
     """
     check_projection(optimizer)
-    if not projected_groups(optimizer):
+    if not _start(optimizer):
         warnings.warn(
             "optimizer: no group has enc_projection, so nothing is projected; build the groups with param_groups_enc",
             stacklevel=2,
         )
-    for inner in inner_optimizers(optimizer):
-        if isinstance(inner, Optimizer):
-            add_projection(inner)
-    with torch.no_grad():
-        start(own_groups(optimizer), has_gradients=False)
 
 
 def check_projection(optimizer: Optimizer) -> None:
@@ -94,6 +89,14 @@ def check_projection(optimizer: Optimizer) -> None:
     carry_load_hook(optimizer, _keep_settings)
     for group in own_groups(optimizer):
         prepare(optimizer, group)
+
+
+def _start(optimizer: Optimizer) -> bool:
+    """Project the weights of ``optimizer`` and of those that it wraps; False if none of them has projected groups."""
+    found = [_start(inner) for inner in inner_optimizers(optimizer) if isinstance(inner, Optimizer)]
+    with torch.no_grad():
+        start(own_groups(optimizer), has_gradients=False)
+    return any(found) or bool(projected_groups(optimizer))
 
 
 def _refuse_zero(optimizer: Optimizer) -> None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -400,6 +401,28 @@ def test_an_optimizer_around_another_holds_them_once():
     train(models[1], _Wrapper(inner[1]))
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+class _Pair(torch.optim.Optimizer):
+    """Steps its groups by two optimizers of different kinds."""
+
+    def __init__(self, *inner):
+        super().__init__([group for one in inner for group in one.param_groups], {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        for one in self.inner:
+            one.step()
+
+
+def test_an_optimizer_around_one_that_projects_nothing_starts_without_a_warning():
+    model = network()
+    held, rest = groups_of(model, "retract")
+    optimizer = _Pair(torch.optim.SGD([held], **SGD), torch.optim.AdamW([rest]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_projection(optimizer)
+    assert all(w.square().sum().item() == pytest.approx(1, rel=1e-12) for w in weights_of(model))
 
 
 class _Averaging(_Wrapper):

@@ -48,7 +48,7 @@ test-long: $(STAMP)
 
 # What a CUDA device computes and how training runs on it; where there is none, every test skips and says so.
 test-cuda: $(STAMP)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -rs tests/cuda
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -rs tests/cuda
 
 # The suite on the oldest versions that pyproject.toml admits, and on the maintained forks of the OpenMMLab stack.
 test-compat: $(COMPAT:%=test-%)

@@ -7,7 +7,7 @@ out=$(realpath -m "$1") minutes=${2:-6}
 source "$(dirname "$0")/gpu_setup.sh"
 
 # Several processes share the GPU: most of a short run is Python.
-timeout --signal=INT 270 "$python" -m pytest -rs --durations=15 -p no:cacheprovider -n 8 tests/cuda 2>&1 |
+timeout --signal=INT 270 "$python" -m pytest -rfs --tb=short --durations=15 -p no:cacheprovider -n 12 --dist worksteal tests/cuda 2>&1 |
     tee "$out/suite.log"
 suite=$?
 timeout --signal=INT $((minutes * 60 + 90)) "$python" -m lab.bench --only gpu --minutes "$minutes" --results "$out/bench" 2>&1 |

@@ -91,5 +91,6 @@ def sgd(model: nn.Module, shift: bool = True, projection: str | None = None, **o
         return torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY, **options)
     optimizer = torch.optim.SGD(groups, LR, MOMENTUM, **options)
     add_shift(optimizer)
-    add_projection(optimizer)
+    if projection is not None:
+        add_projection(optimizer)
     return optimizer

@@ -2,7 +2,8 @@
 
 Computed one by one, each weight takes about ten operations, whose launches cost more than their work on a GPU.
 Computed together, all layers take a few operations per row length (:mod:`enc_plugin.functional.grouped`). With Triton,
-the variants ``'wn'`` and ``'ws'`` take one launch forward and two backward (:mod:`enc_plugin.triton_rows`).
+they take one launch forward and two backward, or three and four for the whole-layer variants
+(:mod:`enc_plugin.triton_weights`).
 """
 
 from __future__ import annotations

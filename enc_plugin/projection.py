@@ -28,6 +28,7 @@ from .running_step import (
     is_zero,
     replace_decay,
     restore_decays,
+    start_momentum,
     steps_itself,
 )
 
@@ -134,6 +135,7 @@ class _Projection:
         if self.step is not None and self.step.runs(frame):  # super().step()
             self.depth += 1
             return
+        start_momentum(optimizer)
         self.restore(optimizer)
         self.step, self.depth, self.before = RunningStep(frame, []), 0, []
         has_closure = callable(kwargs.get("closure", args[1] if len(args) > 1 else None))

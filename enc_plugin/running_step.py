@@ -54,6 +54,21 @@ def restore_decays(replaced: Decays) -> None:
         group, group["weight_decay"] = replaced.pop()
 
 
+def start_momentum(optimizer: Optimizer) -> None:
+    """Let the momentum of fused SGD start at 0, which is exact, before its first step under a gradient scaler.
+
+    If the scaler skips that step, torch leaves the momentum as uninitialised memory, which later steps use.
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or getattr(optimizer, "found_inf", None) is None:
+        return
+    for group in optimizer.param_groups:
+        # With dampening, torch takes the first gradient as a whole, and not damped.
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for p in group["params"]:
+                if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
 def calling_frame() -> FrameType | None:
     """Frame that called the hook that calls this function; None under ``torch.compile``, which has no frames."""
     return None if torch.compiler.is_compiling() else sys._getframe(2)

@@ -17,7 +17,15 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from .carried_hooks import carry_load_hook, register_carried_hook
 from .decay_kinds import decay_kind
 from .functional.checks import check_type
-from .running_step import Decays, RunningStep, calling_frame, inner_optimizers, replace_decay, restore_decays
+from .running_step import (
+    Decays,
+    RunningStep,
+    calling_frame,
+    inner_optimizers,
+    replace_decay,
+    restore_decays,
+    start_momentum,
+)
 from .shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, restore, shift_group, takes_decay
 from .shifted_groups import SHIFT_SETTINGS, check_group, shifted_groups
 
@@ -159,6 +167,7 @@ class _Shift:
         groups = [(self.kind(optimizer, index, group), group) for index, group in shifted_groups(optimizer)]
         if not groups:
             return None
+        start_momentum(optimizer)
         frame = calling_frame()
         outer = self.enclosing(frame, groups)
         if outer is not None:

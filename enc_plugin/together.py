@@ -20,7 +20,7 @@ def effective_weights(
 
     Under ``torch.compile``, the compiler fuses torch's operations and cannot see addresses, which the kernels need.
     """
-    kernels = _triton_rows() if weights[0].is_cuda and not torch.compiler.is_compiling() else None
+    kernels = _triton() if weights[0].is_cuda and not torch.compiler.is_compiling() else None
     table = None if kernels is None else kernels.table_of(weights, variant, dtype)
     if kernels is None or table is None:
         return enc_weights(weights, variant, alphas, dtype)
@@ -28,9 +28,9 @@ def effective_weights(
 
 
 @cache
-def _triton_rows() -> ModuleType | None:
+def _triton() -> ModuleType | None:
     """The module with the kernels, or None without Triton."""
     try:
-        return importlib.import_module(".triton_rows", __package__)
+        return importlib.import_module(".triton_weights", __package__)
     except ImportError:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 import weakref
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import enc_plugin.functional.grouped
-from enc_plugin import ENCLinear, add_shift, param_groups_enc
+from enc_plugin import ENCLinear, add_projection, add_shift, param_groups_enc, to_enc
 
 LR, DECAY, EPS = 0.05, 0.3, 0.5
 
@@ -592,6 +593,35 @@ def test_the_scale_of_a_gradient_scaler_does_not_reach_the_shift(cls, fused):
         twin(x).pow(4).mean().backward()
         stock.step()
     torch.testing.assert_close(fc.weight, twin.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["reparametrize", "project"])
+def test_the_momentum_of_fused_sgd_starts_at_zero_if_a_scaler_skips_the_first_step(how, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    nets, optimizers = [], []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        to_enc(net, how=how)
+        groups = param_groups_enc(net, 1e-2, **({"projection": "retract"} if how == "project" else {}))
+        nets.append(net)
+        optimizers.append(optim.SGD(groups, lr=LR, momentum=0.9, fused=fused))
+        if how == "project":
+            add_projection(optimizers[-1])
+    x = torch.randn(8, 6)
+    torch.use_deterministic_algorithms(True)  # memory that is not initialised holds NaN
+    try:
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            for i in range(4):
+                optimizer.zero_grad()
+                scaler.scale(net(x).pow(2).mean() * (math.inf if i == 0 else 1)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("opt", ["adamw", "lamb"])

@@ -21,8 +21,8 @@ from enc_plugin.layers import enc_layers
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_that_of_the_layers(device, variant, layout, dtype, with_triton, monkeypatch):
     if not with_triton:
-        monkeypatch.setattr(together, "_triton_rows", lambda: None)
-    elif together._triton_rows() is None:
+        monkeypatch.setattr(together, "_triton", lambda: None)
+    elif together._triton() is None:
         pytest.skip("no Triton")
     own = network(variant).to(device=device, memory_format=layout)
     at_once = copy.deepcopy(own)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from enc_plugin import to_enc
+from enc_plugin.surgery.startup_average import drop_averages
 
 from .harness import goal, interleave, ratios
 from .networks import resnet50
@@ -30,6 +31,7 @@ def candidates() -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
     for mode in ("retract", "rotate"):
         network = copy.deepcopy(plain)
         to_enc(network, "ws", how="project")
+        drop_averages(network)
         found[f"ENC ws, {mode}"] = network, sgd(network, projection=mode)
     return found
 

@@ -20,9 +20,12 @@ from enc_plugin.layers import enc_layers
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_that_of_the_layers(device, variant, layout, dtype, with_triton, monkeypatch):
-    if not with_triton:
-        monkeypatch.setattr(together, "_triton", lambda: None)
-    elif together._triton() is None:
+    kernels = together._triton() if with_triton else None
+    monkeypatch.setattr(together, "_triton", lambda: kernels)
+    if kernels is not None:
+        kernels._is_right.clear()  # another test may have had its trial
+        kernels._tables.clear()
+    elif with_triton:
         pytest.skip("no Triton")
     own = network(variant).to(device=device, memory_format=layout)
     at_once = copy.deepcopy(own)
@@ -32,6 +35,7 @@ def test_a_step_is_that_of_the_layers(device, variant, layout, dtype, with_trito
         for net, is_packed in ((own, False), (at_once, True)):
             packed.pack_weights(net, is_packed)
             stepper(net, optimizer_of(net), images.contiguous(memory_format=layout), labels, dtype)()
+    assert kernels is None or kernels._tables, "the kernels were not used"
     tolerance = 1e-5 if dtype is None else 2e-2
     for (_, a), (_, b) in zip(enc_layers(own), enc_layers(at_once), strict=True):
         assert error(b.weight.grad, a.weight.grad) < tolerance

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .functional.weights import is_centered
-from .triton_table import Stats, Table
+from .triton_table import Stats, Table, squares_about, sum_of
 
 _BLOCK = 1024  # elements per load
 _CHUNK = 8192  # elements of a program
@@ -28,18 +28,10 @@ def _chunk_moments(chunks, lengths, sums, squares, CENTERED: tl.constexpr, BLOCK
     n = tl.load(lengths + j)
     mean = 0.0
     if CENTERED:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for k in range(0, n, BLOCK):
-            i = k + tl.arange(0, BLOCK)
-            total += tl.load(x_ptr + i, mask=i < n, other=0.0)
-        mean = tl.sum(total, 0) / n
-        tl.store(sums + j, mean * n)
-    square = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, n, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        d = tl.where(i < n, tl.load(x_ptr + i, mask=i < n, other=0.0) - mean, 0.0)
-        square += d * d
-    tl.store(squares + j, tl.sum(square, 0))
+        total = sum_of(x_ptr, n, BLOCK)
+        mean = total / n
+        tl.store(sums + j, total)
+    tl.store(squares + j, squares_about(mean, x_ptr, n, BLOCK))
 
 
 @triton.jit
@@ -51,11 +43,7 @@ def _layer_norms(
     first, count = tl.load(firsts + layer), tl.load(counts + layer)
     mean = 0.0
     if CENTERED:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for k in range(0, count, BLOCK):
-            i = k + tl.arange(0, BLOCK)
-            total += tl.load(sums + first + i, mask=i < count, other=0.0)
-        mean = tl.sum(total, 0) / tl.load(sizes + layer)
+        mean = sum_of(sums + first, count, BLOCK) / tl.load(sizes + layer)
     square = tl.zeros((BLOCK,), tl.float32)
     for k in range(0, count, BLOCK):
         i = k + tl.arange(0, BLOCK)
@@ -107,14 +95,8 @@ def _layer_slopes(firsts, counts, sizes, sums, products, inverses, mean_grads, d
     """Layer l: the mean of g, and the gradient of the scale."""
     layer = tl.program_id(0)
     first, count = tl.load(firsts + layer), tl.load(counts + layer)
-    total = tl.zeros((BLOCK,), tl.float32)
-    product = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, count, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        total += tl.load(sums + first + i, mask=i < count, other=0.0)
-        product += tl.load(products + first + i, mask=i < count, other=0.0)
-    tl.store(mean_grads + layer, tl.sum(total, 0) / tl.load(sizes + layer))
-    tl.store(d_scales + layer, tl.sum(product, 0) * tl.load(inverses + layer))
+    tl.store(mean_grads + layer, sum_of(sums + first, count, BLOCK) / tl.load(sizes + layer))
+    tl.store(d_scales + layer, sum_of(products + first, count, BLOCK) * tl.load(inverses + layer))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .functional.weights import is_centered
-from .triton_table import Stats, Table
+from .triton_table import Stats, Table, squares_about, sum_of
 
 _BLOCK = 1024  # elements of a row per load
 
@@ -27,17 +27,8 @@ def _forward(rows, lengths, offsets, scales, out, means, inverses, CENTERED: tl.
     out += tl.load(offsets + r)
     mean = 0.0
     if CENTERED:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for k in range(0, n, BLOCK):
-            i = k + tl.arange(0, BLOCK)
-            total += tl.load(x_ptr + i, mask=i < n, other=0.0)
-        mean = tl.sum(total, 0) / n
-    square = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, n, BLOCK):  # this pass and the next read the row from the cache
-        i = k + tl.arange(0, BLOCK)
-        d = tl.where(i < n, tl.load(x_ptr + i, mask=i < n, other=0.0) - mean, 0.0)
-        square += d * d
-    square = tl.sum(square, 0)
+        mean = sum_of(x_ptr, n, BLOCK) / n
+    square = squares_about(mean, x_ptr, n, BLOCK)  # this pass and the next read the row from the cache
     if CENTERED:
         square = square / n
     inverse = 1.0 / tl.sqrt(square)

@@ -1,15 +1,41 @@
-"""What the kernels and the views of their results need to know of some weights: asked once, and not in each step."""
+"""What Triton's kernels share: sums, and tables of weights, which ask each weight once what the kernels and views need.
+
+Importing this module needs Triton.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .functional import grouped
 
 Stats = tuple[Tensor, Tensor]  # means, and inverse norms (or standard deviations), of rows or layers
+
+
+@triton.jit
+def sum_of(x_ptr, n, BLOCK: tl.constexpr):
+    """Sum of ``n`` elements."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in range(0, n, BLOCK):
+        i = k + tl.arange(0, BLOCK)
+        total += tl.load(x_ptr + i, mask=i < n, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def squares_about(mean, x_ptr, n, BLOCK: tl.constexpr):
+    """Sum of squares of the differences of ``n`` elements and ``mean``."""
+    square = tl.zeros((BLOCK,), tl.float32)
+    for k in range(0, n, BLOCK):
+        i = k + tl.arange(0, BLOCK)
+        d = tl.where(i < n, tl.load(x_ptr + i, mask=i < n, other=0.0) - mean, 0.0)
+        square += d * d
+    return tl.sum(square, 0)
 
 
 class Table:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mmengine.config
 import pytest
+import timm
 import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
@@ -24,6 +25,7 @@ from mmengine.runner import Runner
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3])
 
 
 def quicken() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import TIMM as TIMM_VERSION
 from mmpretrain.registry import OPTIMIZERS
 from timm.optim import create_optimizer_v2
 from torch import nn, optim
@@ -23,6 +24,7 @@ TIMM = {
     WEIGHT: ("adamw", "sgdw", "lion", "nadamw", "radamw", "adafactor", "laprop", "adanw", "adabelief"),
     AROUND: ("lamb", "adamp", "adan", "adamc", "lionc"),  # AdamC, LionC: decay by lr^2 / the largest lr
 }
+NEW_IN_TIMM = ("adopt", "radam", "radamw", "laprop", "adan", "adamc", "lionc")
 
 
 def optimizer_of(cls, dim=2, **options) -> torch.optim.Optimizer:
@@ -41,6 +43,8 @@ def test_torchs_optimizers_decay_as_documented(kind, cls):
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in TIMM.items() for name in names])
 def test_timms_optimizers_decay_as_documented(kind, name):
+    if name in NEW_IN_TIMM and TIMM_VERSION < (1, 0, 20):
+        pytest.skip("this version of timm lacks it, or its decay is of another kind")
     assert found(optimizer_of(create_optimizer_v2, dim=4, opt=name, weight_decay=0.1)) == kind
 
 

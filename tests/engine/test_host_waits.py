@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import build_runner, digits_config
+from helpers import TORCH, build_runner, digits_config
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +26,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("alpha", [1.0, "learnable"])
 def test_layers_shift_penalty_and_the_guards_look_read_nothing(variant, optimizer, alpha):
     """Tensors of the meta device have no values: whatever would read one raises."""
+    if variant == "wn" and TORCH < (2, 8):
+        pytest.skip("this version of torch has no weight norm without values")
     layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     net = nn.Sequential(*layers, nn.Linear(8, 5))
     to_enc(net, variant, alpha)

@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import scipy
 from helpers import ROOT
 
 from lab import RESULTS
@@ -39,6 +40,8 @@ def written(tmp_path_factory):
     return folder
 
 
+# An older one ends with another last digit of a p-value.
+@pytest.mark.skipif(scipy.__version__ < "1.17", reason="the pages are written with SciPy 1.17 or later")
 @pytest.mark.parametrize("name", ["README.md", "figures.json", "report.html"])
 def test_committed_pages_follow_from_the_committed_results(written, name):
     texts = [(folder / name).read_text() for folder in (written, STUDY)]

@@ -95,10 +95,11 @@ class _Packing:
         """Forward pre-hook: begin a pass."""
         if not self.packed or not can_precompute():
             return
-        if self.known is None or self.known[0]() is not model:  # shallow copies share their hooks
+        known = self.known  # another thread may set it meanwhile
+        if known is None or known[0]() is not model:  # shallow copies share their hooks
             found = [weakref.ref(module) for module in model.modules() if isinstance(module, ENCLayer)]
-            self.known = weakref.ref(model), found
-        alive = (reference() for reference in self.known[1])
+            known = self.known = weakref.ref(model), found
+        alive = (reference() for reference in known[1])
         # A layer may have become plain, or projected, since the last pass.
         layers = [layer for layer in alive if isinstance(layer, ENCLayer) and not layer.enc_is_projected]
         if layers and (self.packed is True or any(weight.is_cuda for weight in layers[0].free_weights())):

@@ -63,7 +63,7 @@ def start_momentum(optimizer: Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         # With dampening, torch takes the first gradient as a whole, and not damped.
-        if group["fused"] and group["momentum"] and not group["dampening"]:
+        if group.get("fused") and group["momentum"] and not group["dampening"]:
             for p in group["params"]:
                 if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
                     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .functional.weights import is_centered
-from .triton_table import Stats, Table, squares_about, sum_of
+from .triton_loops import products_of, squares_about, sum_of, write_gradients, write_results
+from .triton_table import Stats, Table
 
 _BLOCK = 1024  # elements per load
 _CHUNK = 8192  # elements of a program
@@ -65,10 +66,7 @@ def _forward(chunks, lengths, offsets, layers, scales, means, inverses, out, BLO
     out += tl.load(offsets + j)
     mean = tl.load(means + layer)
     factor = tl.load(scales + layer) * tl.load(inverses + layer)
-    for k in range(0, n, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + i, mask=i < n, other=0.0)
-        tl.store(out + i, ((x - mean) * factor).to(out.dtype.element_ty), mask=i < n)
+    write_results(out, x_ptr, mean, factor, n, BLOCK)
 
 
 @triton.jit
@@ -79,15 +77,9 @@ def _chunk_products(chunks, lengths, offsets, layers, grads, means, sums, produc
     n = tl.load(lengths + j)
     grads += tl.load(offsets + j)
     mean = tl.load(means + tl.load(layers + j))
-    total = tl.zeros((BLOCK,), tl.float32)
-    product = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, n, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        g = tl.load(grads + i, mask=i < n, other=0.0).to(tl.float32)
-        total += g
-        product += g * (tl.load(x_ptr + i, mask=i < n, other=0.0) - mean)
-    tl.store(sums + j, tl.sum(total, 0))
-    tl.store(products + j, tl.sum(product, 0))
+    total, product = products_of(grads, x_ptr, mean, n, BLOCK)
+    tl.store(sums + j, total)
+    tl.store(products + j, product)
 
 
 @triton.jit
@@ -115,11 +107,7 @@ def _backward(
     mean_grad = 0.0
     if CENTERED:
         mean_grad = tl.load(mean_grads + layer)
-    for k in range(0, n, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        g = tl.load(grads + i, mask=i < n, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + i, mask=i < n, other=0.0)
-        tl.store(out + i, factor * (g - mean_grad - (x - mean) * slope), mask=i < n)
+    write_gradients(out, grads, x_ptr, mean, factor, mean_grad, slope, n, BLOCK)
 
 
 class LayerTable(Table):
@@ -140,7 +128,7 @@ class LayerTable(Table):
         chunks, lengths, *_ = self._chunks
         out = torch.empty(self.size, dtype=dtype, device=scale.device)
         means, inverses = torch.empty_like(scale), torch.empty_like(scale)
-        sums, squares = torch.empty((2, len(chunks)), device=scale.device)
+        sums, squares = scale.new_empty((2, len(chunks)))
         options = {"CENTERED": is_centered(variant), "BLOCK": _BLOCK}
         with torch.cuda.device_of(scale):
             _chunk_moments[(len(chunks),)](chunks, lengths, sums, squares, **options)
@@ -152,9 +140,9 @@ class LayerTable(Table):
         """See :meth:`Table.pulled_back`."""
         means, inverses = stats
         count = len(self._chunks[0])
-        d_x, d_scale = torch.empty(self.size, device=scale.device), torch.empty_like(scale)
+        d_x, d_scale = scale.new_empty(self.size), torch.empty_like(scale)
         mean_grads = torch.empty_like(scale)
-        sums, products = torch.empty((2, count), device=scale.device)
+        sums, products = scale.new_empty((2, count))
         with torch.cuda.device_of(scale):
             _chunk_products[(count,)](*self._chunks, grad, means, sums, products, BLOCK=_BLOCK)
             _layer_slopes[(len(scale),)](*self._layers, sums, products, inverses, mean_grads, d_scale, BLOCK=_BLOCK)

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .functional.weights import is_centered
-from .triton_table import Stats, Table, squares_about, sum_of
+from .triton_loops import products_of, squares_about, sum_of, write_gradients, write_results
+from .triton_table import Stats, Table
 
 _BLOCK = 1024  # elements of a row per load
 
@@ -33,10 +34,7 @@ def _forward(rows, lengths, offsets, scales, out, means, inverses, CENTERED: tl.
         square = square / n
     inverse = 1.0 / tl.sqrt(square)
     factor = tl.load(scales + r) * inverse
-    for k in range(0, n, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + i, mask=i < n, other=0.0)
-        tl.store(out + i, ((x - mean) * factor).to(out.dtype.element_ty), mask=i < n)
+    write_results(out, x_ptr, mean, factor, n, BLOCK)
     tl.store(means + r, mean)
     tl.store(inverses + r, inverse)
 
@@ -52,25 +50,15 @@ def _backward(
     grads += offset
     out += offset
     mean, inverse = tl.load(means + r), tl.load(inverses + r)
-    sum_g = tl.zeros((BLOCK,), tl.float32)
-    sum_gx = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, n, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        g = tl.load(grads + i, mask=i < n, other=0.0).to(tl.float32)
-        sum_g += g
-        sum_gx += g * (tl.load(x_ptr + i, mask=i < n, other=0.0) - mean)
-    dot = tl.sum(sum_gx, 0) * inverse
+    total, product = products_of(grads, x_ptr, mean, n, BLOCK)
+    dot = product * inverse
     slope = dot * inverse
-    mean_g = 0.0
+    mean_grad = 0.0
     if CENTERED:
         slope = slope / n
-        mean_g = tl.sum(sum_g, 0) / n
+        mean_grad = total / n
     factor = tl.load(scales + r) * inverse
-    for k in range(0, n, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        g = tl.load(grads + i, mask=i < n, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + i, mask=i < n, other=0.0)
-        tl.store(out + i, factor * (g - mean_g - (x - mean) * slope), mask=i < n)
+    write_gradients(out, grads, x_ptr, mean, factor, mean_grad, slope, n, BLOCK)
     tl.store(d_scales + r, dot)
 
 
@@ -93,7 +81,7 @@ class RowTable(Table):
 
     def pulled_back(self, variant: str, scale: Tensor, stats: Stats, grad: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Table.pulled_back`."""
-        d_x, d_scale = torch.empty(self.size, device=scale.device), torch.empty_like(scale)
+        d_x, d_scale = scale.new_empty(self.size), torch.empty_like(scale)
         with torch.cuda.device_of(scale):
             _backward[(len(scale),)](
                 *self._rows, scale, grad, *stats, d_x, d_scale, CENTERED=is_centered(variant), BLOCK=_BLOCK

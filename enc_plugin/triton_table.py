@@ -1,41 +1,15 @@
-"""What Triton's kernels share: sums, and tables of weights, which ask each weight once what the kernels and views need.
-
-Importing this module needs Triton.
-"""
+"""Tables of weights: what the kernels and the views of their results need to know, asked once and not in each step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .functional import grouped
 
 Stats = tuple[Tensor, Tensor]  # means, and inverse norms (or standard deviations), of rows or layers
-
-
-@triton.jit
-def sum_of(x_ptr, n, BLOCK: tl.constexpr):
-    """Sum of ``n`` elements."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, n, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        total += tl.load(x_ptr + i, mask=i < n, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def squares_about(mean, x_ptr, n, BLOCK: tl.constexpr):
-    """Sum of squares of the differences of ``n`` elements and ``mean``."""
-    square = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, n, BLOCK):
-        i = k + tl.arange(0, BLOCK)
-        d = tl.where(i < n, tl.load(x_ptr + i, mask=i < n, other=0.0) - mean, 0.0)
-        square += d * d
-    return tl.sum(square, 0)
 
 
 class Table:
@@ -67,7 +41,7 @@ class Table:
         if key in self._scales:
             return self._scales[key]
         found = grouped.factors(weights, variant, alphas)
-        if not any(isinstance(alpha, Tensor) for alpha in alphas) and not is_captured(found.device):
+        if not any(isinstance(alpha, Tensor) for alpha in alphas) and not grouped.is_recorded(found.device):
             self._scales[key] = found
         return found
 
@@ -91,8 +65,3 @@ class Table:
     def pulled_back(self, variant: str, scale: Tensor, stats: Stats, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients with respect to the elements and ``scale``, of the gradient of the elements of the results."""
         raise NotImplementedError
-
-
-def is_captured(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured, in which neither copies from the host nor waits are allowed."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .functional import grouped
 from .functional.weights import is_whole_layer
 from .triton_layers import LayerTable
 from .triton_rows import RowTable
-from .triton_table import Table, is_captured
+from .triton_table import Table
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,11 +38,14 @@ def table_of(weights: Sequence[Tensor], variant: str, dtype: torch.dtype) -> Tab
     """
     if variant not in grouped.GROUPED or weights[0].dtype != torch.float32 or dtype not in _DTYPES:
         return None
+    if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
+        return None  # a subclass may keep its values elsewhere
     device, make = weights[0].device, _table_class(variant)
     kind, key = (device, variant, dtype), (make, device, *((w.data_ptr(), w.shape, w.stride()) for w in weights))
     table = _tables.get(key)
     if table is None or kind not in _is_right:
-        if is_captured(device) or not all(map(grouped.has_whole_rows, weights)):
+        # Making a table copies from the host, and a trial waits for the device.
+        if grouped.is_recorded(device) or not all(map(grouped.has_whole_rows, weights)):
             return None
         if kind not in _is_right:
             _is_right[kind] = _trial(*kind)
@@ -128,7 +131,7 @@ def _trial(device: torch.device, variant: str, dtype: torch.dtype) -> bool:
 
 
 def _waves(shape: tuple[int, ...], device: torch.device, step: float) -> Tensor:
-    return torch.arange(math.prod(shape), device=device).mul(step).sin().reshape(shape)
+    return torch.arange(math.prod(shape), dtype=torch.float32, device=device).mul(step).sin().reshape(shape)
 
 
 def _outputs_and_gradients(whats: list[Tensor], weights: list[Tensor]) -> list[Tensor]:

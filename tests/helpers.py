@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mmengine.config
 import pytest
+import scipy
 import timm
 import torch
 from mmengine.config import Config
@@ -24,8 +25,9 @@ from mmengine.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3])
+TORCH, SCIPY = (tuple(int(part) for part in package.__version__.split(".")[:2]) for package in (torch, scipy))
+# Older ones lack some optimizers, and options of others; the decay of one is of another kind.
+NEW_TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 20)
 
 
 def quicken() -> None:

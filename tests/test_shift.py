@@ -12,7 +12,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from functional.test_decay import literal as shifted
-from helpers import TIMM
+from helpers import NEW_TIMM
 from mmpretrain.registry import OPTIMIZERS
 from timm.optim import create_optimizer_v2
 from torch import nn, optim
@@ -23,7 +23,6 @@ import enc_plugin.functional.grouped
 from enc_plugin import ENCLinear, add_projection, add_shift, param_groups_enc, to_enc
 
 LR, DECAY, EPS = 0.05, 0.3, 0.5
-NEW = TIMM >= (1, 0, 20)  # older ones lack some optimizers, and options of others
 
 
 def layer(variant: str = "wn") -> ENCLinear:
@@ -156,7 +155,11 @@ def test_decoupled_decay_takes_a_share_of_the_weight_from_it(name, closure):
         lambda groups: optim.Adafactor(groups, lr=LR),
         lambda groups: OPTIMIZERS.get("LARS")(groups, lr=20.0, momentum=0.5),
         lambda groups: OPTIMIZERS.get("Lamb")(groups, lr=LR),
-        *(lambda groups, name=name: create_optimizer_v2(groups, opt=name, lr=LR) for name in ("adan", "adamc") if NEW),
+        *(
+            lambda groups, name=name: create_optimizer_v2(groups, opt=name, lr=LR)
+            for name in ("adan", "adamc")
+            if NEW_TIMM
+        ),
         lambda groups: create_optimizer_v2(groups, opt="lars", lr=40.0),
         lambda groups: create_optimizer_v2(groups, opt="adamp", lr=100 * LR),  # a hundredth of the decay
     ],
@@ -626,7 +629,7 @@ def test_the_momentum_of_fused_sgd_starts_at_zero_if_a_scaler_skips_the_first_st
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("opt", ["adamw", *(["lamb"] if NEW else [])])
+@pytest.mark.parametrize("opt", ["adamw", *(["lamb"] if NEW_TIMM else [])])
 def test_a_step_that_is_compiled_from_the_first_on_is_the_eager_one(opt):
     torch._dynamo.reset()
     weights = []

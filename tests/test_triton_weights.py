@@ -52,6 +52,25 @@ def check_rows() -> None:
     assert torch.autograd.grad(first.square().sum(), weights[0])[0].isfinite().all()
 
 
+class Elsewhere(torch.Tensor):
+    """A kind of tensor that might keep its values elsewhere."""
+
+
+def check_default_dtype() -> None:
+    """The default dtype is not that of the weights."""
+    from enc_plugin import triton_weights
+
+    triton_weights._is_right.clear()
+    torch.set_default_dtype(torch.float64)
+    for variant in ("ws", "fro"):
+        weight = torch.randn(2, 5, dtype=torch.float32, requires_grad=True)
+        table = triton_weights.table_of([weight], variant, torch.float32)
+        (what,) = triton_weights.triton_weights(table, [weight], variant, [1.0], torch.float32)
+        (gradient,) = torch.autograd.grad(what.pow(3).sum(), weight)
+        assert what.dtype == gradient.dtype == torch.float32
+    torch.set_default_dtype(torch.float32)
+
+
 def check_trial() -> None:
     """Kernels that are wrong, or that do not run, are not used, with a warning; the weights do not matter."""
     from enc_plugin import triton_weights
@@ -72,6 +91,7 @@ def check_trial() -> None:
     assert triton_weights.table_of([torch.ones(2, 5)], "unknown", torch.float32) is None
     assert triton_weights.table_of([torch.ones(2, 5).double()], "ws", torch.float32) is None
     assert triton_weights.table_of([torch.ones(5, 2).T], "ws", torch.float32) is None
+    assert triton_weights.table_of([torch.ones(2, 5).as_subclass(Elsewhere)], "ws", torch.float32) is None
     right = triton_weights.triton_weights
     for kernels, reason in ((wrong, "their results differ from torch's by a relative 1.0e-03"), (fail, "no compiler")):
         triton_weights._is_right.clear()
@@ -88,4 +108,5 @@ def test_kernels_equal_the_operations_of_torch():
 
 if __name__ == "__main__":
     check_rows()
+    check_default_dtype()
     check_trial()

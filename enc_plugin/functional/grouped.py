@@ -136,9 +136,15 @@ def factors(weights: Sequence[Tensor], variant: str, alphas: Sequence[float | Te
         tensors = [a if isinstance(a, Tensor) else like.new_full((), a, dtype=dtype) for a in alphas]
         return torch.cat([(a.to(dtype) / c).sqrt().expand(m) for a, c, m in zip(tensors, counts, rows, strict=True)])
     values = tuple(float((alpha / count) ** 0.5) for alpha, count in zip(alphas, counts, strict=True))
-    # A tensor made while a CUDA graph is captured has no values until the graph runs, so it must not be cached.
-    is_recorded = torch.compiler.is_compiling() or (like.is_cuda and torch.cuda.is_current_stream_capturing())
-    return (_filled if is_recorded else _kept)(values, rows, dtype, like.device)
+    return (_filled if is_recorded(like.device) else _kept)(values, rows, dtype, like.device)
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether operations are recorded, by the compiler or as a CUDA graph, to run later.
+
+    A tensor made now has no values before that, so it must not be kept, and nothing may be copied or awaited.
+    """
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _divisor(weight: Tensor, variant: str) -> int:

@@ -20,6 +20,7 @@ from enc_plugin import add_projection
 from enc_plugin.build import build_model
 from enc_plugin.functional import gbr_penalty
 from enc_plugin.measuring.pixels import preprocess
+from enc_plugin.projected_groups import projected_groups
 
 from ..study.execute import channels_last
 from ..study.grid import PlannedRun
@@ -63,7 +64,7 @@ class Training:
             channels_last(self.model)
         with DefaultScope.overwrite_default_scope("mmpretrain"):
             self.optimizer = build_optim_wrapper(self.model, self.cfg.optim_wrapper).optimizer
-        if any("enc_projection" in group for group in self.optimizer.param_groups):
+        if projected_groups(self.optimizer):
             add_projection(self.optimizer)  # as ENCProjectionHook, before the first forward pass
 
         batch, self.epochs, self.epoch = self.cfg.train_dataloader.batch_size, self.cfg.train_cfg.max_epochs, 0

@@ -10,8 +10,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-import scipy
-from helpers import ROOT
+from helpers import ROOT, SCIPY
 
 from lab import RESULTS
 from lab.study import CELLS, load_grid, write_study
@@ -41,7 +40,7 @@ def written(tmp_path_factory):
 
 
 # An older one ends with another last digit of a p-value.
-@pytest.mark.skipif(scipy.__version__ < "1.17", reason="the pages are written with SciPy 1.17 or later")
+@pytest.mark.skipif(SCIPY < (1, 17), reason="the pages are written with SciPy 1.17 or later")
 @pytest.mark.parametrize("name", ["README.md", "figures.json", "report.html"])
 def test_committed_pages_follow_from_the_committed_results(written, name):
     texts = [(folder / name).read_text() for folder in (written, STUDY)]

@@ -248,7 +248,7 @@ def _allocated() -> float:
 
 
 def _anatomy(call: Callable[[], None], calls: int = 5) -> dict[str, float]:
-    """What a call asks of the host, and its kernels: a step takes as long as the busier of both; empty without a GPU."""
+    """What a call asks of the host and of the device: it takes as long as the busier of both; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     torch.cuda.synchronize()

@@ -76,8 +76,9 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
         is_new_bias = bias is not self.bias
         remove_reparametrizations(self)
         self.become_stock()
-        # A new parameter, because another layer may share the old one.
-        self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=is_trained)
+        # A new parameter, because another layer may share the old one. In another memory format, a convolution on a GPU
+        # would copy it in every call.
+        self.weight = nn.Parameter(torch.empty_like(like).copy_(weight), requires_grad=is_trained)
         if is_new_bias and bias is not None:
             self.bias = nn.Parameter(bias.to(like.dtype), requires_grad=is_trained)
 

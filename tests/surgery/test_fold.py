@@ -223,6 +223,15 @@ def test_half_precision_folds_in_its_own_dtype():
     assert relative_error(folded(x.bfloat16()).float(), expected) < 0.05
 
 
+@pytest.mark.parametrize("how", ["reparametrize", "project"])
+def test_a_folded_weight_keeps_its_memory_format(how):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4))
+    to_enc(network.to(memory_format=torch.channels_last), how=how)
+    folded = fold(network.eval())
+    assert [p.stride() for p in folded.parameters()] == [p.stride() for p in network.parameters()]
+    assert folded[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_plain_network_is_a_warning_and_a_copy():
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     with pytest.warns(NoEffectWarning, match="Sequential has no ENC layer"):

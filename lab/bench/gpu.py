@@ -1,8 +1,9 @@
 """GPU benchmark of ResNet-50: training steps, optimizer steps, measurements and inference, of ENC and similar layers.
 
 Times are measured by CUDA events around several calls, so kernel launches count only if the GPU waits for them. Each
-part gets a share of the minutes, and the result is saved after each part, for short sessions on a GPU. ``run`` also
-works on the CPU, to test it; these times say nothing about GPUs.
+part gets a share of the minutes, and the result is saved after each part, for short sessions on a GPU: the figures that
+decide come first, and the profiler last, because it slows down what follows. ``run`` also works on the CPU, to test it;
+these times say nothing about GPUs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity, profile
 
 from enc_plugin import fold
 from enc_plugin.build import pick_device
@@ -29,6 +28,7 @@ from enc_plugin.refused import describe
 
 from .harness import event_clock, goal, interleave, ratios, wall_clock
 from .networks import resnet50
+from .on_gpu import allocated, captured, host_ms, kernels, peak
 from .rivals import CONVERSIONS, sgd
 from .training_step import step
 
@@ -38,10 +38,16 @@ ENC = ("ENC ws", "ENC wn", "ENC fro", "ENC centered_fro")
 # By default, the weights of all layers are computed together on a GPU, and layer by layer under torch.compile.
 BY_LAYER = ", layer by layer"
 RIVALS = ("timm StdConv2d", "mmcv ConvWS2d", "torch weight_norm", "a copy of the weight")
-# Compiling each takes up to a minute. The most important ones come first, in case the time is up.
+# Networks of the parts that decide. More follow while there is time, the most important ones first.
+DECIDING = ("plain", "ENC ws", "a copy of the weight")
+CAPTURED = ("plain", "ENC ws", "ENC wn", "ENC fro")
 COMPILED = ("plain", "ENC ws", "timm StdConv2d", "torch weight_norm", "ENC wn", "ENC fro", "ENC centered_fro")
+EVERY = ("plain", ENC[0], ENC[0] + BY_LAYER, *ENC[1:], *RIVALS)
+WARM_UP = 12  # steps of each network before any is timed
+TIME_IS_UP = "not tried, because the time was up"
+BF16 = "bfloat16 channels_last"
 PRECISIONS = {
-    "bfloat16 channels_last": (torch.bfloat16, torch.channels_last),
+    BF16: (torch.bfloat16, torch.channels_last),
     "float32": (None, torch.contiguous_format),
 }
 EPS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
@@ -73,46 +79,85 @@ class Setting:
         # mmcv's layer takes views of its weight, which fail in channels_last format.
         return network if name == "mmcv ConvWS2d" else network.to(memory_format=layout)
 
-    def timed(self, calls: dict[str, Callable], reference: str, in_a_row: int = 5) -> dict:
-        """Table of ratios, with as many rounds as the time allows, but at least three."""
+    def timed(self, calls: dict[str, Callable], reference: str, in_a_row: int = 5, least: int = 6) -> dict:
+        """Table of ratios, with as many rounds as the time allows, but at least ``least`` (six give an interval)."""
         clock = partial(event_clock, calls=in_a_row) if self.device.type == "cuda" else wall_clock
         start = time.perf_counter()
         interleave(calls, rounds=0, warmup=2, clock=clock)
         a_round = (time.perf_counter() - start) / 2
-        rounds = int(min(self.rounds, max(3, (self.until - time.perf_counter()) / a_round)))
+        rounds = int(min(self.rounds, max(least, (self.until - time.perf_counter()) / a_round)))
         return ratios(interleave(calls, rounds, warmup=0, clock=clock), reference)
 
 
-def _step(network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None, compiled: bool) -> Callable:
-    """A function that takes one step of fused SGD with the shift, under autocast to ``dtype`` if given."""
+def _step(
+    network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None, how: str = "eager"
+) -> Callable:
+    """A function that takes one step of fused SGD with the shift, under autocast to ``dtype`` if given; warmed up."""
     optimizer = sgd(network.train(), fused=True)
 
     def loss() -> Tensor:
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             return cross_entropy(network(images, mode="tensor"), labels)
 
-    return step(optimizer, torch.compile(loss) if compiled else loss)
+    call = step(optimizer, torch.compile(loss) if how == "compiled" else loss)
+    for _ in range(WARM_UP):
+        call()
+    return captured(call) if how == "captured" else call
 
 
-def training(setting: Setting, precision: str, compiled: bool = False) -> dict:
-    """Training steps of all networks; their peak memory, and what the host and the device do in a step."""
+def _steps(setting: Setting, precision: str, names: tuple[str, ...], how: str) -> tuple[dict, dict, dict]:
+    """Steps of the networks, by name: functions that take one, their peak memory, and why others are missing."""
     dtype, layout = PRECISIONS[precision]
     images, labels = setting.pictures()
     images = images.contiguous(memory_format=layout)
-    calls, memory, failed = {}, {}, {}
-    for name in COMPILED if compiled else ("plain", ENC[0], ENC[0] + BY_LAYER, *ENC[1:], *RIVALS):
-        if len(calls) > 1 and time.perf_counter() > setting.until:
-            failed[name] = "not tried, because the time was up"
+    calls, memory, failed, took = {}, {}, {}, 0.0
+    for name in names:
+        start = time.perf_counter()
+        if len(calls) > 1 and start + took > setting.until:
+            failed[name] = TIME_IS_UP
             continue
-        before = _allocated()
+        before = allocated()
         try:
-            call = _step(setting.network(name, layout), images, labels, dtype, compiled)
-            call()
-            memory[name] = {"MiB at the peak": _peak(call) - before, **_anatomy(call)}
+            call = _step(setting.network(name, layout), images, labels, dtype, how)
+            memory[name] = {"MiB at the peak": peak(call) - before}
             calls[name] = call
         except Exception as error:  # the other networks are still measured
             failed[name] = describe(error, 500)
-    return {"to_plain": setting.timed(calls, "plain"), "peak": memory, "failed": failed}
+        took = time.perf_counter() - start
+    return calls, memory, failed
+
+
+def training(
+    setting: Setting, precision: str, names: tuple[str, ...] = EVERY, how: str = "eager", least: int = 6
+) -> dict:
+    """Training steps of networks; their peak memory, and how long the host is busy with a step.
+
+    Args:
+        setting: Of the part.
+        precision: Key of :data:`PRECISIONS`.
+        names: Networks, those that must be there first. From the third on, one is left out if the time is up.
+        how: ``'eager'``, ``'compiled'``, or ``'captured'``: the whole step is one CUDA graph, whose time is that of the
+            kernels, because the host has no part in it.
+        least: Rounds at least.
+    """
+    if how == "captured" and setting.device.type != "cuda":
+        return {"skipped": f"a step is captured on a CUDA device, not on {setting.device}"}
+    if how == "compiled":
+        torch.compiler.reset()  # all steps share their code, of which torch compiles eight versions at most
+    calls, memory, failed = _steps(setting, precision, names, how)
+    table = setting.timed(calls, "plain", least=least)
+    if setting.device.type == "cuda":
+        for name, call in calls.items():
+            memory[name]["ms of the host"] = host_ms(call)
+    return {"to_plain": table, "peak": memory, "failed": failed}
+
+
+def profiled(setting: Setting, precision: str, names: tuple[str, ...] = EVERY) -> dict:
+    """Kernels of a step. Nothing is timed after this part."""
+    if setting.device.type != "cuda":
+        return {"skipped": f"kernels are those of a CUDA device, not of {setting.device}"}
+    calls, _, failed = _steps(setting, precision, names, "eager")
+    return {"peak": {name: kernels(call) for name, call in calls.items()}, "failed": failed}
 
 
 def optimizer_step(setting: Setting) -> dict:
@@ -131,7 +176,7 @@ def measurements(setting: Setting) -> dict:
     """GBR and FGSM of four batches of images, compared with a training step of one batch in float32."""
     network = setting.network("ENC ws")
     images, labels = setting.pictures(4 * setting.batch)
-    step = _step(network, images[: setting.batch], labels[: setting.batch], None, False)
+    step = _step(network, images[: setting.batch], labels[: setting.batch], None)
     forward = partial(network, mode="tensor")
 
     def evaluated(call: Callable[[], object]) -> Callable[[], None]:
@@ -175,16 +220,18 @@ def inference(setting: Setting) -> dict:
 
 # Name -> share of the time, function.
 PARTS: dict[str, tuple[float, Callable[[Setting], dict]]] = {
-    "step, bfloat16 channels_last": (0.2, partial(training, precision="bfloat16 channels_last")),
-    "optimizer step": (0.05, optimizer_step),
-    "inference": (0.1, inference),
-    "measurements": (0.15, measurements),
-    "step, float32": (0.15, partial(training, precision="float32")),
-    "step, bfloat16 channels_last, compiled": (
-        0.35,
-        partial(training, precision="bfloat16 channels_last", compiled=True),
-    ),
+    f"step, {BF16}": (0.1, partial(training, precision=BF16, names=DECIDING, least=9)),
+    f"step, {BF16}, captured": (0.12, partial(training, precision=BF16, names=CAPTURED, how="captured", least=9)),
+    f"step, {BF16}, compiled": (0.35, partial(training, precision=BF16, names=COMPILED, how="compiled", least=9)),
+    f"step, {BF16}, all networks": (0.15, partial(training, precision=BF16)),
+    "optimizer step": (0.04, optimizer_step),
+    "inference": (0.06, inference),
+    "measurements": (0.06, measurements),
+    "step, float32": (0.07, partial(training, precision="float32")),
+    f"kernels, {BF16}": (0.05, partial(profiled, precision=BF16)),
 }
+GOAL = 1.02
+DECISIVE = (f"step, {BF16}", f"step, {BF16}, captured", f"step, {BF16}, compiled")
 
 
 def run(
@@ -222,58 +269,27 @@ def run(
         setting = Setting(converted, batch, size, rounds, now + (end - now) * share / left)
         left -= share
         try:
-            result[part] = measure(setting)
+            result[part] = measure(setting) if now < end else {"skipped": TIME_IS_UP}
         except Exception as error:  # the other parts still run
             result[part] = {"failed": {part: describe(error, 500)}}
-        result["counts"] = {
-            f"{name}, {part.removeprefix('step, ')}": row
-            for part in result
-            if isinstance(result[part], dict)
-            for name, row in result[part].get("peak", {}).items()
-        }
-        result["goals"] = [
-            goal(f"{part}: ENC ws, to plain", result[part]["to_plain"]["ENC ws"], 1.02)
-            for part in result
-            if part.startswith("step, bfloat16") and "ENC ws" in result[part].get("to_plain", {})
-        ]
+        result["counts"], result["goals"] = _counts(result), _goals(result)
         yield result
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _allocated() -> float:
-    """Allocated GPU memory in MiB; 0 without a GPU."""
-    return torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+def _counts(result: dict) -> dict[str, dict[str, float]]:
+    """What was counted of each network and precision, in whichever part."""
+    counts: dict[str, dict[str, float]] = {}
+    for part in PARTS:
+        for name, row in result.get(part, {}).get("peak", {}).items():
+            counts.setdefault(f"{name}, {part.partition(', ')[2]}", {}).update(row)
+    return counts
 
 
-def _anatomy(call: Callable[[], None], calls: int = 5) -> dict[str, float]:
-    """What a call asks of the host and of the device: it takes as long as the busier of both; empty without a GPU."""
-    if not torch.cuda.is_available():
-        return {}
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    host = time.perf_counter() - start
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        call()
-        torch.cuda.synchronize()
-    rows = profiled.key_averages()
-    kernels = [row for row in rows if row.device_type is DeviceType.CUDA and not row.is_user_annotation]
-    return {
-        "ms of the host": 1e3 * host / calls,
-        "ms of kernels": sum(row.self_device_time_total for row in kernels) / 1e3,
-        "kernels": sum(row.count for row in kernels),
-    }
-
-
-def _peak(call: Callable[[], None]) -> float:
-    """Peak of the allocated GPU memory during ``call``, in MiB; 0 without a GPU."""
-    if not torch.cuda.is_available():
-        call()
-        return 0.0
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return torch.cuda.max_memory_allocated() / 2**20
+def _goals(result: dict) -> list[dict]:
+    tables = {part: result.get(part, {}).get("to_plain", {}) for part in DECISIVE}
+    return [
+        goal(f"{part}: ENC ws, to plain", rows["ENC ws"], GOAL) for part, rows in tables.items() if "ENC ws" in rows
+    ]

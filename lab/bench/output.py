@@ -107,10 +107,10 @@ def _section(section: str, result: dict) -> Iterator[str]:
             yield f"| {name} | {row['seconds'] * 1e3:.1f} | {ratio} | {row['rounds']} |"
     counts = result.get("counts")
     if counts:
-        columns = list(next(iter(counts.values())))
+        columns = list(dict.fromkeys(column for row in counts.values() for column in row))
         yield from ("", f"| | {' | '.join(c.replace('_', ' ') for c in columns)} |", "|---" * (len(columns) + 1) + "|")
         for name, row in counts.items():
-            yield f"| {name} | {' | '.join(f'{row[c]:.2f}' for c in columns)} |"
+            yield f"| {name} | {' | '.join(f'{row[c]:.2f}' if c in row else '' for c in columns)} |"
     if any(tables(result)):
         yield from ("", f"![Ratios of {section}]({section}.png)")
 

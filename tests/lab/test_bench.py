@@ -1,6 +1,7 @@
 """The benchmarks: sections, the text made of their results, and the figures that do not depend on the machine."""
 
 import contextlib
+import copy
 import importlib
 import json
 import runpy
@@ -10,6 +11,8 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
+from torch.nn.functional import cross_entropy
 
 from enc_plugin import to_enc
 from enc_plugin.optim import add_shift, param_groups_enc
@@ -17,6 +20,9 @@ from lab import RESULTS
 from lab.bench import gpu, harness, hooks, output
 from lab.bench.footprint import CallCount, footprint
 from lab.bench.networks import resnet20
+from lab.bench.on_gpu import rows_of
+from lab.bench.rivals import CONVERSIONS, sgd
+from lab.bench.training_step import step
 
 DEPTH = 4
 BENCH = RESULTS / "bench"
@@ -170,16 +176,57 @@ def test_every_hook_of_a_run_is_timed():
     assert rows["ENCMonitorHook, every iteration"]["ms_per_iteration"] > 0
 
 
+def test_of_a_profile_the_work_of_one_kind_of_device_is_counted():
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiled, torch.profiler.record_function("a name for a part"):
+        torch.ones(3).exp()
+    averages = profiled.key_averages()
+    cpu, cuda = ({row.key for row in rows_of(averages, kind)} for kind in (DeviceType.CPU, DeviceType.CUDA))
+    assert "aten::exp" in cpu
+    assert "a name for a part" not in cpu
+    assert not cuda
+
+
+def test_steps_that_are_timed_are_like_all_later_ones():
+    base, images, labels = resnet20(), torch.rand(2, 3, 8, 8), torch.randint(10, (2,))
+    for name in ("plain", *gpu.ENC):
+        net = CONVERSIONS[name](copy.deepcopy(base)).train()
+        call, counts = step(sgd(net), lambda net=net: cross_entropy(net(images, mode="tensor"), labels)), []
+        for _ in range(gpu.WARM_UP):
+            with CallCount() as counter:
+                call()
+            counts.append(counter.calls)
+        assert len({*counts[1:]}) == 1, name  # the first one makes the optimizer's state
+
+
+def test_parts_of_the_section_for_a_gpu_that_no_time_is_left_for_say_so():
+    *_, found = gpu.run(minutes=0, build=resnet20)
+    assert all(found[part] == {"skipped": "not tried, because the time was up"} for part in gpu.PARTS)
+    assert found["goals"] == []
+
+
+def test_counts_that_only_some_have_leave_a_gap(tmp_path):
+    counts = {"plain": {"MiB": 1.0}, "ENC": {"MiB": 2.0, "kernels": 3}}
+    (tmp_path / "some.json").write_text(json.dumps({"machine": harness.machine(), "counts": counts}))
+    text = output.readme(tmp_path)
+    assert "| | MiB | kernels |\n|---|---|---|\n| plain | 1.00 |  |\n| ENC | 2.00 | 3.00 |" in text
+
+
 @pytest.mark.slow
 def test_the_section_for_a_gpu_runs_on_a_cpu_and_is_left_out_there(bench, tmp_path):
     parts = tuple(part for part in gpu.PARTS if "compiled" not in part)
     *_, found = gpu.run(rounds=1, minutes=30, batch=2, size=8, build=resnet20, parts=parts)
     tables = dict(output.tables(found))
-    steps = tables["step, bfloat16 channels last, to plain"]
+    assert set(tables["step, bfloat16 channels last, to plain"]) == {"plain", "ENC ws", "a copy of the weight"}
+    steps = tables["step, bfloat16 channels last, all networks, to plain"]
     assert {"plain", "ENC ws, layer by layer", *gpu.ENC, *gpu.RIVALS} == set(steps)
     assert not any(found[part].get("failed") for part in parts)
+    assert found["step, bfloat16 channels_last, captured"] == {
+        "skipped": "a step is captured on a CUDA device, not on cpu"
+    }
+    assert found["kernels, bfloat16 channels_last"] == {"skipped": "kernels are those of a CUDA device, not of cpu"}
     assert tables["inference, float32, batch 1"]["ENC ws, folded"]["rounds"] == 1
     assert found["counts"]["plain, float32"] == {"MiB at the peak": 0.0}
-    assert found["goals"][0]["what"] == "step, bfloat16 channels_last: ENC ws, to plain"
+    assert [row["what"] for row in found["goals"]] == ["step, bfloat16 channels_last: ENC ws, to plain"]
     assert "gpu: skipped, because there is no CUDA device" in bench("--only", "gpu", "--results", tmp_path)
     assert not (tmp_path / "gpu.json").exists()

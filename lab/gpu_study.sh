@@ -16,8 +16,10 @@ runs=$site/runs
 mkdir -p "$runs"
 pack() { tar -czf "$site/runs.tar.gz" --exclude='*.partial' -C "$runs" . && mv "$site/runs.tar.gz" "$out/runs.tar.gz"; }
 "$python" -m lab.side_by_side --out "$runs" --minutes "$minutes" "$@" > >(tee "$out/study.log") 2>&1 &
-while sleep 20 && kill -0 $! 2> /dev/null; do pack; done
-wait $!
+training=$!
+trap 'kill $training 2> /dev/null' EXIT # bash starts it deaf to Ctrl-C
+while sleep 20 && kill -0 $training 2> /dev/null; do pack; done
+wait $training
 ended=$?
 pack
 exit $ended

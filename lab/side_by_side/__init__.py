@@ -3,6 +3,6 @@
 from enc_plugin.installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
-from .turns import train_in_turns
+from .turns import prepare_process, train_in_processes, train_in_turns
 
-__all__ = ["train_in_turns"]
+__all__ = ["prepare_process", "train_in_processes", "train_in_turns"]

@@ -2,18 +2,20 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from lab import RESULTS, ROOT
 from tools._bootstrap import one_line
 
 if __name__ == "__main__":
+    start = time.perf_counter()
     with one_line("side_by_side"):
         import torch
-        from mmengine.logging import MMLogger
 
         from enc_plugin.build import pick_device
-        from lab.side_by_side import train_in_turns
+        from enc_plugin.functional.checks import check_integer
+        from lab.side_by_side import prepare_process, train_in_processes, train_in_turns
         from lab.study import CELLS, load_grid, pending, runs_folder
 
     parser = argparse.ArgumentParser(prog="python -m lab.side_by_side", description=__doc__)
@@ -24,19 +26,28 @@ if __name__ == "__main__":
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop by then (default: when all is done)")
     parser.add_argument("--abreast", type=int, help="runs side by side (default: 8 on a GPU, else 1)")
+    parser.add_argument("--processes", type=int, default=1, help="processes, each with so many runs (default: 1)")
     args = parser.parse_args()
     with one_line("side_by_side"):
-        device = pick_device(args.device)
+        check_integer("abreast", args.abreast, 1, none="default")
+        check_integer("processes", args.processes, 1)
+        # To ask for a named GPU would use it here, where nothing trains if other processes do.
+        several = args.processes > 1
+        device = torch.device(args.device) if args.device and several else pick_device(args.device)
         grid = load_grid(args.grid)
         runs = grid.runs(args.only or grid.arenas_for(gpu=True))
-    MMLogger.get_current_instance().setLevel("WARNING")  # else each network's initial weights are listed
     results = runs_folder(args.results)
     out = Path(args.out) if args.out else results
     todo = pending(pending(runs, results), out)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # sizes of pictures and batches stay the same
     print(f"{len(todo)} of {len(runs)} runs have no result yet; they train on {device}", flush=True)
+    minutes = args.minutes - (time.perf_counter() - start) / 60
     abreast = args.abreast or (8 if device.type == "cuda" else 1)
-    left = train_in_turns(todo, out, device, args.minutes, abreast, ROOT, lambda text: print(text, flush=True))
-    print(f"{len(left)} runs are left", flush=True)
-    sys.exit()
+    settings = (todo, out, device, minutes, abreast, ROOT, lambda text: print(text, flush=True))
+    failed = []
+    if several:
+        failed = train_in_processes(args.processes, *settings)
+    else:
+        prepare_process(device)
+        train_in_turns(*settings)
+    print(f"{len(pending(todo, out))} runs are left", flush=True)
+    sys.exit(bool(failed))

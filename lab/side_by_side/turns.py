@@ -10,7 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from mmengine.logging import MMLogger
 
+from enc_plugin.build import pick_device
+
+from ..children import run_together
 from ..provenance import provenance
 from ..study.execute import describe, outcome_of, result_path, status_of, write_result
 from ..study.grid import PlannedRun
@@ -26,6 +30,7 @@ def train_in_turns(
     abreast: int = 1,
     root: str | Path = ".",
     say: Callable[[str], None] = print,
+    processes: int = 1,
 ) -> list[PlannedRun]:
     """Train runs side by side, an epoch of each in turn, and write each result as soon as its run ends.
 
@@ -40,15 +45,58 @@ def train_in_turns(
         abreast: Runs side by side.
         root: The project's folder, which configs are relative to.
         say: Gets a line for each run that ends.
+        processes: How many processes share the device, each with so many runs abreast; results say so.
 
     Returns:
         The runs that have no result, in order.
     """
-    crew = _Crew(runs, Path(out), device, abreast, Path(root), say)
+    crew = _Crew(runs, Path(out), device, abreast, Path(root), say, processes)
     deadline = time.perf_counter() + 60 * minutes
     while crew.start_runs(deadline) and time.perf_counter() < deadline:
         crew.take_turn()
     return crew.left
+
+
+def train_in_processes(
+    processes: int,
+    runs: Sequence[PlannedRun],
+    out: str | Path,
+    device: torch.device,
+    minutes: float = math.inf,
+    abreast: int = 1,
+    root: str | Path = ".",
+    say: Callable[[str], None] = print,
+) -> list[int]:
+    """Share runs out to processes, each of which trains its own as :func:`train_in_turns` does, on one device.
+
+    Of N processes, each gets every N-th run, so that the cells stay balanced. This process does not use the device.
+
+    Args:
+        processes: How many, at most one for each run.
+        runs, out, device, minutes, root, say: As for :func:`train_in_turns`.
+        abreast: Runs side by side in each process.
+
+    Returns:
+        Numbers of the processes that failed, counted from 1. The others have gone on.
+    """
+    processes = min(processes, len(runs))
+    deadline = time.time() + 60 * minutes
+    threads = max(1, torch.get_num_threads() // max(1, processes))
+    rest = (out, device, deadline, abreast, root, processes, threads)
+    return run_together(_train_share, [(runs[k::processes], *rest) for k in range(processes)], say)
+
+
+def _train_share(say, runs, out, device, deadline, abreast, root, processes, threads) -> None:
+    torch.set_num_threads(threads)
+    prepare_process(pick_device(device))
+    train_in_turns(runs, out, device, (deadline - time.time()) / 60, abreast, root, say, processes)
+
+
+def prepare_process(device: torch.device) -> None:
+    """Settings of a process that does nothing but train runs."""
+    MMLogger.get_current_instance().setLevel("WARNING")  # else each network's initial weights are listed
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # sizes of pictures and batches stay the same
 
 
 class _Member:
@@ -80,9 +128,12 @@ class _Member:
 class _Crew:
     """The runs that wait, those that train, and where results go."""
 
-    def __init__(self, runs: Sequence[PlannedRun], out: Path, device: torch.device, abreast: int, root: Path, say):
+    def __init__(
+        self, runs: Sequence[PlannedRun], out: Path, device: torch.device, abreast: int, root: Path, say, processes
+    ):
         self.waiting, self.members, self.pace = deque(runs), [], 0.0  # seconds of a turn
         self.out, self.device, self.abreast, self.root, self.say = out, device, abreast, root, say
+        self.side_by_side = abreast * processes
         self.provenance = provenance(root)
 
     @property
@@ -128,10 +179,10 @@ class _Crew:
     def _end(self, member: _Member, outcome: dict) -> None:
         member.is_over = True
         wall, cpu = (now - before for now, before in zip(_clocks(), member.start, strict=True))
-        result = {**describe(member.run), "provenance": self.provenance, "side_by_side": self.abreast}
+        result = {**describe(member.run), "provenance": self.provenance, "side_by_side": self.side_by_side}
         if member.readings is not None:
             result |= {"by_epoch": member.readings.by_epoch, "measured_seconds": member.readings.seconds}
-        # The process is that of all: each run gets its share.
+        # The process is that of all its runs: each gets its share.
         result |= {**outcome, "seconds": {"wall": wall, "cpu": cpu / self.abreast}}
         write_result(result_path(self.out, member.run), result)
         said = f"top-1 {outcome['final']['top1']:.2f} %" if "final" in outcome else outcome["error"]

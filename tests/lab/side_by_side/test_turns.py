@@ -127,25 +127,53 @@ def test_no_run_starts_or_leaves_a_result_when_the_time_is_up(grid, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def command(*arguments):
+    """``python -m lab.side_by_side`` in this process, on the CPU: its exit status, and what it printed."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setattr(sys, "argv", ["lab.side_by_side", *map(str, arguments), "--device", "cpu", "--minutes", "60"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("lab.side_by_side", run_name="__main__")
+    return end.value.code or 0, output.getvalue()
+
+
 def test_the_command_does_what_has_no_result_yet_and_writes_where_it_is_told(done, grid, tmp_path):
     folder, _ = done
     (folder / "runs" / "digits" / "broken-seed0.json").unlink()
-    options = [grid, "--results", folder, "--only", "digits/*", "--device", "cpu", "--minutes", "1"]
-
-    def command(*more):
-        output = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-            patch.setattr(sys, "argv", ["lab.side_by_side", *map(str, [*options, *more])])
-            with pytest.raises(SystemExit) as end:
-                runpy.run_module("lab.side_by_side", run_name="__main__")
-        assert not end.value.code
-        return output.getvalue()
-
-    assert "1 of 6 runs have no result yet; they train on cpu" in command("--out", tmp_path)
+    options = (grid, "--results", folder, "--only", "digits/*")
+    code, printed = command(*options, "--out", tmp_path)
+    assert code == 0
+    assert "1 of 6 runs have no result yet; they train on cpu" in printed
     assert [path.name for path in tmp_path.glob("*/*.json")] == ["broken-seed0.json"]
-    assert "0 of 6 runs" in command("--out", tmp_path)
-    command()
+    assert "0 of 6 runs" in command(*options, "--out", tmp_path)[1]
+    command(*options)
     assert pending(load_grid(grid).runs(), folder / "runs") == []
+
+
+def test_processes_share_the_runs_and_one_that_fails_stops_no_other(done, tmp_path, capfd):
+    (tmp_path / "grid.py").write_text(
+        TINY + 'arenas["blocked"] = arenas["digits"]\ncells["blocked"] = {"broken": cells["digits"]["broken"]}'
+    )
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "blocked").touch()  # so that there can be no such folder
+    only = ("digits/mixup", "blocked/broken")  # the first process has seed 0 and the broken one, the second has seed 1
+    code, printed = command(tmp_path / "grid.py", "--results", tmp_path, "--only", *only, "--processes", 2)
+    assert code == 1
+    assert "process 1 of 2 failed with exit status 1" in printed
+    assert "1 runs are left" in printed
+    assert "FileExistsError" in capfd.readouterr().err
+    assert result_of(tmp_path, "digits/mixup-seed0")["side_by_side"] == 2
+    for seed in range(2):
+        found, alone = (result_of(folder, f"digits/mixup-seed{seed}") for folder in (tmp_path, done[0]))
+        for key in ("by_epoch", "final", "status"):
+            assert found[key] == alone[key]
+        assert found["seconds"]["cpu"] > 0
+
+
+@pytest.mark.parametrize("option", ["processes", "abreast"])
+def test_numbers_below_one_are_refused(option):
+    assert f"{option}: expected" in command(f"--{option}", 0)[0]
 
 
 @pytest.mark.parametrize(

@@ -22,22 +22,29 @@ _CAN_SEE_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 class Weights(Protocol):
     """Effective weights of one forward pass."""
 
+    device_type: str  # autocast has a mode for each type
+
     def weight_of(self, layer: nn.Module) -> Tensor | None:
         """Effective weight of ``layer``, or None if the layer has to compute it."""
 
 
 class _Pass:
     def __init__(self, model: nn.Module, frame: FrameType, weights: Weights):
-        self.model, self.frame, self.weights, self.mode = model, frame, weights, _mode()
+        self.model, self.frame, self.weights, self.mode = model, frame, weights, _mode(weights.device_type)
+        self.depth = 0  # number of frames between that of the pass and the last one that asked
 
     def is_running(self) -> bool:
         # A KeyboardInterrupt skips the forward hooks, but the frame of the pass is gone.
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame is self.frame:
+        try:
+            if sys._getframe(self.depth) is self.frame:  # most layers are as deep in the network as the one before
                 return True
-            frame = frame.f_back
-        return False
+        except ValueError:  # the stack is not so deep
+            pass
+        frame: FrameType | None = sys._getframe()
+        self.depth = 0
+        while frame is not None and frame is not self.frame:
+            frame, self.depth = frame.f_back, self.depth + 1
+        return frame is not None
 
 
 class _Running(threading.local):
@@ -50,7 +57,8 @@ _running = _Running()
 
 def can_precompute() -> bool:
     """Whether weights may be precomputed here: not under torch.compile, tracing or transforms of ``torch.func``."""
-    return _CAN_SEE_HOOKS and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed())
+    is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _CAN_SEE_HOOKS and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed)
 
 
 def open_pass(model: nn.Module, weights: Weights) -> None:
@@ -73,11 +81,10 @@ def close_pass(model: nn.Module) -> Weights | None:
 
 def weight_in_pass(layer: nn.Module) -> Tensor | None:
     """Effective weight of ``layer`` from the innermost running pass that has it, or None if there is none."""
-    if torch.compiler.is_compiling() or not _running.passes:
+    if torch.compiler.is_compiling():
         return None
-    mode = _mode()
     for running in reversed(_running_passes()):
-        weight = running.weights.weight_of(layer) if running.mode == mode else None
+        weight = running.weights.weight_of(layer) if running.mode == _mode(running.weights.device_type) else None
         if weight is not None:
             return weight
     return None
@@ -90,15 +97,17 @@ def _running_passes() -> list[_Pass]:
     return passes
 
 
-def _mode() -> tuple:
+def _mode(device_type: str) -> tuple:
     """Modes of autograd and autocast that an effective weight depends on."""
     # Activation checkpointing sets hooks for saved tensors. It reruns the layers when the pass is over, so they have to
     # compute their own weights in both runs.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    on_cpu = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    on_cuda = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _is_transformed(), hooks, on_cpu, on_cuda
-
-
-def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._are_functorch_transforms_active(),
+        forward_ad._current_level,
+        hooks,
+        dtype,
+    )

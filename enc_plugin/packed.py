@@ -39,7 +39,8 @@ def pack_weights(model: nn.Module, packed: bool | str = "auto") -> None:
     - under ``torch.compile``, export, tracing and ``torch.func`` transforms, in activation checkpointing, and if
       autocast or grad mode differ from those of the network's call;
     - if it is called alone, in a part of the network, or in another CUDA stream than the first layer;
-    - if its weight is frozen, pruned, parametrized, sharded or has hooks, or if the layer has forward pre-hooks.
+    - if its weight is frozen, pruned, parametrized, sharded, has hooks or is on another type of device than the first
+      one, or if the layer has forward pre-hooks.
 
     Changes of a weight during a forward pass have an effect in the same pass if torch counts them (in-place operations
     under ``no_grad``). Only writes to ``weight.data`` of a trained layer, once the first layer has run, have an effect
@@ -99,18 +100,22 @@ class _Packing:
         if known is None or known[0]() is not model:  # shallow copies share their hooks
             found = [weakref.ref(module) for module in model.modules() if isinstance(module, ENCLayer)]
             known = self.known = weakref.ref(model), found
-        alive = (reference() for reference in known[1])
         # A layer may have become plain, or projected, since the last pass.
-        layers = [layer for layer in alive if isinstance(layer, ENCLayer) and not layer.enc_is_projected]
-        if layers and (self.packed is True or any(weight.is_cuda for weight in layers[0].free_weights())):
-            open_pass(model, _Weights(layers))
+        layers = [
+            layer for reference in known[1] if isinstance(layer := reference(), ENCLayer) and not layer.enc_is_projected
+        ]
+        weights = (layer._parameters.get("weight") for layer in layers)
+        # Autocast has a mode for each type of device, so only weights on one type are computed together.
+        device_type = next((w.device.type for w in weights if w is not None and not w.is_meta), None)
+        if device_type == "cuda" or (device_type is not None and self.packed is True):
+            open_pass(model, _Weights(layers, device_type))
 
     def after(self, model: nn.Module, args: tuple, output: object) -> None:
         """Forward hook: end the pass; after an error, ``output`` is None."""
         if not torch.compiler.is_compiling():
             weights = close_pass(model)
             if weights is not None and output is not None:
-                weights.leave_out_unused()
+                _unused.update(weights.untaken)
                 if weights.has_met_others:
                     self.known = None  # a layer may have been added: search again
 
@@ -122,61 +127,53 @@ _unused: weakref.WeakSet[ENCLayer] = weakref.WeakSet()
 class _Weights:
     """Effective weights of one forward pass. Each part is computed when the first of its layers runs."""
 
-    def __init__(self, layers: list[ENCLayer]):
-        self.parts = {layer: part for part in map(_Part, _in_parts(layers)) for layer in part.layers}
-        self.has_met_others = False  # layers that are not in the list
+    def __init__(self, layers: list[ENCLayer], device_type: str):
+        self.device_type = device_type
+        self.parts = list(_in_parts(layers))  # that are not yet computed
+        # For layers of the other parts: free weight and alpha, their state, and the effective weight; None if the layer
+        # has to compute it.
+        self.found: dict[ENCLayer, tuple[tuple, tuple, Tensor] | None] = {}
+        self.untaken: set[ENCLayer] = set()  # layers whose weight was computed, and that did not run
+        self.has_met_others = False  # whether a layer ran that is in no part
 
     def weight_of(self, layer: ENCLayer) -> Tensor | None:
         """Effective weight of ``layer``, or None if the layer has to compute it."""
-        part = self.parts.get(layer)
-        if part is None:
-            self.has_met_others = True
-            return None
-        return part.weight_of(layer)
-
-    def leave_out_unused(self) -> None:
-        """Do not precompute in the next pass the weights that this pass did not use."""
-        for part in set(self.parts.values()):
-            _unused.update(part.found.keys() - part.taken)
-
-
-class _Part:
-    """Layers whose weights are computed together."""
-
-    def __init__(self, layers: list[ENCLayer]):
-        self.layers = layers
-        self.is_computed = False
-        self.found: dict[ENCLayer, tuple[list[Tensor], list[tuple], Tensor]] = {}
-        self.taken: set[ENCLayer] = set()
-
-    def weight_of(self, layer: ENCLayer) -> Tensor | None:
-        if not self.is_computed:
-            self.is_computed = True  # even if the computation raises
-            self._compute([x for x in self.layers if x not in _unused and _can_be_packed(x)])
-        if _unused:
-            _unused.discard(layer)
         if layer not in self.found:
+            part = next((part for part in self.parts if layer in part), None)
+            if part is None:
+                self.has_met_others = True
+                return None
+            self.parts.remove(part)
+            self._compute(part)
+        found = self.found[layer]
+        if found is None:
+            _unused.discard(layer)
             return None
-        _, state, weight = self.found[layer]
-        if _state(_sources(layer)) != state:
+        _, state, weight = found
+        if _state(layer) != state:
             return None
-        self.taken.add(layer)
+        self.untaken.discard(layer)
         return weight
 
-    def _compute(self, layers: list[ENCLayer]) -> None:
-        groups = defaultdict(list)
-        for layer in layers:
+    def _compute(self, part: list[ENCLayer]) -> None:
+        self.found |= dict.fromkeys(part)  # even if the computation raises
+        unused, groups = set(_unused), defaultdict(list)
+        for layer in part:
+            if layer in unused or not _can_be_packed(layer):
+                continue
             weight = layer._parameters["weight"]
-            groups[layer.enc_variant, weight.device, weight.dtype, type(layer) in _OWN_LAYERS].append(layer)
+            if weight.device.type == self.device_type:
+                groups[layer.enc_variant, weight.device, weight.dtype, type(layer) in _OWN_LAYERS].append(layer)
         for (variant, device, dtype, is_own), members in groups.items():
             # Subclasses may use the weight before autocast casts it.
             dtype = _cast_dtype(device.type, dtype) if is_own else dtype
-            sources = [_sources(layer) for layer in members]
-            states = [_state(tensors) for tensors in sources]
-            alphas = [layer.enc_alpha for layer in members]
-            whats = effective_weights([x[0] for x in sources], variant, alphas, dtype)
             # Keeping the sources alive ensures that no other tensor gets their ids, which _state compares.
+            sources = [(layer._parameters["weight"], layer.enc_log_alpha) for layer in members]
+            states = [_state(layer) for layer in members]
+            alphas = [layer.enc_alpha for layer in members]
+            whats = effective_weights([weight for weight, _ in sources], variant, alphas, dtype)
             self.found |= zip(members, zip(sources, states, whats, strict=True), strict=True)
+            self.untaken.update(members)
 
 
 def _in_parts(layers: list[ENCLayer]) -> Iterator[list[ENCLayer]]:
@@ -194,15 +191,15 @@ def _in_parts(layers: list[ENCLayer]) -> Iterator[list[ENCLayer]]:
         yield part
 
 
-def _sources(layer: ENCLayer) -> list[Tensor]:
-    """The tensors that the effective weight is computed from."""
-    weight, log_alpha = layer._parameters.get("weight"), layer.enc_log_alpha
-    return [x for x in (weight, log_alpha) if x is not None]
-
-
-def _state(tensors: list[Tensor]) -> list[tuple]:
+def _state(layer: ENCLayer) -> tuple:
     """Value that differs if a tensor has changed, or on another CUDA stream, which would have to wait."""
-    return [(id(x), x._version, x.data_ptr(), _stream(x.get_device()) if x.is_cuda else None) for x in tensors]
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return ()
+    stream = _stream(weight.get_device()) if weight.is_cuda else None
+    state = stream, id(weight), weight._version, weight.data_ptr()
+    alpha = layer.enc_log_alpha
+    return state if alpha is None else (*state, id(alpha), alpha._version, alpha.data_ptr())
 
 
 def _can_be_packed(layer: ENCLayer) -> bool:
@@ -211,11 +208,13 @@ def _can_be_packed(layer: ENCLayer) -> bool:
     Frozen weights are excluded because they are often averages of others, written through ``.data`` during the pass.
     Weights with hooks are excluded because a hook expects a gradient, and a layer that the pass does not call has none.
     """
+    weight, log_alpha = layer._parameters.get("weight"), layer.enc_log_alpha
     return (
-        type(layer).effective_weight is ENCLayer.effective_weight
-        and "weight" in layer._parameters
+        weight is not None
+        and _is_plain_and_trained(weight)
+        and (log_alpha is None or _is_plain_and_trained(log_alpha))
         and not layer._forward_pre_hooks
-        and all(map(_is_plain_and_trained, _sources(layer)))
+        and type(layer).effective_weight is ENCLayer.effective_weight
     )
 
 
@@ -225,7 +224,7 @@ def _is_plain_and_trained(tensor: Tensor) -> bool:
         and tensor.requires_grad
         and not tensor.is_inference()
         and not tensor._backward_hooks
-        and not getattr(tensor, "_post_accumulate_grad_hooks", None)
+        and not tensor._post_accumulate_grad_hooks
         and tensor.untyped_storage().nbytes() >= tensor.nbytes > 0  # some wrappers free weights between uses
         and not tensor.is_meta
     )

@@ -79,7 +79,7 @@ def steps_itself(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     if is_zero(optimizer):  # maybe in another process
         return False
     inner = {id(p) for one in inner_optimizers(optimizer) for held in one.param_groups for p in held["params"]}
-    return not any(id(p) in inner for p in group["params"])
+    return inner.isdisjoint(map(id, group["params"]))
 
 
 def is_zero(optimizer: Optimizer) -> bool:

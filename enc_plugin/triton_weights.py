@@ -38,10 +38,10 @@ def table_of(weights: Sequence[Tensor], variant: str, dtype: torch.dtype) -> Tab
     """
     if variant not in grouped.GROUPED or weights[0].dtype != torch.float32 or dtype not in _DTYPES:
         return None
-    if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
+    if not {*map(type, weights)} <= {Tensor, nn.Parameter}:
         return None  # a subclass may keep its values elsewhere
     device, make = weights[0].device, _table_class(variant)
-    kind, key = (device, variant, dtype), (make, device, *((w.data_ptr(), w.shape, w.stride()) for w in weights))
+    kind, key = (device, variant, dtype), (make, device, *[(w.data_ptr(), w.shape, w.stride()) for w in weights])
     table = _tables.get(key)
     if table is None or kind not in _is_right:
         # Making a table copies from the host, and a trial waits for the device.

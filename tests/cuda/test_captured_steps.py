@@ -8,10 +8,7 @@ import pytest
 import torch
 from networks import TOLERANCE, batch, errors, network, optimizer_of, stepper
 
-pytest.importorskip("mmpretrain", reason="OpenMMLab is not installed")
-pytest.importorskip("scipy", reason="the lab needs SciPy")
-
-from lab.bench.on_gpu import captured, host_ms  # noqa: E402
+from lab.bench.on_gpu import captured, host_ms
 
 
 @pytest.mark.usefixtures("exact_float32")

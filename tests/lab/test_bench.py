@@ -189,7 +189,7 @@ def test_of_a_profile_the_work_of_one_kind_of_device_is_counted():
 
 def test_steps_that_are_timed_are_like_all_later_ones():
     base, images, labels = resnet20(), torch.rand(2, 3, 8, 8), torch.randint(10, (2,))
-    for name in ("plain", *gpu.ENC):
+    for name in ("ENC ws", "ENC fro"):
         net = CONVERSIONS[name](copy.deepcopy(base)).train()
         call, counts = step(sgd(net), lambda net=net: cross_entropy(net(images, mode="tensor"), labels)), []
         for _ in range(gpu.WARM_UP):

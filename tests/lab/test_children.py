@@ -56,6 +56,7 @@ def test_a_process_that_fails_is_reported_and_stops_no_other(tmp_path, capfd):
 
 
 PARENT = """
+import signal
 import time
 from lab.children import run_together
 
@@ -64,6 +65,7 @@ def work(say, name):
     time.sleep(600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they run in the background ignore it
     run_together(work, [("a",), ("b",)], lambda text: print(text, flush=True))
 """
 

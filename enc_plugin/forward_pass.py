@@ -31,20 +31,15 @@ class Weights(Protocol):
 class _Pass:
     def __init__(self, model: nn.Module, frame: FrameType, weights: Weights):
         self.model, self.frame, self.weights, self.mode = model, frame, weights, _mode(weights.device_type)
-        self.depth = 0  # number of frames between that of the pass and the last one that asked
 
     def is_running(self) -> bool:
         # A KeyboardInterrupt skips the forward hooks, but the frame of the pass is gone.
-        try:
-            if sys._getframe(self.depth) is self.frame:  # most layers are as deep in the network as the one before
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame is self.frame:
                 return True
-        except ValueError:  # the stack is not so deep
-            pass
-        frame: FrameType | None = sys._getframe()
-        self.depth = 0
-        while frame is not None and frame is not self.frame:
-            frame, self.depth = frame.f_back, self.depth + 1
-        return frame is not None
+            frame = frame.f_back
+        return False
 
 
 class _Running(threading.local):

@@ -15,6 +15,7 @@ from urllib.error import URLError
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseTTAModel
 from mmengine.registry import DATASETS, MODELS, DefaultScope, Registry
 from torch import nn
 from torch.utils.data import Dataset
@@ -25,8 +26,7 @@ from .refused import Refused, describe
 from .surgery.loading import load_trained
 
 KEPT_META = ("epoch", "iter", "seed", "experiment_name")
-# Transforms with nested lists of parts that belong to other libraries.
-_FOREIGN = ("Albumentations", "Albu")
+_FOREIGN = ("Albumentations", "Albu")  # transforms with nested lists of parts that belong to other libraries
 NO_SAMPLES = "its dataset holds no sample; check data_root, data_prefix, ann_file, split and indices"
 
 
@@ -83,9 +83,7 @@ def stack_pictures(config: Config) -> None:
     one by one, each time waiting for the copy.
     """
     for split in ("train", "val", "test"):
-        loader = config.get(f"{split}_dataloader")
-        if loader is not None:
-            loader.setdefault("collate_fn", {"type": "default_collate"})
+        (config.get(f"{split}_dataloader") or {}).setdefault("collate_fn", {"type": "default_collate"})
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
@@ -109,7 +107,7 @@ def build_model(config: Config) -> nn.Module:
     """Build the model of a config, in eval mode, without initialising or loading its weights.
 
     Raises:
-        ValueError: If the config has no model, or it cannot be built.
+        ValueError: If the config has no model, it cannot be built, or it is one of test-time augmentation.
     """
     if not config.get("model"):
         raise Refused(f"config: {config.filename or 'it'} has no model", "inherit from a config that has one (_base_)")
@@ -123,11 +121,14 @@ def build_model(config: Config) -> nn.Module:
     try:
         # mmpretrain's get_model fails for configs whose types are classes, not names.
         with DefaultScope.overwrite_default_scope("mmpretrain"):
-            return MODELS.build(settings).eval()
+            model = MODELS.build(settings).eval()
     except Exception as error:
-        raise Refused(
-            f"config: its model cannot be built ({describe(error)})", "check the arguments of `model` in the config"
-        ) from error
+        problem = f"config: its model cannot be built ({describe(error)})"
+        raise Refused(problem, "check the arguments of `model` in the config") from error
+    if isinstance(model, BaseTTAModel):  # test.py --tta writes such a config into the work dir, over that of training
+        problem = f"config: its model is {type(model).__name__}, which averages predictions for several images"
+        raise Refused(problem, "name a config whose model is the network itself, as in training")
+    return model
 
 
 def load_model(config: Config, path: str | Path) -> tuple[nn.Module, dict]:
@@ -206,9 +207,8 @@ def make_dataset(key: str, settings: Mapping) -> Dataset:
 def part_class(part: Mapping | str | Callable | None, registry: Registry) -> type | Callable | None:
     """Class (or function) that a part of a config names.
 
-    One class has many spellings: ``'CheckpointHook'``, ``'mmengine.CheckpointHook'`` (with a scope),
-    ``'mmengine.hooks.CheckpointHook'`` (its module, as mmengine writes in copies of pure Python configs), or the class
-    itself. So configs are compared by what the registry finds, not by name.
+    A class is named alone, with a scope, with its module (``'mmengine.hooks.CheckpointHook'``, as in mmengine's copies
+    of pure Python configs), or given itself. So configs are compared by what the registry finds, not by name.
 
     Args:
         part: Config with a ``type``, or the type alone.

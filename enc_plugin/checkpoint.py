@@ -7,6 +7,7 @@ from .installation import needs_mmengine  # noqa: F401
 # isort: split
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from .layers.origin import KEY
+from .layers.origin import KEY, CheckpointWarning
 from .refused import describe, require_file
 
 _STATISTICS = ("min", "max", "mean", "current")
 # Keys of the state dict within a file: of mmengine and timm, of torchvision, and of averages by timm and torchvision.
-_PLACES = ("state_dict", "model", "state_dict_ema", "model_ema")
+_AVERAGES = ("state_dict_ema", "model_ema")
+_PLACES = ("state_dict", "model", *_AVERAGES)
 
 
 def _history_statistic(owner: type, name: str):
@@ -74,7 +76,8 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
         trust: Load arbitrary objects too, such as whole models. This can run any code that the file contains.
 
     Returns:
-        The state dict, without the prefixes of DDP and ``torch.compile``, and the other entries of the file.
+        The state dict, without the prefixes of DDP and ``torch.compile``, and the other entries of the file. If timm or
+        torchvision saved the weights in training and an average of them, it is the former, with a warning.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -85,6 +88,14 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
     content = _load(path, trust)
     key = next((key for key in _PLACES if key in content), None) if isinstance(content, Mapping) else None
     state_dict, rest = (content, {}) if key is None else (content[key], {k: v for k, v in content.items() if k != key})
+    average = next((place for place in _AVERAGES if place in rest), None)
+    if average is not None:
+        warnings.warn(
+            f"checkpoint: {path} holds weights in training ({key!r}), which are used, and an average of them "
+            f"({average!r}); to use the average, save that entry as a file of its own",
+            CheckpointWarning,
+            stacklevel=2,
+        )
     if isinstance(state_dict, nn.Module):
         state_dict = state_dict.state_dict()
     if not isinstance(state_dict, Mapping) or not state_dict:
@@ -143,7 +154,7 @@ def which_weights(state_dict: Mapping[str, torch.Tensor], rest: Mapping) -> str:
     """
     others = rest.get("ema_state_dict")
     if not isinstance(others, Mapping):
-        return "in training" if rest.get("meta") else "unknown"
+        return "in training" if rest.get("meta") or any(place in rest for place in _AVERAGES) else "unknown"
     # Until averaging begins, both are equal.
     pairs = [(value, others[name]) for key, value in state_dict.items() if (name := f"module.{key}") in others]
     if not pairs:

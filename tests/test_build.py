@@ -45,6 +45,10 @@ BAD_CONFIGS = {
         'model = dict(type="ImageClasifier")\n',
         "KeyError: ImageClasifier is not in the .* registry",
     ),
+    "test-time augmentation": (
+        'model = dict(type="AverageClsScoreTTA", module=dict(type="TimmClassifier", model_name="test_resnet"))\n',
+        "its model is AverageClsScoreTTA.*; name a config whose model is the network itself",
+    ),
     "argument": (
         f"_base_ = {DIGITS!r}\nmodel = dict(backbone=dict(deep=True))\n",
         "its model cannot be built .*unexpected keyword argument 'deep'",

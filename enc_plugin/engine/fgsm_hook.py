@@ -10,7 +10,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from ..functional.attack import LEAST_EPS, other_unit
 from ..functional.checks import check_integer
 from ..measuring.robustness import ZERO_GRAD_LIMIT, check_dataset, check_pixel_eps, measure_robustness
-from ..measuring.untouched import untouched, unwrap
+from ..measuring.untouched import check_precision, untouched, unwrap
 from .scalars import FigureGroup, Scalar, log_scalars, weights_in_words, write_measurements
 from .validated_hook import ValidatedNetworkHook
 from .watched import check_watched
@@ -118,6 +118,7 @@ class FGSMHook(ValidatedNetworkHook):
             raise ValueError("FGSMHook needs a validation set: set val_dataloader, val_cfg and val_evaluator")
         super().before_train(runner)
         check_watched(runner)
+        check_precision(unwrap(runner.model))
         for eps in self.eps:
             if eps < LEAST_EPS:
                 runner.logger.warning(f"FGSMHook: eps: {other_unit(eps)}")

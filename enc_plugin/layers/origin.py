@@ -27,7 +27,7 @@ UNKNOWN: Settings = {"variant": "unknown"}
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was saved with other ENC settings than those of the layers that load it."""
+    """A checkpoint was saved with other ENC settings than those of the layers that load it, or holds two networks."""
 
 
 def write_settings(settings: Settings) -> Tensor:

@@ -16,9 +16,9 @@ from ..functional.checks import check_integer, check_seed
 from ..functional.jacobian import check_forward, check_output, check_projections, squared_norms
 from ..functional.precision import full_float32
 from .intervals import bootstrap_interval
-from .pixels import preprocess
+from .pixels import logits_of, preprocess
 from .samples import FixedSamples
-from .untouched import untouched
+from .untouched import check_precision, untouched
 
 SPACES = {
     "normalized": "the network's input, after the data_preprocessor",
@@ -99,10 +99,12 @@ def measure_gbr(
         The estimate, equal on all ranks.
 
     Raises:
-        ValueError: If ``space`` is unknown, or ``output`` needs probabilities and the head does not predict any.
+        ValueError: If ``space`` is unknown, ``output`` needs probabilities and the head does not predict any, or a
+            weight is in half precision.
     """
     check_space(space)
     check_seed("seed", seed)
+    check_precision(model)
     start = time.perf_counter()
     device = next(model.parameters()).device
     seeds = torch.randint(2**32, (len(samples),), generator=torch.Generator().manual_seed(int(seed)))
@@ -182,13 +184,15 @@ def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Cal
     Probabilities are the scores that the head predicts. They need not be the softmax of the logits.
     """
 
-    def run(mode: str) -> Callable[[Tensor], Tensor | list]:
-        return lambda x: model(preprocess(model, x) if space == "pixel" else x, mode=mode)
+    def processed(x: Tensor) -> Tensor:
+        return preprocess(model, x) if space == "pixel" else x
+
+    def logits(x: Tensor) -> Tensor:
+        return logits_of(model, processed(x))
 
     def scores(x: Tensor) -> Tensor:
-        return torch.stack([sample.pred_score for sample in run("predict")(x)])
+        return torch.stack([sample.pred_score for sample in model(processed(x), mode="predict")])
 
-    logits = run("tensor")
     if output == "logits":
         return logits, "logits"
     head = type(getattr(model, "head", model)).__name__
@@ -199,7 +203,7 @@ def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Cal
             f"output: {output!r} needs a head that predicts scores for each image, but {head} does not "
             f"({type(error).__name__}: {error}); measure 'logits'"
         ) from error
-    given = logits(x)
+    given = model(processed(x), mode="tensor")
     is_alike = isinstance(given, Tensor) and given.shape == predicted.shape
     if is_alike and torch.allclose(given.softmax(1), predicted, rtol=1e-4, atol=1e-6, equal_nan=True):
         return logits, output

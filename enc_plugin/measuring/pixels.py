@@ -15,12 +15,18 @@ def stack(packed: Sequence[dict]) -> tuple[Tensor, Tensor | None]:
     """Stack packed samples to pixels ``(N, C, H, W)`` and labels ``(N,)`` (None unless each sample has one label).
 
     Raises:
-        ValueError: If sizes differ, or a sample has no image.
+        ValueError: If sizes differ, or a sample does not have exactly one image.
     """
     if any("inputs" not in sample for sample in packed):
         raise ValueError(
             "pipeline: expected packed samples with an image, got one without; end the pipeline with PackInputs, and "
             "begin it with a loading step such as LoadImageFromFile if it replaces the loading steps of the dataset"
+        )
+    several = next((sample["inputs"] for sample in packed if not isinstance(sample["inputs"], Tensor)), None)
+    if several is not None:
+        raise ValueError(
+            f"pipeline: expected one image for each sample, got a {type(several).__name__} of {len(several)}; measure "
+            "with a pipeline without test-time augmentation (TestTimeAug) or several views"
         )
     shapes = {tuple(sample["inputs"].shape) for sample in packed}
     if len(shapes) > 1:
@@ -89,6 +95,22 @@ def preprocess(model: nn.Module, pixels: Tensor) -> Tensor:
     return model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
 
 
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits ``(N, C)`` of ``inputs``, which the ``data_preprocessor`` has processed.
+
+    Raises:
+        TypeError: If the head does not compute one tensor.
+    """
+    found = model(inputs, mode="tensor")
+    if not isinstance(found, Tensor):
+        head = type(getattr(model, "head", model)).__name__
+        raise TypeError(
+            f"model: expected one tensor of logits (N, C), got a {type(found).__name__} from {head}; of several tasks, "
+            "measure a model with one of the heads; GBR can also be that of predicted scores (output 'probs')"
+        )
+    return found
+
+
 class PixelClassifier(nn.Module):
     """Logits of a classifier as a function of pixels, including its ``data_preprocessor`` (mean, std, channel order).
 
@@ -109,4 +131,4 @@ class PixelClassifier(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalise and classify."""
         with torch.autocast(pixels.device.type, enabled=False):
-            return self.model(preprocess(self.model, pixels), mode="tensor")
+            return logits_of(self.model, preprocess(self.model, pixels))

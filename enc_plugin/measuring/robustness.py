@@ -22,7 +22,7 @@ from .pixels import PIXEL_MAX, PixelClassifier, PixelSpan, collate_pixels
 from .ranks import joined, own_share
 from .samples import in_batches
 from .spread import spread
-from .untouched import untouched
+from .untouched import check_precision, untouched
 
 ZERO_GRAD_LIMIT = 0.01  # share of samples with an all-zero gradient above which a warning is given
 CHECKED_SAMPLES = 64
@@ -116,14 +116,15 @@ def measure_robustness(
         The accuracies, equal on all ranks.
 
     Raises:
-        ValueError: If the pixels are not in 0..255, images differ in size within a batch, there are no samples, or the
-            output is random or depends on other samples of the batch.
+        ValueError: If the pixels are not in 0..255, images differ in size within a batch, there are no samples, the
+            output is random or depends on other samples of the batch, or a weight is in half precision.
     """
     start = time.perf_counter()
     eps = check_pixel_eps(eps)
     check_integer("num_workers", num_workers, 0)
     check_integer("pgd_steps", pgd_steps, 0, below=MAX_STEPS)
     check_seed("seed", seed)
+    check_precision(model)
     indices = spread(len(dataset), num_samples)
     batches = in_batches(indices, batch_size)
     own = own_share(len(batches))

@@ -66,6 +66,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def check_precision(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a weight has a lower precision than float32, in which measurements are computed."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.element_size() < 4:
+            raise ValueError(
+                f"model: expected weights in float32 or float64, because measurements are computed in float32, got "
+                f"{weight.dtype} in {name!r}; measure copy.deepcopy(model).float()"
+            )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside of a (distributed) model wrapper, or the model itself."""
     while is_model_wrapper(model):

@@ -17,7 +17,8 @@ from ..layers import ENC_LAYERS, StockLayer, enc_class, reserved_attributes
 def weight_problem(layer: StockLayer) -> str | None:
     """The reason why a layer cannot be ENC, or None.
 
-    The output must be proportional to the weight. This fails if the layer normalises its weight itself.
+    The output must be proportional to the weight. This fails if the layer normalises its weight itself. The layer must
+    not write to its weight, as adapters do that merge themselves (loralib): it would write to the free weight.
     """
     name = type(layer).__name__
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
@@ -29,6 +30,8 @@ def weight_problem(layer: StockLayer) -> str | None:
         return f"{name} has no weight before its first forward pass"
     if type(layer) in ENC_LAYERS:
         return None
+    if any("fake_quant_enabled" in module._buffers for module in layer.modules()):  # the trial copy has it turned off
+        return f"{name} quantises its weight; train first, and quantise the folded network"
     trial, weight, x = _trial_copy(layer)
     try:
         once, twice = (trial.forward_with(factor * weight, x) for factor in (1, 2))
@@ -36,6 +39,8 @@ def weight_problem(layer: StockLayer) -> str | None:
         return f"{name} does not run outside of the network: {error}"
     if not once.any() or not _all_close(twice, 2 * once):
         return f"{name} transforms its weight itself"
+    if _writes_weight(layer):
+        return f"{name} changes its weight in train() and eval()"
     taken = reserved_attributes(layer)
     if taken:
         return f"{name} has attributes whose names ENC layers need ({', '.join(taken)})"
@@ -60,6 +65,14 @@ def post_norm_problem(layer: StockLayer) -> str | None:
         return None
     name = _stock_class(layer).__name__
     return f"{name} does more than add its bias to W x, so the batch norm that it needs could not be folded"
+
+
+def _writes_weight(layer: StockLayer) -> bool:
+    trial = copy.deepcopy(layer).to_empty(device="cpu").float()
+    for tensor in trial.parameters():
+        tensor.fill_(1)  # with adapters of zero, as they start, merging would change nothing
+    before = trial.train().weight.clone()
+    return not torch.equal(trial.eval().weight, before)
 
 
 def _stock_class(layer: nn.Module) -> type[nn.Module]:

@@ -11,7 +11,8 @@ from helpers import digits_config, scalars, train
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from enc_plugin.checkpoint import which_weights
+from enc_plugin import CheckpointWarning
+from enc_plugin.checkpoint import read_checkpoint, which_weights
 from enc_plugin.reports.gbr_report import measure_checkpoints
 from enc_plugin.reports.runs import load_run
 from enc_plugin.reports.summary import summary
@@ -199,3 +200,12 @@ def test_a_checkpoint_without_an_average_holds_the_weights_in_training():
     assert which_weights(state, {"meta": {}, "ema_state_dict": {"module.weight": torch.ones(2)}}) == "in training"
     assert which_weights(state, {"meta": {}, "ema_state_dict": {"module.weight": torch.zeros(2)}}) == "averaged"
     assert which_weights(state, {"meta": {}, "ema_state_dict": {"module.net.weight": torch.zeros(2)}}) == "unknown"
+
+
+def test_of_timms_two_networks_in_one_file_the_one_in_training_is_read_and_named(tmp_path):
+    held = {"epoch": 3, "state_dict": {"weight": torch.zeros(2)}, "state_dict_ema": {"weight": torch.ones(2)}}
+    torch.save(held, tmp_path / "last.pth.tar")
+    with pytest.warns(CheckpointWarning, match=r"last\.pth\.tar holds .*'state_dict'.*an average.*'state_dict_ema'"):
+        state, rest = read_checkpoint(tmp_path / "last.pth.tar")
+    assert not state["weight"].any()
+    assert which_weights(state, rest) == "in training"

@@ -18,6 +18,8 @@ from mmengine.model.weight_init import KaimingInit
 from mmpretrain.models.heads.margin_head import NormProduct
 from mmpretrain.models.utils.sparse_modules import SparseConv2d
 from torch import nn
+from torch.ao.nn import qat
+from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import parametrizations
 
 from enc_plugin import NoEffectWarning, fold, to_enc
@@ -95,6 +97,7 @@ def test_each_subclass_has_one_enc_class_and_mmengine_still_initialises_it():
         (lambda: ConvAWS2d(4, 6, 3), "ConvAWS2d transforms its weight itself"),
         (lambda: NormProduct(4, 6), "NormProduct transforms its weight itself"),
         (lambda: SparseConv2d(4, 6, 3), "SparseConv2d does not run outside of the network"),
+        (lambda: qat.Conv2d(4, 6, 3, qconfig=get_default_qat_qconfig("fbgemm")), "Conv2d quantises its weight"),
         (lambda: nn.LazyConv2d(6, 3), "LazyConv2d has no weight before its first forward pass"),
         (lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), "computed from other parameters"),
         (lambda: parametrizations.spectral_norm(nn.Linear(4, 6)), "computed from other parameters"),

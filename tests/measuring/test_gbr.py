@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from mmpretrain.registry import MODELS
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from enc_plugin.measuring.gbr import input_unit, measure_gbr, pick_batch_size
+from enc_plugin.measuring.robustness import measure_robustness
 from enc_plugin.measuring.samples import FixedSamples
 
 HEADS = {
@@ -94,8 +97,19 @@ def test_scores_of_a_head_with_several_logits_are_measured():
     probs = sum(model.double()(x, mode="tensor")).softmax(-1)
     grads = [torch.autograd.grad(probs[:, i].sum(), x, retain_graph=True)[0] for i in range(3)]
     torch.testing.assert_close(found.values, sum(g.square().sum((1, 2, 3)) for g in grads), rtol=1e-4, atol=0)
-    with pytest.raises(TypeError, match="returns a tensor .* got tuple"):
-        measure_gbr(model.float(), samples)
+    for measure in (lambda: measure_gbr(model.float(), samples), lambda: measure_robustness(model, Noise(), [1])):
+        with pytest.raises(TypeError, match="one tensor of logits .* got a tuple from ConformerHead.*output 'probs'"):
+            measure()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_is_measured_as_a_copy_in_float32(dtype):
+    model, data = classifier(HEADS["softmax"][0], **NORMALISED).to(dtype), Noise()
+    samples = FixedSamples(data, [], range(5), 2)
+    for measure in (lambda net: measure_gbr(net, samples).mean, lambda net: measure_robustness(net, data, [1]).clean):
+        with pytest.raises(ValueError, match=r"float32 or float64.*got torch\.b?float16 in .backbone.*float\(\)"):
+            measure(model)
+        measure(copy.deepcopy(model).float())
 
 
 def test_a_head_without_scores_is_refused_by_name():

@@ -159,6 +159,13 @@ def test_loading_that_takes_several_steps_or_another_class_is_left_to_the_datase
         FixedSamples(dataset, VAL[1:], [3, 4], 2, own_loading=False).read()
 
 
+def test_a_pipeline_with_test_time_augmentation_is_refused():
+    flips = [dict(type="RandomFlip", prob=1.0), dict(type="RandomFlip", prob=0.0)]
+    val = [VAL[0], dict(type="TestTimeAug", transforms=[flips, [dict(type="PackInputs")]])]
+    with pytest.raises(ValueError, match="pipeline: expected one image for each sample, got a list of 2.*TestTimeAug"):
+        FixedSamples(keyed(), val, [0, 1], 2).read()
+
+
 def test_a_step_of_the_test_pipeline_that_fails_on_a_picture_is_not_left_out():
     val = [VAL[0], dict(type="Resize", scale=-1), dict(type="PackInputs")]
     with pytest.raises(Exception, match=r"."):

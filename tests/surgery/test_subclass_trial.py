@@ -45,6 +45,27 @@ class Doubled(nn.Linear):
         return "its own"
 
 
+class Merging(nn.Linear):
+    """An adapter of low rank as in loralib: in eval mode it is a part of the weight."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.down = nn.Parameter(torch.randn(2, self.in_features))
+        self.up = nn.Parameter(torch.zeros(self.out_features, 2))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.up @ self.down
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        out = F.linear(x, self.weight, self.bias)
+        return out if self.merged else out + x @ self.down.T @ self.up.T
+
+
 def with_effective_weight(layer, variant="ws"):
     layer = copy.deepcopy(layer)
     layer.weight = nn.Parameter(literal(layer.weight.detach().double(), variant, 1.0).float())
@@ -90,6 +111,17 @@ def test_a_post_norm_is_not_put_behind_an_activation_because_it_could_not_be_fol
     model = nn.Sequential(Activated(4, 8))
     assert len(to_enc(model, post_norm=False)) == 1
     assert to_enc(model, post_norm=True).skipped["0"].startswith("Activated does more")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_merges_an_adapter_into_its_weight_stays_plain(training):
+    torch.manual_seed(0)
+    model = nn.Sequential(Merging(4, 8), nn.Linear(8, 3)).train(training)
+    report = to_enc(model, post_norm=False)
+    assert report.skipped == {"0": "Merging changes its weight in train() and eval()"}
+    nn.init.normal_(model.train()[0].up)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(model.train()(x), model.eval()(x))
 
 
 @pytest.mark.parametrize("ignores", [True, False])

@@ -74,10 +74,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "")
     )
 
 
-def figure(png: bytes, alt: str, caption: str = "") -> Html:
-    """An embedded PNG with an alternative text and a caption below."""
+def figure(picture: bytes, alt: str, caption: str = "") -> Html:
+    """An embedded PNG or WebP with an alternative text and a caption below."""
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    kind = "webp" if picture.startswith(b"RIFF") else "png"
+    source = f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
     return Html(f'<figure><img alt="{html.escape(alt)}" src="{source}">{below}</figure>')
 
 

@@ -148,6 +148,15 @@ def to_png(figure: Figure, colors: int | None = 256) -> bytes:
     return buffer.getvalue()
 
 
+def smaller(png: bytes, factor: float = 0.65) -> bytes:
+    """A PNG as a WebP with ``factor`` times the width, for a page with many figures: half the bytes by default."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image = image.resize([round(factor * pixels) for pixels in image.size], Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="webp", quality=80)
+    return buffer.getvalue()
+
+
 def save(png: bytes, path: str | Path) -> None:
     """Write a PNG; its folder is created."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,8 @@ METHOD = (
     "than the paper's, so the words are about this scale."
 )
 
+_SO_FAR = " so far"
+
 
 def summary_table(found: Results, parts: Sequence[Section]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a row a claim, and last a row of what has not been tested.
@@ -38,7 +40,7 @@ def summary_table(found: Results, parts: Sequence[Section]) -> tuple[list[str], 
     for arena in found.arenas:
         cells = [_seen_in_full(found, part, arena) or str(part.verdicts.get(arena, "")) for part in claims]
         if any(cell and not cell.startswith("see ") for cell in cells):
-            columns[f"{arena} so far" if arena in found.unfinished else arena] = cells
+            columns[f"{arena}{_SO_FAR}" if arena in found.unfinished else arena] = cells
     papers = [part.claim.removeprefix("The paper: ").rstrip(".") for part in claims]
     rows = [[part.title, paper, *row] for part, paper, *row in zip(claims, papers, *columns.values(), strict=True)]
     return ["claim", "paper", *columns], [*rows, ["Not tested", NOT_TESTED, *[""] * len(columns)]]
@@ -78,10 +80,15 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 
 def headlines(found: Results, parts: Sequence[Section]) -> str:
-    """The table for the project's README, in Markdown: of the paper's results, only the first thing that is said."""
+    """The table for the project's README, in Markdown: of the paper's results, only the first thing that is said.
+
+    Arenas that ask the questions of another one again have no column.
+    """
     head, rows = summary_table(found, parts)
+    again = {name for name, arena in found.grid.arenas.items() if arena.again}
+    kept = [i for i, column in enumerate(head) if column.removesuffix(_SO_FAR) not in again]
     short = [[row[0], _first_clause(row[1]), *row[2:]] for row in rows]
-    return "\n".join(markdown_table(head, short))
+    return "\n".join(markdown_table([head[i] for i in kept], [[row[i] for i in kept] for row in short]))
 
 
 def _first_clause(text: str) -> str:

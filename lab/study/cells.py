@@ -83,6 +83,7 @@ arenas |= dict(
         arenas["overfit"],
         title="CIFAR-10 (JPEG), 12,500 training images, 60 epochs, ResNet-20, decay 8.5e-3, other seeds on a GPU",
         for_gpu=True,
+        again="overfit",
     ),
 )
 

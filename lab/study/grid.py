@@ -38,6 +38,8 @@ class Arena:
         for_gpu: Whether its runs are too many for CPUs and meant for ``python -m lab.side_by_side`` on a GPU.
         instead_of: Arenas that ask the same with less; once this one is complete, it stands in their place.
         repeats: The arena whose cells these are, trained in another way to compare both; None: none.
+        again: The arena whose questions this one asks again, with other seeds; None: none. The project's README has no
+            column for it.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Arena:
     for_gpu: bool = False
     instead_of: tuple[str, ...] = ()
     repeats: str | None = None
+    again: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def load_grid(path: str | Path) -> Grid:
         _check_keys(f"arena {name!r}", settings, Arena)
         arenas[name] = Arena(name, **settings)
     for arena in arenas.values():
-        if unknown := {*arena.instead_of, arena.repeats or arena.name} - set(arenas):
+        if unknown := {*arena.instead_of, arena.repeats or arena.name, arena.again or arena.name} - set(arenas):
             raise ValueError(f"grid: arena {arena.name!r} refers to {', '.join(sorted(unknown))}, which is no arena")
     cells: dict[str, list[Cell]] = {}
     for arena, members in content["cells"].items():

@@ -110,7 +110,7 @@ def _html(found: Results, parts: Sequence[Section], pictures: dict[str, bytes]) 
     """The same as one HTML page that needs no other file; figures by name."""
 
     def drawn(figures: Iterable[Figure]) -> list:
-        return [page.figure(pictures[one.name], alt=one.caption, caption=one.caption) for one in figures]
+        return [page.figure(plot.smaller(pictures[one.name]), one.caption, one.caption) for one in figures]
 
     opening = opening_figure(parts)
     head, rows = summary_table(found, parts)

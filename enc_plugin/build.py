@@ -82,8 +82,8 @@ def stack_pictures(config: Config) -> None:
     mmpretrain's training tool does the same. mmengine's own default gives lists of images, which are copied to a GPU
     one by one, each time waiting for the copy.
     """
-    for split in ("train", "val", "test"):
-        (config.get(f"{split}_dataloader") or {}).setdefault("collate_fn", {"type": "default_collate"})
+    for loader in filter(None, (config.get(f"{split}_dataloader") for split in ("train", "val", "test"))):
+        loader.setdefault("collate_fn", {"type": "default_collate"})
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:

@@ -35,11 +35,12 @@ def weight_problem(layer: StockLayer) -> str | None:
     trial, weight, x = _trial_copy(layer)
     try:
         once, twice = (trial.forward_with(factor * weight, x) for factor in (1, 2))
+        writes_weight = _writes_weight(layer)
     except Exception as error:
         return f"{name} does not run outside of the network: {error}"
     if not once.any() or not _all_close(twice, 2 * once):
         return f"{name} transforms its weight itself"
-    if _writes_weight(layer):
+    if writes_weight:
         return f"{name} changes its weight in train() and eval()"
     taken = reserved_attributes(layer)
     if taken:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from lab import RESULTS, ROOT
@@ -42,12 +43,13 @@ if __name__ == "__main__":
     print(f"{len(todo)} of {len(runs)} runs have no result yet; they train on {device}", flush=True)
     minutes = args.minutes - (time.perf_counter() - start) / 60
     abreast = args.abreast or (8 if device.type == "cuda" else 1)
-    settings = (todo, out, device, minutes, abreast, ROOT, lambda text: print(text, flush=True))
+    say = partial(print, flush=True)
+    settings = dict(out=out, device=device, minutes=minutes, abreast=abreast, root=ROOT, say=say)
     failed = []
     if several:
-        failed = train_in_processes(args.processes, *settings)
+        failed = train_in_processes(args.processes, todo, **settings)
     else:
         prepare_process(device)
-        train_in_turns(*settings)
+        train_in_turns(todo, **settings)
     print(f"{len(pending(todo, out))} runs are left", flush=True)
     sys.exit(bool(failed))

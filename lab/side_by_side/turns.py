@@ -58,14 +58,7 @@ def train_in_turns(
 
 
 def train_in_processes(
-    processes: int,
-    runs: Sequence[PlannedRun],
-    out: str | Path,
-    device: torch.device,
-    minutes: float = math.inf,
-    abreast: int = 1,
-    root: str | Path = ".",
-    say: Callable[[str], None] = print,
+    processes: int, runs: Sequence[PlannedRun], device: torch.device, minutes: float, say: Callable, **settings
 ) -> list[int]:
     """Share runs out to processes, each of which trains its own as :func:`train_in_turns` does, on one device.
 
@@ -73,8 +66,7 @@ def train_in_processes(
 
     Args:
         processes: How many, at most one for each run.
-        runs, out, device, minutes, root, say: As for :func:`train_in_turns`.
-        abreast: Runs side by side in each process.
+        runs, device, minutes, say, **settings: As for :func:`train_in_turns`, in each process.
 
     Returns:
         Numbers of the processes that failed, counted from 1. The others have gone on.
@@ -82,14 +74,14 @@ def train_in_processes(
     processes = min(processes, len(runs))
     deadline = time.time() + 60 * minutes
     threads = max(1, torch.get_num_threads() // max(1, processes))
-    rest = (out, device, deadline, abreast, root, processes, threads)
+    rest = (device, deadline, threads, {**settings, "processes": processes})
     return run_together(_train_share, [(runs[k::processes], *rest) for k in range(processes)], say)
 
 
-def _train_share(say, runs, out, device, deadline, abreast, root, processes, threads) -> None:
+def _train_share(say, runs, device, deadline, threads, settings) -> None:
     torch.set_num_threads(threads)
     prepare_process(pick_device(device))
-    train_in_turns(runs, out, device, (deadline - time.time()) / 60, abreast, root, say, processes)
+    train_in_turns(runs, device=device, minutes=(deadline - time.time()) / 60, say=say, **settings)
 
 
 def prepare_process(device: torch.device) -> None:

@@ -26,21 +26,24 @@ METHOD = (
     "than the paper's, so the words are about this scale."
 )
 
-_SO_FAR = " so far"
 
-
-def summary_table(found: Results, parts: Sequence[Section]) -> tuple[list[str], list[list[str]]]:
+def summary_table(found: Results, parts: Sequence[Section], again: bool = True) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a row a claim, and last a row of what has not been tested.
 
     Where an arena for a GPU is complete, it stands in the place of those that ask the same with less. These have no
     column if nothing else is left in it.
+
+    Args:
+        found: The results.
+        parts: Sections of the page; those of claims count.
+        again: Whether arenas that ask the questions of another one again have a column.
     """
     claims = [part for part in parts if part.verdicts]
     columns = {}
-    for arena in found.arenas:
+    for arena in (name for name in found.arenas if again or not found.grid.arenas[name].again):
         cells = [_seen_in_full(found, part, arena) or str(part.verdicts.get(arena, "")) for part in claims]
         if any(cell and not cell.startswith("see ") for cell in cells):
-            columns[f"{arena}{_SO_FAR}" if arena in found.unfinished else arena] = cells
+            columns[f"{arena} so far" if arena in found.unfinished else arena] = cells
     papers = [part.claim.removeprefix("The paper: ").rstrip(".") for part in claims]
     rows = [[part.title, paper, *row] for part, paper, *row in zip(claims, papers, *columns.values(), strict=True)]
     return ["claim", "paper", *columns], [*rows, ["Not tested", NOT_TESTED, *[""] * len(columns)]]
@@ -84,11 +87,9 @@ def headlines(found: Results, parts: Sequence[Section]) -> str:
 
     Arenas that ask the questions of another one again have no column.
     """
-    head, rows = summary_table(found, parts)
-    again = {name for name, arena in found.grid.arenas.items() if arena.again}
-    kept = [i for i, column in enumerate(head) if column.removesuffix(_SO_FAR) not in again]
+    head, rows = summary_table(found, parts, again=False)
     short = [[row[0], _first_clause(row[1]), *row[2:]] for row in rows]
-    return "\n".join(markdown_table([head[i] for i in kept], [[row[i] for i in kept] for row in short]))
+    return "\n".join(markdown_table(head, short))
 
 
 def _first_clause(text: str) -> str:

@@ -124,6 +124,17 @@ def test_a_layer_that_merges_an_adapter_into_its_weight_stays_plain(training):
     torch.testing.assert_close(model.train()(x), model.eval()(x))
 
 
+def test_a_layer_that_cannot_change_its_mode_without_its_values_stays_plain():
+    class Picky(Merging):
+        def train(self, mode=True):
+            if not mode and self.up.any() and self.down.eq(1).all():
+                raise RuntimeError("singular")
+            return super().train(mode)
+
+    report = to_enc(nn.Sequential(Picky(4, 8), nn.Linear(8, 3)), post_norm=False)
+    assert report.skipped == {"0": "Picky does not run outside of the network: singular"}
+
+
 @pytest.mark.parametrize("ignores", [True, False])
 def test_a_post_norm_needs_a_layer_that_adds_the_bias_which_fold_gives_it(ignores):
     class Conv(nn.Conv2d):

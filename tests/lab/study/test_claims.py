@@ -329,9 +329,12 @@ def test_a_projection_is_recommended_unless_an_interval_lies_on_its_worse_side()
     assert decision(results(*projected([61.0, 61.1, 60.9], gbr=5.0)), "enc-retract").startswith("recommended")
 
 
-def test_a_projection_is_not_judged_before_all_its_runs_are_done():
+def test_a_projection_is_not_judged_by_an_arena_before_all_its_runs_are_done():
     runs = projected([60.0, 60.1, 59.9])
     assert decision(results(*runs[:-5], *runs[-4:]), "enc-retract") == "not decided yet"
+    begun = made_up("g5", "enc-retract", 4, 60.0)
+    assert decision(results(*projected([61.0, 61.1, 60.9]), begun), "enc-retract") == "not decided yet"
+    assert decision(results(*runs, begun), "enc-retract") == "an option: worse in top-1 accuracy (%) (overfit)"
     assert {decision(results(), form) for form in FORMS} == {"not decided yet"}
     lost = made_up("overfit", "enc-rotate", status="diverged")
     assert decision(results(*runs, lost), "enc-rotate") == "an option: a run has diverged"

@@ -16,9 +16,9 @@ from .functional.checks import check_not_negative, check_type
 from .functional.decay import check_shift_eps
 from .functional.weights import check_variant
 from .layers import ENC_LAYERS, ENCLayer
-from .projected_groups import check_mode
 from .projection import add_projection
 from .shift import add_shift
+from .steps.projected_groups import check_mode
 from .surgery.projected import check_projectable, projected_layers, projection_of
 
 __all__ = ["DEFAULT_SHIFT_EPS", "DecayRules", "add_projection", "add_shift", "describe_groups", "param_groups_enc"]

@@ -3,7 +3,7 @@
 Computed one by one, each weight takes about ten operations, whose launches cost more than their work on a GPU.
 Computed together, all layers take a few operations per row length (:mod:`enc_plugin.functional.grouped`). With Triton,
 they take one launch forward and two backward, or three and four for the whole-layer variants
-(:mod:`enc_plugin.triton_weights`).
+(:mod:`enc_plugin.kernels.triton_weights`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, distributed, nn
 
 from .forward_pass import can_precompute, close_pass, open_pass
 from .functional.checks import check_auto
+from .kernels.together import effective_weights
 from .layers import ENC_LAYERS, ENCLayer
-from .together import effective_weights
 
 # With several processes, the weights are computed in parts of about one bucket of DistributedDataParallel, so that the
 # gradients of one part are exchanged while those of earlier layers are computed.

@@ -15,12 +15,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .carried_hooks import carry_load_hook, register_carried_hook
 from .functional.checks import check_type
 from .functional.retraction import retract_, turn_
 from .functional.rotation import equilibrium_angle
-from .projected_groups import FOUND_SETTINGS, PROJECTION_SETTINGS, Group, own_groups, prepare, projected_groups, start
-from .running_step import (
+from .steps.carried_hooks import carry_load_hook, register_carried_hook
+from .steps.projected_groups import (
+    FOUND_SETTINGS,
+    PROJECTION_SETTINGS,
+    Group,
+    own_groups,
+    prepare,
+    projected_groups,
+    start,
+)
+from .steps.running_step import (
     Decays,
     RunningStep,
     calling_frame,

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .carried_hooks import carry_load_hook, register_carried_hook
-from .decay_kinds import decay_kind
 from .functional.checks import check_type
-from .running_step import (
+from .steps.carried_hooks import carry_load_hook, register_carried_hook
+from .steps.decay_kinds import decay_kind
+from .steps.running_step import (
     Decays,
     RunningStep,
     calling_frame,
@@ -26,8 +26,8 @@ from .running_step import (
     restore_decays,
     start_momentum,
 )
-from .shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, restore, shift_group, takes_decay
-from .shifted_groups import SHIFT_SETTINGS, check_group, shifted_groups
+from .steps.shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, restore, shift_group, takes_decay
+from .steps.shifted_groups import SHIFT_SETTINGS, check_group, shifted_groups
 
 
 def _warn(text: str) -> None:

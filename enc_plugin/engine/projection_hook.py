@@ -12,8 +12,8 @@ from mmengine.runner import Runner
 
 from ..functional.retraction import retract_
 from ..measuring.untouched import unwrap
-from ..projected_groups import projected_groups
 from ..projection import add_projection
+from ..steps.projected_groups import projected_groups
 from ..surgery.projected import check_constrained, check_projectable, projected_layers
 from .wrappers import optim_wrappers
 

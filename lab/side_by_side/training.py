@@ -20,7 +20,7 @@ from enc_plugin import add_projection
 from enc_plugin.build import build_model
 from enc_plugin.functional import gbr_penalty
 from enc_plugin.measuring.pixels import preprocess
-from enc_plugin.projected_groups import projected_groups
+from enc_plugin.steps.projected_groups import projected_groups
 
 from ..study.execute import channels_last
 from ..study.grid import PlannedRun

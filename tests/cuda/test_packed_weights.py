@@ -9,8 +9,9 @@ import pytest
 import torch
 from networks import batch, error, network, optimizer_of, stepper
 
-from enc_plugin import packed, together
+from enc_plugin import packed
 from enc_plugin.functional import VARIANTS
+from enc_plugin.kernels import together
 from enc_plugin.layers import enc_layers
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .functional.grouped import enc_weights
+from ..functional.grouped import enc_weights
 
 
 def effective_weights(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional.decay import direction_of_rows, direction_settings, shift_direction
-from .functional.grouped import blocks_of
-from .together import effective_weights
+from ..functional.decay import direction_of_rows, direction_settings, shift_direction
+from ..functional.grouped import blocks_of
+from ..kernels.together import effective_weights
 
 # The shift replaces the decay term lambda W by lambda (W - eps U). How it does so depends on the optimizer:
 GRADIENT = "gradient"  # It adds lambda W to the gradient (SGD, Adam). The shift adds -lambda eps U to the gradient.

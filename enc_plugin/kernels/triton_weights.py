@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import grouped
-from .functional.weights import is_whole_layer
+from ..functional import grouped
+from ..functional.weights import is_whole_layer
 from .triton_layers import LayerTable
 from .triton_rows import RowTable
 from .triton_table import Table

@@ -9,8 +9,8 @@ from mmpretrain.registry import OPTIMIZERS
 from timm.optim import create_optimizer_v2
 from torch import nn, optim
 
-from enc_plugin.decay_kinds import decay_kind
-from enc_plugin.shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE
+from enc_plugin.steps.decay_kinds import decay_kind
+from enc_plugin.steps.shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE
 
 # As their documentation says: L2 regularization in the gradient, decay of the weights themselves, neither, none.
 TORCH = {

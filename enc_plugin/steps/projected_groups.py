@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from ..functional.normalizable import check_whole
+from ..functional.retraction import retract_
+from ..functional.weights import check_alpha, check_variant, enc_weight, imprecise_rows, is_centered, num_rows
 from .decay_kinds import shrinking_power
-from .functional.normalizable import check_whole
-from .functional.retraction import retract_
-from .functional.weights import check_alpha, check_variant, enc_weight, imprecise_rows, is_centered, num_rows
 from .running_step import steps_itself
 
 MODES = {

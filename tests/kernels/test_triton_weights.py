@@ -11,15 +11,14 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import ROOT
 
 pytest.importorskip("triton")
 
 
 def check_rows() -> None:
     """Against the operations of torch: results, gradients of weights and of a learnable alpha, a layer without one."""
-    from enc_plugin import triton_layers, triton_rows, triton_weights
     from enc_plugin.functional import grouped
+    from enc_plugin.kernels import triton_layers, triton_rows, triton_weights
 
     triton_rows._BLOCK = triton_layers._BLOCK = 64  # rows of less and of more than a block
     triton_layers._CHUNK = 128
@@ -58,7 +57,7 @@ class Elsewhere(torch.Tensor):
 
 def check_default_dtype() -> None:
     """The default dtype is not that of the weights."""
-    from enc_plugin import triton_weights
+    from enc_plugin.kernels import triton_weights
 
     triton_weights._is_right.clear()
     torch.set_default_dtype(torch.float64)
@@ -73,7 +72,7 @@ def check_default_dtype() -> None:
 
 def check_trial() -> None:
     """Kernels that are wrong, or that do not run, are not used, with a warning; the weights do not matter."""
-    from enc_plugin import triton_weights
+    from enc_plugin.kernels import triton_weights
 
     def fail(*args):
         raise RuntimeError("no compiler")
@@ -103,7 +102,7 @@ def check_trial() -> None:
 
 
 def test_kernels_equal_the_operations_of_torch():
-    subprocess.run([sys.executable, __file__], check=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"})
+    subprocess.run([sys.executable, __file__], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .functional.weights import is_centered
+from ..functional.weights import is_centered
 from .triton_loops import products_of, squares_about, sum_of, write_gradients, write_results
 from .triton_table import Stats, Table
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import grouped
+from ..functional import grouped
 
 Stats = tuple[Tensor, Tensor]  # means, and inverse norms (or standard deviations), of rows or layers
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from .functional.decay import check_shift_eps
-from .functional.normalizable import check_whole
-from .functional.weights import check_variant
+from ..functional.decay import check_shift_eps
+from ..functional.normalizable import check_whole
+from ..functional.weights import check_variant
 from .running_step import steps_itself
 
 # Keys of a group that concern its shift. 'enc_decoupled' is there only if the user passed it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..build import part_class
 from ..functional import decay_efolds
 
 _COUNTED = (torch.optim.SGD, torch.optim.AdamW)
+_SETTINGS = ("lr", "weight_decay", "momentum", "dampening")  # on which the e-folds of a step depend
 
 
 def config_efolds(cfg: Config, iterations: int) -> float | None:
@@ -29,12 +31,16 @@ def config_efolds(cfg: Config, iterations: int) -> float | None:
         The e-folds; None unless the optimizer is SGD or AdamW, because decay that passes through Adam's moments has no
         fixed rate.
     """
-    optimizer = dict(cfg.optim_wrapper.optimizer)
-    kind = part_class(optimizer, OPTIMIZERS)
+    kind = part_class(cfg.optim_wrapper.optimizer, OPTIMIZERS)
     if kind not in _COUNTED:
         return None
-    defaults = {"weight_decay": 0.0 if kind is torch.optim.SGD else 0.01}
-    return decay_efolds(learning_rates(cfg, iterations), **_decay_settings(kind, defaults | optimizer))
+    # Steps are counted by their settings, because a run has millions of steps, and often only a few settings.
+    steps = Counter(tuple(map(group.get, _SETTINGS)) for group in scheduled_settings(cfg, iterations))
+    total = 0.0
+    for values, count in steps.items():
+        settings = {name: value for name, value in zip(_SETTINGS, values, strict=True) if value is not None}
+        total += count * decay_efolds([settings["lr"]], **_decay_settings(kind, settings))
+    return total
 
 
 class DecayTally:
@@ -89,28 +95,32 @@ def _decay_settings(kind: type[torch.optim.Optimizer], group: Mapping[str, Any])
     return {name: group[name] for name in names if name in group}
 
 
-def learning_rates(cfg: Config, iterations: int) -> Iterator[float]:
-    """Learning rate of each step under mmengine's schedulers, without factors of ``paramwise_cfg``.
+def scheduled_settings(cfg: Config, iterations: int) -> Iterator[dict[str, Any]]:
+    """Settings of the optimizer in each step (its parameter group) under mmengine's schedulers of any of them.
 
     Args:
-        cfg: As for :func:`config_efolds`.
+        cfg: As for :func:`config_efolds`. Its optimizer is one of torch.
         iterations: Steps per epoch.
     """
     loop = cfg.train_cfg
     steps = loop.max_epochs * iterations if loop.get("max_epochs") else loop.max_iters
-    lr = cfg.optim_wrapper.optimizer.get("lr", 1e-3)  # the default of SGD and AdamW
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = OPTIMIZERS.build(dict(cfg.optim_wrapper.optimizer), default_args=dict(params=parameters))
+    (group,) = optimizer.param_groups
+    scaling = cfg.get("auto_scale_lr") or {}
+    if scaling.get("enable"):  # mmengine scales before it builds the schedulers
+        group["lr"] *= cfg.train_dataloader.batch_size / scaling["base_batch_size"]
     configs = cfg.get("param_scheduler") or []
     schedulers = []
     with DefaultScope.overwrite_default_scope("mmengine"):
         for scheduler in [configs] if isinstance(configs, dict) else configs:
             scheduler = dict(scheduler)
             scheduler.setdefault("end", steps // iterations if scheduler.get("by_epoch", True) else steps)
-            options = dict(optimizer=optimizer, epoch_length=iterations)
-            schedulers.append(PARAM_SCHEDULERS.build(scheduler, default_args=options))
+            built_for = dict(optimizer=optimizer, epoch_length=iterations)
+            schedulers.append(PARAM_SCHEDULERS.build(scheduler, default_args=built_for))
     optimizer.step()  # torch's schedulers warn if the optimizer has not stepped before them
     for step in range(1, steps + 1):
-        yield optimizer.param_groups[0]["lr"]
+        yield group
         for scheduler in schedulers:
             if not scheduler.by_epoch or step % iterations == 0:
                 scheduler.step()

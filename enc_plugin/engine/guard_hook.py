@@ -18,7 +18,7 @@ from ..measuring.batches import check_batches, check_penalty
 from ..measuring.ranks import on_all_ranks
 from ..measuring.untouched import statistics_note, untouched, unwrap
 from .diagnosis import are_finite, constants, find_cause, trained
-from .limits import tell_many_workers
+from .limits import check_decay_schedules, tell_many_workers
 from .preflight import check_is_enc, check_metrics, check_readable, check_room, find_labels, number_of_classes
 from .unread_step import UnreadStep
 from .watched import check_watched
@@ -32,8 +32,9 @@ class ENCGuardHook(Hook):
     Before training, validation and testing, it raises an error for a dataset without samples, labels that are not
     classes of the head, a last batch of one image that leaves a batch norm one value per channel, a GBR penalty that
     cannot be differentiated, ``save_best``, early stopping or ``ReduceOnPlateauLR`` that uses a scalar which will not
-    be logged, and a work dir without space for a checkpoint. It warns of a dataset with a single class. It reads every
-    label once, which takes about ten seconds for a million samples. The error is raised in all processes.
+    be logged, a schedule that gives biases weight decay, and a work dir without space for a checkpoint. It warns of a
+    dataset with a single class. It reads every label once, which takes about ten seconds for a million samples. The
+    error is raised in all processes.
 
     In training, a NaN or infinite gradient or loss stops the run, with the weights from before the step. The error
     names the layer where the values first became NaN or infinite, and the last checkpoint. Before each checkpoint, the
@@ -67,6 +68,7 @@ class ENCGuardHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Check data, settings and work dir, and register the check of gradients with the optimizers."""
         check_watched(runner)
+        check_decay_schedules(runner)
         model = unwrap(runner.model)
         self.first_iter = runner.iter
         check_is_enc(runner.cfg, model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from mmengine.device import get_device
 from mmengine.registry import MODEL_WRAPPERS
@@ -46,6 +47,46 @@ def refuse_strategy(strategy: Mapping | str | None) -> None:
             "(several processes train with DDP), or set runner_type='FlexibleRunner' (not with FSDPStrategy, which "
             "splits the rows that ENC normalises)"
         )
+
+
+def refuse_merged_norms(names: Sequence[str] | str | None, model: nn.Module) -> None:
+    """Raise ``ValueError`` if mmengine's option ``efficient_conv_bn_eval`` concerns ENC convolutions.
+
+    It computes convolutions from the free weights and merges batch norms into them.
+
+    Args:
+        names: The option: names of submodules, or None.
+        model: The model, not wrapped.
+    """
+    for name in [names] if isinstance(names, str) else names or ():
+        if next(enc_layers(model.get_submodule(name)), None) is not None:
+            raise ValueError(
+                f"efficient_conv_bn_eval: {name!r} has ENC layers, but the option computes with their free weights; "
+                "leave it out, or use it on the stock network that tools/fold.py makes after training"
+            )
+
+
+def check_decay_schedules(runner: Runner) -> None:
+    """Raise ``ValueError`` if a scheduler gives weight decay to parameters that do not decay, such as biases.
+
+    A schedule of ``weight_decay`` that ends at ``eta_min`` takes the decay of all groups there, also from 0.
+
+    Args:
+        runner: Runner that is about to train, with its schedulers built.
+    """
+    schedulers = runner.param_schedulers or []
+    for scheduler in chain(*schedulers.values()) if isinstance(schedulers, dict) else schedulers:
+        end = getattr(scheduler, "eta_min", None)
+        if scheduler.param_name != "weight_decay" or not end:
+            continue
+        groups = zip(scheduler.optimizer.param_groups, scheduler.base_values, strict=True)
+        exempt = sum(len(group["params"]) for group, start in groups if start == 0)
+        if exempt:
+            raise ValueError(
+                f"param_scheduler: {type(scheduler).__name__} takes the weight decay of all parameters to "
+                f"eta_min={end:g}, also of {exempt} tensors that do not decay (biases, ...); give the end as a share "
+                "of each decay (eta_min_ratio of CosineAnnealingParamScheduler, end_factor of LinearParamScheduler)"
+            )
 
 
 def check_distributed(sync_bn: str | None, model_wrapper_cfg: Mapping | None, model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from .amp import without_cuda
 from .checkpoint_hook import ENCCheckpointHook
 from .gloo import ddp_on_cpu, join_gloo
 from .guard_hook import ENCGuardHook
-from .limits import check_distributed, refuse_strategy
+from .limits import check_distributed, refuse_merged_norms, refuse_strategy
 from .loadable import make_loadable
 from .loaded import check_loaded
 from .preflight import check_loop, check_work_dir, why_step_fails
@@ -82,10 +82,11 @@ class ENCRunner(Runner):
         """Wrap for distributed training as mmengine does, without device ids if there is no CUDA.
 
         Raises:
-            ValueError: If the config has synchronised batch norm on the CPU, sharded parameters (FSDP) or a
-                ``strategy``.
+            ValueError: If the config has synchronised batch norm on the CPU, sharded parameters (FSDP), a
+                ``strategy``, or ``efficient_conv_bn_eval`` for ENC layers.
         """
         refuse_strategy(self.cfg.get("strategy"))
+        refuse_merged_norms(self.cfg.get("efficient_conv_bn_eval"), model)
         if self.distributed:
             check_distributed(self.cfg.get("sync_bn"), model_wrapper_cfg, model)
         if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():

@@ -163,7 +163,7 @@ def input_gradient(
     with require_eval_mode(forward), reading(images.device):
         # Clones, because inference tensors cannot be saved for backward; int64, because torch's losses require it.
         x, labels = images.detach().clone().requires_grad_(), labels.to(torch.int64, copy=True)
-        logits = forward(x)
+        logits = forward(x.clone())  # some networks start with an in-place operation, which a leaf does not allow
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"forward: expected logits of shape ({len(images)}, C), got {got}")

@@ -197,13 +197,13 @@ def _function(model: BaseModel, output: str, space: str, x: Tensor) -> tuple[Cal
         return logits, "logits"
     head = type(getattr(model, "head", model)).__name__
     try:
-        predicted = scores(x)
+        predicted = scores(x.clone())  # some networks start with an in-place operation
     except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"output: {output!r} needs a head that predicts scores for each image, but {head} does not "
             f"({type(error).__name__}: {error}); measure 'logits'"
         ) from error
-    given = model(processed(x), mode="tensor")
+    given = model(processed(x.clone()), mode="tensor")
     is_alike = isinstance(given, Tensor) and given.shape == predicted.shape
     if is_alike and torch.allclose(given.softmax(1), predicted, rtol=1e-4, atol=1e-6, equal_nan=True):
         return logits, output

@@ -40,7 +40,8 @@ class GBRImageClassifier(ImageClassifier):
         # Take the logits from the head's loss: a second forward pass would update its batch norm twice.
         handle = self.head.register_forward_hook(lambda head, args, out: logits.append(out))
         try:
-            losses = super().loss(inputs, data_samples)
+            # A clone, because some networks start with an in-place operation, which a leaf does not allow.
+            losses = super().loss(inputs.clone(), data_samples)
         finally:
             handle.remove()
         if len(logits) != 1 or not isinstance(logits[0], Tensor):

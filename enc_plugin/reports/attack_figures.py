@@ -68,7 +68,7 @@ def draw_pictures(
         pixels, labels = collate_pixels([source[i] for i in spread(len(dataset), count)])
         pixels, labels = pixels.to(device).float(), labels.to(device)
         attacked = fgsm(classify, pixels, labels, float(eps), upper=PIXEL_MAX)
-        shares = [classify(x).softmax(1).cpu() for x in (pixels, attacked)]
+        shares = [classify(x.clone()).softmax(1).cpu() for x in (pixels, attacked)]  # it may work in place
     # Grey means no change, black and white the largest change that eps allows.
     difference = (attacked - pixels) * (PIXEL_MAX / 2 / eps) + PIXEL_MAX / 2
     rows = [

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers import ROOT
 from mmengine.config import Config
+from mmengine.registry import PARAM_SCHEDULERS
 
 from enc_plugin import ENCLinear
-from enc_plugin.engine.efolds import DecayTally, config_efolds, learning_rates
+from enc_plugin.engine.efolds import DecayTally, config_efolds, scheduled_settings
 
 
 def test_the_papers_recipe_has_33_e_folds():
@@ -29,11 +30,45 @@ def test_schedulers_by_iteration_act_at_each_step():
             train_cfg=dict(by_epoch=True, max_epochs=3),
         )
     )
-    rates = list(learning_rates(cfg, iterations=4))
+    rates = [settings["lr"] for settings in scheduled_settings(cfg, iterations=4)]
     assert len(rates) == 12
     assert rates[0] == pytest.approx(0.05)
     assert rates[4:8] == pytest.approx([0.1] * 4)
     assert rates[8:] == pytest.approx([0.01] * 4)
+
+
+DECAY = dict(type="CosineAnnealingParamScheduler", param_name="weight_decay", T_max=10, eta_min=1e-2)
+MOMENTUM = dict(type="CosineAnnealingMomentum", T_max=10, eta_min=0.95)
+WARM_UP = dict(type="LinearParamScheduler", param_name="weight_decay", start_factor=0.01, by_epoch=False, end=500)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "scaling"),
+    [
+        (dict(type="SGD", lr=0.02, momentum=0.9, weight_decay=1e-3), DECAY, None),
+        (dict(type="SGD", lr=0.02, momentum=0.5, weight_decay=1e-3), MOMENTUM, None),
+        (dict(type="AdamW", lr=1e-3, weight_decay=0.05), WARM_UP, None),
+        (dict(type="SGD", lr=0.01, weight_decay=1e-2), dict(type="PolyLR", eta_min=0.005, end=10), 16),
+    ],
+)
+def test_the_e_folds_of_a_config_are_those_of_its_scheduled_decay(optimizer, scheduler, scaling):
+    """Oracle: mmengine's own classes decay a weight with zero gradient."""
+    cfg = Config(
+        dict(optim_wrapper=dict(optimizer=optimizer), param_scheduler=scheduler, train_cfg=dict(max_epochs=10))
+    )
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    options = dict(optimizer)
+    built = getattr(torch.optim, options.pop("type"))([weight], **options)
+    if scaling is not None:
+        cfg.train_dataloader, cfg.auto_scale_lr = dict(batch_size=64), dict(base_batch_size=scaling, enable=True)
+        built.param_groups[0]["lr"] *= 64 / scaling
+    schedule = PARAM_SCHEDULERS.build(dict(scheduler, _scope_="mmengine"), default_args=dict(optimizer=built))
+    for step in range(1, 1001):
+        weight.grad = torch.zeros_like(weight)
+        built.step()
+        if not schedule.by_epoch or step % 100 == 0:
+            schedule.step()
+    assert config_efolds(cfg, iterations=100) == pytest.approx(-2 * weight.log().item(), rel=0.05)
 
 
 def test_momentum_plays_no_part_in_decoupled_decay_and_adam_has_no_e_folds():

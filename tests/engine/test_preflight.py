@@ -37,6 +37,14 @@ REFUSED = {
         "65 samples in batches of 64 leave a batch of one",
     ),
     "an interval of 0": ('custom_hooks = [dict(type="GBRHook", interval=0)]', "interval: expected at least 1, got 0"),
+    "a schedule of decay that reaches biases": (
+        'param_scheduler = [dict(type="PolyParamScheduler", param_name="weight_decay", eta_min=1e-3)]',
+        "PolyParamScheduler takes the weight decay of all parameters to eta_min=0.001, also of 11 tensors that do not",
+    ),
+    "batch norms merged into free weights": (
+        'efficient_conv_bn_eval = ["backbone"]',
+        "efficient_conv_bn_eval: 'backbone' has ENC layers, but the option computes with their free weights",
+    ),
     "a strategy": ('strategy = dict(type="DDPStrategy")', "strategy: 'DDPStrategy' is for mmengine's FlexibleRunner"),
 }
 

@@ -287,6 +287,20 @@ def test_random_start_comes_from_the_generator_that_is_given():
     assert not torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_a_network_that_begins_in_place_is_attacked_and_its_images_stay(attack):
+    weight = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
+
+    def in_place(x: torch.Tensor) -> torch.Tensor:
+        return x.sub_(0.5).div_(0.25) @ weight.T
+
+    images, labels = torch.rand(6, 2, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 2
+    before = images.clone()
+    expected = attack(lambda x: (x - 0.5) / 0.25 @ weight.T, images, labels, 0.1)
+    assert torch.equal(attack(in_place, images, labels, 0.1), expected)
+    assert torch.equal(images, before)
+
+
 def test_loss_may_be_a_callable():
     images, labels = torch.full((2, 3), 0.5), torch.tensor([0, 2])
 

@@ -75,6 +75,22 @@ def test_probabilities_are_those_that_the_head_predicts(head, space):
     torch.testing.assert_close(found.values, torch.stack(norms), rtol=1e-3, atol=0)
 
 
+class _ScaledInPlace(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_network_that_changes_its_input_in_place_is_measured_at_the_input(head):
+    model = classifier(HEADS[head][0], **NORMALISED)
+    plain = copy.deepcopy(model)
+    model.backbone.conv1 = _ScaledInPlace(model.backbone.conv1)
+    with torch.no_grad():
+        plain.backbone.conv1.weight.mul_(2)
+    found, expected = (measure_gbr(m, FixedSamples(Noise(), [], range(5), 2), output="probs") for m in (model, plain))
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("head", ["sigmoid", "temperature"])
 def test_the_softmax_of_the_true_class_is_refused_where_the_head_predicts_something_else(head):
     model = classifier(HEADS[head][0], **NORMALISED)

@@ -33,6 +33,14 @@ def test_with_frozen_statistics_the_term_is_the_mean_gbr(kind):
     torch.testing.assert_close(losses["loss_gbr"], 0.5 * gbr(model, inputs.double()).mean(), rtol=1e-9, atol=0)
 
 
+def test_a_backbone_that_begins_in_place_has_the_term_of_its_inputs():
+    model = classifier(gbr_penalty=dict(weight=0.5, projections=10)).eval()
+    inputs, samples = batch()
+    expected = model.loss(inputs, samples)
+    model.backbone.register_forward_pre_hook(lambda backbone, args: args[0].mul_(1.0))
+    assert model.loss(inputs, samples) == expected
+
+
 def test_statistics_are_updated_once_a_step_and_as_without_the_term():
     model, plain = classifier(gbr_penalty=dict(weight=0.1)).train(), classifier().train()
     inputs, samples = batch()

@@ -96,8 +96,8 @@ def to_enc(
 
     Warns:
         NoEffectWarning: If there is no layer to convert.
-        UserWarning: If ``preserve`` could not keep the outputs, the network could not be run, or layers have no norm
-            behind them (not with ``post_norm=False``).
+        UserWarning: If ``preserve`` could not keep the outputs, the network could not be run, layers are frozen (not
+            with ``preserve``), or layers have no norm behind them (not with ``post_norm=False``).
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
@@ -119,6 +119,7 @@ def to_enc(
     refuse_unfit(model, chosen, variant, alpha, how)
     plan = None if preserve is False else _plan(model, chosen, evidence)
 
+    frozen = chosen.frozen if how == "reparametrize" else []  # a projection of frozen weights is refused later
     gaining = [name for name, layer in chosen.layers.items() if chosen.gains_parameters(layer, alpha)]
     layers = {x: _convert(layer, variant, alpha, layer in chosen.needs_norm) for x, layer in chosen.layers.items()}
     converted = [ConvertedLayer.of(name, layer) for name, layer in layers.items()]
@@ -138,6 +139,7 @@ def to_enc(
         _keep_function(plan, variant),
         [name for name in evidence.without_norm(_normed(model)) if name in layers],
         {name: why for name, why in evidence.guessed().items() if name in layers},
+        frozen,
     )
     warn_of_doubts(model, report, chosen, evidence.failure, post_norm)
     return report

@@ -72,6 +72,14 @@ def test_the_torchscript_exporter_works_too(live, tmp_path):
     torch.testing.assert_close(torch.from_numpy(actual), model(X).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_torchscript_is_compiled_of_the_folded_network():
+    model = network(live=True)
+    with pytest.raises(ValueError, match=r"torch.jit.script cannot compile ENC layers; script .* enc_plugin.fold"):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.script(fold(model))(X), model(X), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("live", [True, False], ids=["live", "folded"])
 @pytest.mark.parametrize("variant", ["ws", "wn"])
 def test_torch_export_keeps_outputs_keys_and_round_trips(variant, live):

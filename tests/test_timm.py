@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,13 @@ def test_the_example_learns_the_digits(capsys):
     assert result["accuracy"] > 70
     assert result["gbr"] > 0
     assert "GBR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 3, 5)])
+def test_split_batch_norm_halves_the_batch_behind_the_classifier_too(shape):
+    model = nn.Sequential(enc_plugin.ENCLinear(5, 4, post_norm=True)).double()
+    split = timm.layers.convert_splitbn_model(copy.deepcopy(model), 2)
+    x = torch.randn(*shape, dtype=torch.float64)
+    halves = [copy.deepcopy(model)(half) for half in x.chunk(2)]
+    torch.testing.assert_close(split(x), torch.cat(halves))
+    torch.testing.assert_close(enc_plugin.fold(split.eval())(x), split(x))

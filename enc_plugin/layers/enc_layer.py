@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,13 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
         plain = copy.deepcopy(self)
         plain.become_plain()
         return plain
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by ``torch.jit.script``, which cannot compile ENC layers."""
+        raise ValueError(
+            "model: torch.jit.script cannot compile ENC layers; script the plain network that enc_plugin.fold(model) "
+            "returns, or use torch.export or torch.jit.trace"
+        )
 
     @torch.no_grad()
     def become_plain(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,25 @@ from .enc_layer import ENCLayer
 # its direct bases only.
 
 
+def refuse_other_weight(layer: ENCLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> NoReturn:
+    """``_conv_forward`` of ENC convolutions: raise, because only other modules call it, with the free weight.
+
+    mmcv's ``ConvModule`` does so to merge a batch norm into the weight in each pass (``efficient_conv_bn_eval``).
+    """
+    raise ValueError(
+        f"weight: another module convolves with a weight made from the free weight of this {type(layer).__name__}, "
+        "which computes with the effective weight; turn efficient_conv_bn_eval off, or use it on the plain network "
+        "that enc_plugin.fold(model) returns"
+    )
+
+
 class _ENCConv(ENCLayer):
-    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # defined by the stock class
+    plain_class: type[Any]
+    _conv_forward = refuse_other_weight
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the effective weight, then apply the post-norm if there is one."""
-        return self._post_norm(self._conv_forward(input, self._weight(), self.bias))
+        return self._post_norm(self.plain_class._conv_forward(self, input, self._weight(), self.bias))
 
 
 class ENCConv1d(_ENCConv, nn.Conv1d):
@@ -64,7 +77,10 @@ class LinearPostNorm(ENCLayer):
     def _post_norm(self, out: Tensor) -> Tensor:
         if self.enc_norm is None:
             return out
-        return _to_shape_of(out, super()._post_norm(_to_rows(out)))
+        rows = _to_rows(out)
+        if isinstance(self.enc_norm, nn.BatchNorm2d):  # timm's convert_splitbn_model replaces any batch norm by one
+            return _to_shape_of(out, super()._post_norm(rows[..., None, None]).flatten(1))
+        return _to_shape_of(out, super()._post_norm(rows))
 
 
 def _to_rows(out: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attributes import lacks_attribute
 from .enc_layer import PUBLIC, ENCLayer
-from .stock import ENC_LAYERS, LinearPostNorm
+from .stock import ENC_LAYERS, LinearPostNorm, refuse_other_weight
 
 # Names that a subclass may use for something else. Internal code uses another name for each of them.
 _YIELDING = (*PUBLIC, "fuse")
@@ -71,6 +71,7 @@ def _derive_enc_class(plain_class: type[Any]) -> type[ENCLayer] | None:
     if stock is None or issubclass(plain_class, ENCLayer):
         return None
     own = _ENCSubclassLinear if stock is nn.Linear else _ENCSubclass
+    guard = {} if stock is nn.Linear else {"_conv_forward": refuse_other_weight}
     # Public names that the subclass defines keep the subclass's meaning.
     kept = {name: inspect.getattr_static(plain_class, name) for name in _YIELDING if hasattr(plain_class, name)}
     # The bases of the subclass become direct bases too, for mmengine's initialisers (see stock.py).
@@ -79,6 +80,7 @@ def _derive_enc_class(plain_class: type[Any]) -> type[ENCLayer] | None:
         (own, plain_class, *plain_class.__bases__),
         {
             **kept,
+            **guard,
             "plain_class": plain_class,
             "norm_class": ENC_LAYERS[stock].norm_class,
             "__doc__": f":class:`{plain_class.__module__}.{plain_class.__qualname__}` with an ENC weight.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmpretrain.models.classifiers import ImageClassifier
@@ -10,6 +12,7 @@ from torch import Tensor
 from ..convert import enc_layers, to_enc
 from ..functional.checks import check_type
 from ..layers.origin import UNKNOWN
+from ..surgery.conversion_report import FrozenWarning
 from ..surgery.projected import check_constrained
 from .gbr_penalty import GBRPenalty
 
@@ -75,8 +78,10 @@ class ENCImageClassifier(GBRImageClassifier):
         super().__init__(*args, **kwargs)
         check_type("enc", enc, (dict, type(None)), "a dict of options of to_enc, or None")
         self.enc = dict(enc or {})
-        # Before weights are loaded, there is no function to preserve.
-        self.enc_report = to_enc(self, **{**self.enc, "preserve": False})
+        # Before weights are loaded, there is no function to preserve, nor to lose.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FrozenWarning)
+            self.enc_report = to_enc(self, **{**self.enc, "preserve": False})
         for _, layer in enc_layers(self):
             layer.keeps_function = bool(self.enc.get("preserve"))
         self.register_load_state_dict_post_hook(_keep_plain_function)

@@ -18,6 +18,10 @@ class NoEffectWarning(UserWarning):
     """Conversion or folding found no layer to change."""
 
 
+class FrozenWarning(UserWarning):
+    """Conversion changed the outputs of layers that training cannot adapt."""
+
+
 @dataclass(frozen=True)
 class ConvertedLayer:
     """One ENC layer of a converted model; ``adds_bias``: ``fold`` will add a bias to it."""
@@ -47,6 +51,7 @@ class ConversionReport:
         without_norm: Names of the ENC layers with no norm that restores the scale before the next weight or the
             output of the network.
         guessed: ENC layers that did not run in the recorded forward pass, by name, with the assumption about them.
+        frozen: Names of the layers that were frozen when they were converted.
     """
 
     layers: list[ConvertedLayer] = field(default_factory=list)
@@ -54,6 +59,7 @@ class ConversionReport:
     preserved: Preservation | None = None
     without_norm: list[str] = field(default_factory=list)
     guessed: dict[str, str] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -116,6 +122,14 @@ def warn_of_doubts(
             f"to_enc: {len(names)} of {len(report)} ENC layers have no norm after them, so their outputs stay as small "
             f"as their weights: {first_few(names)}. A network of such layers hardly trains; add a batch norm to each "
             "layer with post_norm=True, or leave them plain with exclude=[...]"
+        )
+    if report.frozen and report.preserved is None:
+        _warn_caller(
+            f"to_enc: {len(report.frozen)} of {len(report)} ENC layers are frozen: {first_few(report.frozen)}. The "
+            "constraint changes their outputs, and training does not adapt them; keep their outputs with "
+            "preserve=True, or leave them plain with exclude=[...] (no need to if their weights follow trained ones, "
+            "as in a momentum encoder, or will be loaded)",
+            FrozenWarning,
         )
     if not report.layers:
         left = " selected by include and exclude" if chosen.candidates else ""

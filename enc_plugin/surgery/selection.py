@@ -12,6 +12,7 @@ from torch import nn
 from ..functional.normalizable import check_all_normalizable
 from ..layers import POST_NORM_KEYS, ENCLayer, StockLayer, enc_class, lacks_attribute
 from ..layers.origin import settings_text
+from ..layers.reparametrized import free_weights
 from ..table import first_few
 from .eligible import Evidence
 from .late_surgery import refuse_wrapped
@@ -36,6 +37,12 @@ class Selection:
     needs_norm: set[nn.Module]
     problems: dict[str, str]
     candidates: list[str]
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the plain layers among :attr:`layers` whose weight is not trained."""
+        plain = {name: layer for name, layer in self.layers.items() if not isinstance(layer, ENCLayer)}
+        return [name for name, layer in plain.items() if not any(p.requires_grad for p in free_weights(layer))]
 
     def gains_parameters(self, layer: StockLayer, alpha: float | str) -> bool:
         """Whether conversion adds parameters to ``layer``: a post-norm or a learnable alpha."""

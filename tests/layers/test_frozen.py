@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import mmpretrain.models  # noqa: F401  (registers the backbones)
 import pytest
@@ -13,11 +14,15 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from enc_plugin import ENCLinear, to_enc
+from enc_plugin.surgery.conversion_report import FrozenWarning
 
 
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:to_enc.* frozen")
 
 
 def train(model, steps=2):
@@ -43,6 +48,21 @@ def test_the_features_behind_a_frozen_layer_stay(when):
     assert not model[0].norm.training
     assert model[2].norm.training
     assert all(torch.equal(state[key], value) for key, value in model[0].state_dict().items())
+
+
+def test_outputs_of_frozen_layers_that_change_are_warned_of_and_not_when_they_are_kept_or_follow():
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3), nn.BatchNorm1d(3))
+    model[0].requires_grad_(False)
+    copies = [copy.deepcopy(model) for _ in range(3)]
+    with pytest.warns(FrozenWarning, match="1 of 2 ENC layers are frozen: 0. .*preserve=True, or .* exclude"):
+        assert to_enc(model).frozen == ["0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_enc(model)  # a second time
+        to_enc(copies[0], exclude="0")
+        to_enc(copies[1], how="project")  # add_projection refuses it
+        to_enc(copies[2].eval(), "wn", preserve=True)
+        classifier(**SE_RESNET)  # loading weights warns
 
 
 @pytest.mark.parametrize("unfreeze", [lambda x: x.requires_grad_(True), lambda x: x.weight.requires_grad_(True)])

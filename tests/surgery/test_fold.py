@@ -11,7 +11,7 @@ import torchvision
 from functional.test_weights import ALL, literal
 from hypothesis import given
 from hypothesis import strategies as st
-from mmcv.cnn import fuse_conv_bn
+from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.hub import get_config
 from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS
@@ -276,6 +276,24 @@ def test_fuse_conv_bn_on_an_enc_network_names_fold(variant, bias):
         fuse_conv_bn(copy.deepcopy(model))
     with pytest.raises(ValueError, match=r"enc_plugin\.fold\(model\) first"):
         fuse_conv_bn_eval(model[0], model[1])
+
+
+def test_batch_norms_that_mmcv_merges_in_each_pass_need_the_folded_network():
+    model = nn.Sequential(ConvModule(3, 8, 3, norm_cfg=dict(type="BN")))
+    to_enc(model)
+    randomize_norms(model)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model.eval()(x)
+    folded = fold(model)
+    for network in (model, folded):
+        network[0].turn_on_efficient_conv_bn_eval()
+    with pytest.raises(ValueError, match="turn efficient_conv_bn_eval off, or use it on the plain network"):
+        model(x)
+    assert relative_error(folded(x), expected) < 1e-5
+    subclass = timm.layers.Conv2dSame(3, 8, 3)
+    to_enc(subclass, post_norm=False)
+    with pytest.raises(ValueError, match="a weight made from the free weight of this ENCConv2dSame"):
+        subclass._conv_forward(x, 2 * subclass.weight, None)
 
 
 def test_fuse_conv_bn_after_fold_is_right():

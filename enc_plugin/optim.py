@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ __all__ = ["DEFAULT_SHIFT_EPS", "DecayRules", "add_projection", "add_shift", "de
 DEFAULT_SHIFT_EPS = 1e-3
 
 _WEIGHTED = tuple(ENC_LAYERS)
-_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class DecayRules:
         groups: dict[str, dict] = {}
         layers = [layer for layer in module.modules() if isinstance(layer, ENCLayer)]
         variants = {p: layer.enc_variant for layer in layers for p in layer.free_weights()}
+        exempt = _declared_exempt(module)
         names: dict[nn.Parameter, str] = {}
         for module_name, owner in module.named_modules(prefix=prefix):
             for leaf, param in owner.named_parameters(recurse=False):
@@ -115,7 +117,10 @@ class DecayRules:
                 names[param] = name = f"{module_name}.{leaf}" if module_name else leaf
                 hits = [key for key in by_length if key in name]
                 unmatched -= set(hits)
-                settings = self._settings(owner, leaf, param, custom_keys[hits[0]] if hits else {}, variants.get(param))
+                custom = custom_keys[hits[0]] if hits else {}
+                if param in exempt:
+                    custom = {"decay_mult": 0.0, **custom}
+                settings = self._settings(owner, leaf, param, custom, variants.get(param))
                 key = repr(settings)  # custom settings may be lists
                 groups.setdefault(key, {"params": [], **settings})["params"].append(param)
         if unmatched:
@@ -172,7 +177,7 @@ class DecayRules:
     ) -> tuple[float, float]:
         """Factors of the learning rate and the weight decay of one parameter."""
         option = self.options.get
-        is_bias = leaf == "bias" or leaf.endswith("_bias")
+        is_bias = leaf == "bias" or leaf.endswith("_bias") or leaf.startswith("bias_")  # bias_ih_l0 of nn.LSTM
         is_norm = isinstance(owner, _NORMS)
         lr_mult, decay_mult = option("lr_mult", 1.0), option("decay_mult", 1.0)
         if is_bias and not is_norm:
@@ -190,14 +195,25 @@ class DecayRules:
         return lr_mult * custom.get("lr_mult", 1.0), custom.get("decay_mult", decay_mult)
 
 
+def _declared_exempt(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that ``model`` or a part of it exempts from decay by ``no_weight_decay()``, as networks of timm do."""
+    found: set[nn.Parameter] = set()
+    for part in model.modules():
+        declared = getattr(part, "no_weight_decay", None)
+        patterns = declared() if callable(declared) else ()
+        found.update(p for name, p in part.named_parameters() if any(fnmatchcase(name, pat) for pat in patterns))
+    return found
+
+
 def param_groups_enc(
     model: nn.Module, weight_decay: float = 1e-4, *, lr: float | None = None, **options: Any
 ) -> list[dict]:
     """Parameter groups with the paper's weight decay, for any torch optimizer.
 
-    Weights decay, biases do not. ENC weights are in separate groups with their variant and the shift epsilon, which
-    every optimizer applies; :func:`add_shift` checks that it can. Norm weights decay, as in the paper, but unlike in
-    timm's ``param_groups_weight_decay``.
+    Weights decay. Biases do not, nor do parameters that the network exempts by ``no_weight_decay()``, such as the
+    position embeddings of timm's transformers. ENC weights are in separate groups with their variant and the shift
+    epsilon, which every optimizer applies; :func:`add_shift` checks that it can. Norm weights decay, as in the paper,
+    but unlike in timm's ``param_groups_weight_decay``.
 
     Args:
         model: Any ``nn.Module``; without ENC layers, no group has a shift.

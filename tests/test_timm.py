@@ -168,6 +168,20 @@ def test_the_example_learns_the_digits(capsys):
     assert "GBR" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "levit_128s"])
+def test_parameters_that_a_network_exempts_from_decay_are_those_of_timm(name):
+    """Oracle: timm's groups of the network, which a wrapper would hide from timm (facebookresearch/deit issue 39)."""
+    model = timm.create_model(name, num_classes=3)
+    groups = timm.optim.param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
+    expected = {p for group in groups if not group["weight_decay"] for p in group["params"] if p.ndim > 1}
+    outer = nn.Sequential(model)
+    found = param_groups_enc(outer, 0.1)
+    assert expected == {p for group in found if not group["weight_decay"] for p in group["params"] if p.ndim > 1}
+    key = next(n for n, p in outer.named_parameters() if p in expected)
+    found = param_groups_enc(outer, 0.1, custom_keys={key: dict(decay_mult=0.5)})
+    assert [group["weight_decay"] for group in found if outer.get_parameter(key) in set(group["params"])] == [0.05]
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (6, 3, 5)])
 def test_split_batch_norm_halves_the_batch_behind_the_classifier_too(shape):
     model = nn.Sequential(enc_plugin.ENCLinear(5, 4, post_norm=True)).double()

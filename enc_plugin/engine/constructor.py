@@ -28,6 +28,7 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     r"""Builds an optimizer with the paper's weight decay.
 
     Biases, batch norm biases and learnable alphas do not decay, because the bound does not contain them (eq. 10-13).
+    Nor do parameters that a network exempts by ``no_weight_decay()`` (position embeddings of timm's transformers).
     Batch norm weights decay. The decay of an ENC weight is the gradient of the eps-shifted L2 regularizer,
     :math:`\lambda (W - \epsilon U)` (:func:`enc_plugin.functional.shifted_l2_grad`), applied once per optimizer step,
     after unscaling and clipping. Any torch optimizer works: with coupled decay (SGD, Adam, LARS) the shift is added to

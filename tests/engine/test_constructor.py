@@ -73,7 +73,8 @@ def test_learnable_alpha_and_every_kind_of_bias_do_not_decay():
         {
             "conv": ENCConv2d(3, 4, 3, alpha="learnable"),
             "fc": ENCLinear(4, 4, post_norm=True),
-            "attention": nn.MultiheadAttention(4, 2),
+            "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "recurrent": nn.LSTM(4, 2),
             "norm": nn.LayerNorm(4),
         }
     )
@@ -86,6 +87,10 @@ def test_learnable_alpha_and_every_kind_of_bias_do_not_decay():
         "fc.norm.bias",
         "attention.in_proj_bias",
         "attention.out_proj.bias",
+        "attention.bias_k",
+        "attention.bias_v",
+        "recurrent.bias_ih_l0",
+        "recurrent.bias_hh_l0",
         "norm.bias",
     }
 

@@ -212,6 +212,14 @@ class _UnitRows(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_forward(*inputs, output[1])
+
+    @staticmethod
+    def jvp(ctx: Any, v_tangent: Tensor, g_tangent: Tensor) -> tuple[Tensor, None]:
+        v, g, _ = ctx.saved_tensors
+        norms = _norms(v, g)  # recomputed, to be differentiable in v
+        turn = (v * v_tangent).sum(1 if len(g) == len(v) else (0, 1), keepdim=True) / norms
+        return v_tangent * (g / norms) + v * (g_tangent - g * turn / norms) / norms, None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -80,11 +80,11 @@ def test_gradient_is_right_and_finite_at_any_scale(shape, variant, exponent, see
 
 @pytest.mark.parametrize("variant", ALL)
 @pytest.mark.parametrize("shape", [(3, 5), (4, 2, 3), (4, 3, 2, 2), (2, 2, 2, 2, 2)])
-def test_gradcheck_and_double_backward(variant, shape):
+def test_derivatives_forward_and_backward_once_and_twice(variant, shape):
     weight = random_weight(shape, 0).requires_grad_()
     alpha = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w, a: enc_weight(w, variant, a), (weight, alpha))
-    assert torch.autograd.gradgradcheck(lambda w: enc_weight(w, variant), (weight,))
+    assert torch.autograd.gradcheck(lambda w, a: enc_weight(w, variant, a), (weight, alpha), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda w: enc_weight(w, variant), (weight,), check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("variant", ["wn", "ws"])

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..build import part_class
 from ..convert import enc_layers
 from ..installation import usable_cores
+from ..layers import RefusesRescaledRows
 from ..measuring.untouched import recomputed
 from .wrappers import optim_wrappers
 
@@ -50,7 +51,7 @@ def refuse_strategy(strategy: Mapping | str | None) -> None:
 
 
 def refuse_merged_norms(names: Sequence[str] | str | None, model: nn.Module) -> None:
-    """Raise ``ValueError`` if mmengine's option ``efficient_conv_bn_eval`` concerns ENC convolutions.
+    """Raise ``ValueError`` if mmengine's option ``efficient_conv_bn_eval`` concerns layers that normalise their weight.
 
     It computes convolutions from the free weights and merges batch norms into them.
 
@@ -59,10 +60,12 @@ def refuse_merged_norms(names: Sequence[str] | str | None, model: nn.Module) -> 
         model: The model, not wrapped.
     """
     for name in [names] if isinstance(names, str) else names or ():
-        if next(enc_layers(model.get_submodule(name)), None) is not None:
+        layer = next((m for m in model.get_submodule(name).modules() if isinstance(m, RefusesRescaledRows)), None)
+        if layer is not None:
             raise ValueError(
-                f"efficient_conv_bn_eval: {name!r} has ENC layers, but the option computes with their free weights; "
-                "leave it out, or use it on the stock network that tools/fold.py makes after training"
+                f"efficient_conv_bn_eval: {name!r} has layers such as {type(layer).__name__}, but the option computes "
+                "with their free weights; leave it out, or use it on the stock network that tools/fold.py makes of an "
+                "ENC network"
             )
 
 

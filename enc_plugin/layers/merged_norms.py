@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +80,14 @@ class RefusesRescaledRows(nn.Module):
                 "anyway, copy the values into weight.data)"
             )
         super().__setattr__(name, value)
+
+
+def refuse_other_weight(layer: RefusesRescaledRows, input: Tensor, weight: Tensor, bias: Tensor | None) -> NoReturn:
+    """``_conv_forward`` of convolutions that normalise rows: raise, because only other modules call it.
+
+    mmcv's ``ConvModule`` does so to merge a batch norm into the free weight in each pass (``efficient_conv_bn_eval``).
+    """
+    raise ValueError(
+        f"weight: another module convolves with a weight made from the free weight of this {type(layer).__name__}, "
+        f"which computes with the effective weight; turn efficient_conv_bn_eval off. {layer._instead}"
+    )

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .enc_layer import ENCLayer
+from .merged_norms import refuse_other_weight
 
 # The stock class is a *direct* base of each layer, because mmengine's initialisers check the name of the class and of
 # its direct bases only.
-
-
-def refuse_other_weight(layer: ENCLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> NoReturn:
-    """``_conv_forward`` of ENC convolutions: raise, because only other modules call it, with the free weight.
-
-    mmcv's ``ConvModule`` does so to merge a batch norm into the weight in each pass (``efficient_conv_bn_eval``).
-    """
-    raise ValueError(
-        f"weight: another module convolves with a weight made from the free weight of this {type(layer).__name__}, "
-        "which computes with the effective weight; turn efficient_conv_bn_eval off, or use it on the plain network "
-        "that enc_plugin.fold(model) returns"
-    )
 
 
 class _ENCConv(ENCLayer):

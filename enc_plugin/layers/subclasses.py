@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .attributes import lacks_attribute
 from .enc_layer import PUBLIC, ENCLayer
-from .stock import ENC_LAYERS, LinearPostNorm, refuse_other_weight
+from .merged_norms import refuse_other_weight
+from .stock import ENC_LAYERS, LinearPostNorm
 
 # Names that a subclass may use for something else. Internal code uses another name for each of them.
 _YIELDING = (*PUBLIC, "fuse")

@@ -6,7 +6,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import RefusesRescaledRows
+from ..layers import RefusesRescaledRows, refuse_other_weight
 
 
 @MODELS.register_module()
@@ -28,6 +28,7 @@ class WNConv2d(RefusesRescaledRows, nn.Conv2d):
     """
 
     _instead = "Put a torch.nn.Conv2d with the weight effective_weight in the layer's place and fuse that"
+    _conv_forward = refuse_other_weight
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -40,7 +41,7 @@ class WNConv2d(RefusesRescaledRows, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the effective weight: ``(N, C_in, H, W)`` to ``(N, C_out, H', W')``."""
-        return self._conv_forward(input, self.effective_weight, self.bias)
+        return nn.Conv2d._conv_forward(self, input, self.effective_weight, self.bias)
 
     def _normalises_rows(self) -> bool:
         return "gain" in self._parameters

@@ -43,7 +43,7 @@ REFUSED = {
     ),
     "batch norms merged into free weights": (
         'efficient_conv_bn_eval = ["backbone"]',
-        "efficient_conv_bn_eval: 'backbone' has ENC layers, but the option computes with their free weights",
+        "efficient_conv_bn_eval: 'backbone' has layers such as ENCConv2d, but the option computes with",
     ),
     "a strategy": ('strategy = dict(type="DDPStrategy")', "strategy: 'DDPStrategy' is for mmengine's FlexibleRunner"),
 }

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from mmcv.cnn import build_conv_layer, fuse_conv_bn
+from mmcv.cnn import ConvModule, build_conv_layer, fuse_conv_bn
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -62,6 +62,10 @@ def test_fusing_a_batch_norm_into_a_wn_layer_is_refused():
     model[1].running_var.uniform_(0.5, 2)
     with pytest.raises(ValueError, match=r"weight: .*rescaled rows.*torch.nn.Conv2d with the weight effective_weight"):
         fuse_conv_bn(model)
+    merging = ConvModule(6, 8, 3, conv_cfg=dict(type="WNConv2d"), norm_cfg=dict(type="BN")).eval()
+    merging.turn_on_efficient_conv_bn_eval()
+    with pytest.raises(ValueError, match="turn efficient_conv_bn_eval off"):
+        merging(torch.randn(2, 6, 5, 5))
 
 
 def test_other_weights_may_be_assigned_and_rescaled_ones_loaded():

@@ -6,6 +6,7 @@ keys ``enc_variant`` and ``shift_eps``, which copies and state dicts of optimize
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .functional.checks import check_type
+from .layers import ENCLayer
 from .steps.carried_hooks import carry_load_hook, register_carried_hook
 from .steps.decay_kinds import decay_kind
 from .steps.running_step import (
@@ -54,6 +56,9 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
             warning if these fail.
         warn: Called with the text of each warning.
 
+    Warns of ENC weights that decay in groups without a shift, of groups whose decay kind is unknown, and of optimizers
+    without a decay of their own.
+
     Raises:
         TypeError: If ``optimizer`` is not a torch optimizer, or ``decoupled`` is neither a bool nor None.
         ValueError: If a group with ``shift_eps`` lacks a setting, or the optimizer runs no step hooks.
@@ -77,6 +82,8 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
     own = shifted_groups(optimizer)
     if not own and any("shift_eps" in group for group in optimizer.param_groups):
         return
+    if not any("enc_variant" in group for group in optimizer.param_groups):
+        _warn_of_plain_decay(optimizer, warn)
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # torch's constructor did not run
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} runs no step hooks, so its groups cannot be shifted; call "
@@ -90,6 +97,18 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
     shift.warn = warn
     for index, group in own:
         shift.kind(optimizer, index, group)  # warns if the optimizer is unknown
+
+
+def _warn_of_plain_decay(optimizer: Optimizer, warn: Callable[[str], None]) -> None:
+    """Warn if ``optimizer`` decays weights of ENC layers, although none of its groups says how to shift that."""
+    decaying = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
+    layers = [x for x in gc.get_objects() if issubclass(type(x), ENCLayer)] if decaying else []
+    count = sum(any(id(p) in decaying for p in layer.free_weights()) for layer in layers)
+    if count:
+        warn(
+            f"ENC: add_shift changes nothing: no group of {type(optimizer).__name__} has a shift, so the weights of "
+            f"{count} ENC layers decay without it; build the groups with param_groups_enc(model, weight_decay)"
+        )
 
 
 def _is_differentiable(optimizer: Optimizer) -> bool:

@@ -801,6 +801,19 @@ def test_optimizers_of_other_networks_are_left_alone():
     assert not optimizer._optimizer_step_pre_hooks
 
 
+def test_groups_without_a_shift_for_enc_weights_are_pointed_out(recwarn):
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    plain = copy.deepcopy(model)
+    to_enc(model)
+    with pytest.warns(UserWarning, match="changes nothing: .* the weights of 2 ENC layers decay without it"):
+        add_shift(optim.SGD(model.parameters(), lr=LR, weight_decay=0.1))
+    recwarn.clear()
+    add_shift(optim.SGD(plain.parameters(), lr=LR, weight_decay=0.1))
+    add_shift(optim.SGD(model.parameters(), lr=LR))
+    add_shift(optim.SGD(param_groups_enc(model, 0.1, shift_eps=0), lr=LR))
+    assert not recwarn
+
+
 def test_what_cannot_be_shifted_is_refused():
     class Bare(optim.Optimizer):
         def __init__(self, groups):

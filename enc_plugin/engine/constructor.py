@@ -99,7 +99,8 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         # The groups are ConfigDicts, which torch.compile cannot trace.
         wrapper.optimizer.param_groups = [dict(group) for group in wrapper.optimizer.param_groups]
         warn = partial(print_log, logger="current", level=logging.WARNING)
-        add_shift(wrapper.optimizer, self.paramwise_cfg.get("decoupled_decay"), warn=warn)
+        if any("enc_variant" in group for group in wrapper.optimizer.param_groups):
+            add_shift(wrapper.optimizer, self.paramwise_cfg.get("decoupled_decay"), warn=warn)
         check_projection(wrapper.optimizer)  # ENCProjectionHook projects, after weights are initialised and loaded
         wrapper.optimizer.register_load_state_dict_pre_hook(_compare_with_checkpoint, prepend=True)
         print_log(describe_groups(wrapper.optimizer), logger="current")

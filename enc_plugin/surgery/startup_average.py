@@ -144,9 +144,9 @@ class _Update:
             return
         # .data, because autograd has saved the statistics and would raise if they changed, though it does not use them.
         mean, var, count = norm.running_mean.data, norm.running_var.data, norm.num_batches_tracked.data
-        is_new = count == 0
-        is_fresh = is_new & mean.eq(0).all() & var.eq(1).all()
-        count.add_((is_new & ~is_fresh) * math.ceil(1 / norm.momentum))
+        # Initial values are fresh whatever the count: a checkpoint of another number of classes brings nothing else.
+        is_fresh = mean.eq(0).all() & var.eq(1).all()
+        count.add_(((count == 0) & ~is_fresh) * math.ceil(1 / norm.momentum)).mul_(~is_fresh)
         norm._before_update = (mean.clone(), var.clone(), count.clone(), is_fresh)
         var.mul_(~is_fresh)
 

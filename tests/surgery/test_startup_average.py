@@ -135,6 +135,16 @@ def test_loaded_statistics_are_not_thrown_away():
     assert torch.equal(uncounted[1].running_var, stock[1].running_var)
 
 
+def test_a_count_that_is_loaded_without_its_statistics_starts_anew():
+    """As from a checkpoint of another number of classes: of a norm, the count alone has the same shape."""
+    norm, x = nn.BatchNorm2d(3), 1e-2 * BATCHES[0]
+    average_from_start(norm)
+    norm.load_state_dict({"num_batches_tracked": torch.tensor(1000)}, strict=False)
+    norm(x)
+    torch.testing.assert_close(norm.running_var, x.var((0, 2, 3)))
+    assert norm.num_batches_tracked == 1
+
+
 def test_preserved_post_norms_keep_their_statistics():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4))

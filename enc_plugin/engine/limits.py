@@ -80,7 +80,7 @@ def check_decay_schedules(runner: Runner) -> None:
     schedulers = runner.param_schedulers or []
     for scheduler in chain(*schedulers.values()) if isinstance(schedulers, dict) else schedulers:
         end = getattr(scheduler, "eta_min", None)
-        if scheduler.param_name != "weight_decay" or not end:
+        if getattr(scheduler, "param_name", None) != "weight_decay" or not end:
             continue
         groups = zip(scheduler.optimizer.param_groups, scheduler.base_values, strict=True)
         exempt = sum(len(group["params"]) for group, start in groups if start == 0)

@@ -28,6 +28,8 @@ def weight_problem(layer: StockLayer) -> str | None:
         return f"the weight of this {name} is computed from other parameters ({made_by})"
     if isinstance(layer.weight, nn.UninitializedParameter):
         return f"{name} has no weight before its first forward pass"
+    if not layer.weight.is_floating_point():
+        return f"the weight of this {name} is {layer.weight.dtype}, not of real numbers"
     if type(layer) in ENC_LAYERS:
         return None
     if any("fake_quant_enabled" in module._buffers for module in layer.modules()):  # the trial copy has it turned off

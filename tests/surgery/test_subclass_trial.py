@@ -135,6 +135,22 @@ def test_a_layer_that_cannot_change_its_mode_without_its_values_stays_plain():
     assert report.skipped == {"0": "Picky does not run outside of the network: singular"}
 
 
+def test_a_layer_with_complex_weights_stays_plain():
+    class Spectrum(nn.Module):  # works on the spectrum of its input
+        def __init__(self):
+            super().__init__()
+            self.real, self.complex = nn.Linear(6, 6), nn.Linear(4, 4, dtype=torch.complex64)
+
+        def forward(self, x):
+            return torch.fft.irfft(self.complex(torch.fft.rfft(self.real(x))), 6)
+
+    model, x = Spectrum(), torch.randn(3, 6)
+    report = to_enc(model, example=x)
+    assert report.skipped == {"complex": "the weight of this Linear is torch.complex64, not of real numbers"}
+    assert [layer.name for layer in report.layers] == ["real"]
+    assert model(x).isfinite().all()
+
+
 @pytest.mark.parametrize("ignores", [True, False])
 def test_a_post_norm_needs_a_layer_that_adds_the_bias_which_fold_gives_it(ignores):
     class Conv(nn.Conv2d):

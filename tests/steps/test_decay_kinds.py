@@ -118,6 +118,33 @@ def test_an_optimizer_of_ones_own_is_tried_without_a_trace(decoupled):
     assert [{**g, "params": None} for g in optimizer.param_groups] == [{**g, "params": None} for g in groups]
 
 
+class ScheduleFree(optim.AdamW):
+    """Steps in its mode for training alone, as the optimizers of the package schedulefree do."""
+
+    def __init__(self, params, lr=1e-3, **options):
+        super().__init__(params, lr, **options)
+        for group in self.param_groups:
+            group.setdefault("train_mode", False)
+
+    def train(self):
+        for group in self.param_groups:
+            group["train_mode"] = True
+
+    def step(self, closure=None):
+        if not self.param_groups[0]["train_mode"]:
+            raise RuntimeError("the optimizer is not in train mode")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_optimizer_with_modes_is_tried_in_that_for_training(trains):
+    optimizer = optimizer_of(ScheduleFree)
+    if trains:
+        optimizer.train()
+    assert found(optimizer) == WEIGHT
+    assert optimizer.param_groups[0]["train_mode"] == trains
+
+
 def test_what_cannot_be_tried_is_unknown():
     class NeedsMore(torch.optim.SGD):
         def step(self, closure, images):

@@ -168,6 +168,11 @@ def input_gradient(
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"forward: expected logits of shape ({len(images)}, C), got {got}")
         if not callable(loss):
+            if logits.shape[1] == 1:
+                raise ValueError(
+                    "forward: expected at least 2 logits, got 1, whose cross entropy is always 0; pass a loss of one "
+                    "logit, such as loss=lambda z, y: F.binary_cross_entropy_with_logits(z[:, 0], y.float())"
+                )
             check_class_numbers("labels", labels, logits.shape[1])
         scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         total = loss(scores, labels) if callable(loss) else F.cross_entropy(scores, labels, reduction="sum")

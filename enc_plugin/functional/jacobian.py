@@ -42,9 +42,9 @@ def gbr(
     ``torch.inference_mode()``. Float32 is computed without TensorFloat-32.
 
     Args:
-        forward: Maps inputs ``(N, ...)`` to outputs ``(N, C)`` (other shapes are flattened): a model in eval mode or
-            any callable. It must be deterministic, and samples must not depend on each other. A compiled model runs
-            uncompiled, because a compiled backward pass can run only once.
+        forward: Maps inputs ``(N, ...)`` to outputs ``(N, C)`` (for ``'logits'``, other shapes are flattened): a model
+            in eval mode or any callable. It must be deterministic, and samples must not depend on each other. A
+            compiled model runs uncompiled, because a compiled backward pass can run only once.
         inputs: Samples x, ``(N, ...)``, floating point. The result is per squared unit of ``inputs``.
         output: The function to differentiate: ``'logits'`` (the output of ``forward``), ``'probs'`` (its softmax) or
             ``'label_prob'`` (the softmax of the true class).
@@ -61,8 +61,9 @@ def gbr(
         ``(N,)``, float32 or float64. Neither halved nor averaged.
 
     Raises:
-        ValueError: If ``output`` is unknown or lacks its labels, a batch norm uses batch statistics, the output is
-            random (dropout or stochastic depth in train mode), or one sample's output depends on another sample.
+        ValueError: If ``output`` is unknown, lacks its labels or is a softmax of other than ``(N, C)``, a batch norm
+            uses batch statistics, the output is random (dropout or stochastic depth in train mode), or one sample's
+            output depends on another sample.
         TypeError: If ``inputs`` are integers or ``forward`` does not return a tensor.
 
     Example:
@@ -247,8 +248,13 @@ def _graph(
         raise TypeError(f"forward: expected a callable that returns a tensor (N, C) of real numbers, got {got}")
     if out.ndim == 0 or len(out) != len(x):
         raise ValueError(f"forward: expected outputs of shape ({len(x)}, C), got {tuple(out.shape)}")
-    out = out.reshape(len(x), -1)
+    shape, out = tuple(out.shape), out.reshape(len(x), -1)
     if output != "logits":
+        if out.shape[1] < 2 or out.shape[1] != shape[1]:
+            raise ValueError(
+                f"output: {output!r} is a softmax over dimension 1 of outputs (N, C), C >= 2, got outputs of shape "
+                f"{shape}; compute the probabilities in forward (softmax, sigmoid) and measure 'logits'"
+            )
         # The derivative p (1 - p) of a confident prediction would be rounding error in float32.
         out = out.softmax(1, dtype=torch.float64)
     if output == "label_prob" and labels is not None:

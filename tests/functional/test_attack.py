@@ -301,6 +301,16 @@ def test_a_network_that_begins_in_place_is_attacked_and_its_images_stay(attack):
     assert torch.equal(images, before)
 
 
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_the_cross_entropy_of_one_logit_is_refused_and_its_own_loss_works(attack):
+    images, labels = torch.full((2, 2), 0.5), torch.tensor([0, 1])
+    net = linear([[1.0, -1.0]]).float()
+    with pytest.raises(ValueError, match="expected at least 2 logits, got 1, .* pass a loss of one logit"):
+        attack(net, images, 0 * labels, 0.1)
+    found = attack(net, images, labels, 0.1, loss=lambda z, y: F.binary_cross_entropy_with_logits(z[:, 0], y.float()))
+    torch.testing.assert_close(found, torch.tensor([[0.6, 0.4], [0.4, 0.6]]))
+
+
 def test_loss_may_be_a_callable():
     images, labels = torch.full((2, 3), 0.5), torch.tensor([0, 2])
 

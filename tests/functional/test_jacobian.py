@@ -462,3 +462,16 @@ def test_the_penalty_of_outputs_on_an_accelerator_reads_nothing_from_it(projecti
     penalty = gbr_penalty(x, x @ torch.empty(5, 3, device="meta"), projections=projections)
     assert penalty.device.type == "meta"
     assert penalty.shape == ()
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3, 2, 2), (4, 2, 3)])
+def test_a_softmax_of_other_than_a_vector_of_logits_is_refused(shape):
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), -1)[:, : math.prod(shape[1:])].reshape(len(x), *shape[1:])
+
+    with pytest.raises(
+        ValueError, match="'probs' is a softmax over dimension 1 .*compute the probabilities in forward"
+    ):
+        gbr(forward, torch.randn(4, 12), output="probs")
+    assert torch.equal(gbr(forward, torch.randn(4, 12)), torch.full((4,), float(math.prod(shape[1:]))))
+    assert gbr(lambda x: x[:, :3, None, None], torch.randn(4, 12), output="probs").shape == (4,)

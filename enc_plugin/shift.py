@@ -102,7 +102,8 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
 def _warn_of_plain_decay(optimizer: Optimizer, warn: Callable[[str], None]) -> None:
     """Warn if ``optimizer`` decays weights of ENC layers, although none of its groups says how to shift that."""
     decaying = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
-    layers = [x for x in gc.get_objects() if issubclass(type(x), ENCLayer)] if decaying else []
+    live = gc.get_objects() if decaying else []
+    layers = [x for x in live if issubclass(type(x), ENCLayer) and not x.enc_is_projected]
     count = sum(any(id(p) in decaying for p in layer.free_weights()) for layer in layers)
     if count:
         warn(

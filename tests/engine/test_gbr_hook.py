@@ -101,12 +101,13 @@ def test_a_resumed_run_goes_on_with_the_stored_samples(tmp_path):
     record = json.loads(path.read_text())
     record["indices"] = list(range(100, 148))  # what another version might have chosen
     path.write_text(json.dumps(record))
+    next(tmp_path.glob("*/vis_data/scalars.json")).unlink()  # a run of the same second would go on in it
     cfg = digits_config(tmp_path, epochs=2, resume=True, custom_hooks=[dict(type="GBRHook", num_samples=48)])
     runner = build_runner(cfg)
     runner.train()
     hook = next(h for h in runner.hooks if isinstance(h, GBRHook))
     assert sum(hook._samples.batches, []) == list(range(100, 148))
-    latest = sorted(tmp_path.glob("*/vis_data/scalars.json"))[-1].read_text().splitlines()
+    (latest,) = (log.read_text().splitlines() for log in tmp_path.glob("*/vis_data/scalars.json"))
     # Epoch 1 comes again with its validation: the first run might have stopped before it had measured.
     assert [r["step"] for r in map(json.loads, latest) if "gbr/logits" in r] == [1, 2]
 

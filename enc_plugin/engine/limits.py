@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 from mmengine.device import get_device
 from mmengine.registry import MODEL_WRAPPERS
@@ -18,7 +17,7 @@ from ..convert import enc_layers
 from ..installation import usable_cores
 from ..layers import RefusesRescaledRows
 from ..measuring.untouched import recomputed
-from .wrappers import optim_wrappers
+from .wrappers import optim_wrappers, param_schedulers
 
 
 def refuse_sharding(model_wrapper: type | nn.Module | None) -> None:
@@ -77,8 +76,7 @@ def check_decay_schedules(runner: Runner) -> None:
     Args:
         runner: Runner that is about to train, with its schedulers built.
     """
-    schedulers = runner.param_schedulers or []
-    for scheduler in chain(*schedulers.values()) if isinstance(schedulers, dict) else schedulers:
+    for scheduler in param_schedulers(runner):
         end = getattr(scheduler, "eta_min", None)
         if getattr(scheduler, "param_name", None) != "weight_decay" or not end:
             continue

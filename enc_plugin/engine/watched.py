@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from .scalars import declared
+from .wrappers import param_schedulers
 
 
 def watched_metrics(runner: Runner) -> Iterator[tuple[str, str]]:
@@ -18,11 +19,9 @@ def watched_metrics(runner: Runner) -> Iterator[tuple[str, str]]:
             yield from ((key, f"save_best={key!r} of CheckpointHook") for key in hook.save_best or [])
         elif isinstance(hook, EarlyStoppingHook):
             yield hook.monitor, f"monitor={hook.monitor!r} of EarlyStoppingHook"
-    schedulers = runner.param_schedulers or []
-    for group in schedulers.values() if isinstance(schedulers, dict) else [schedulers]:
-        for scheduler in group:
-            if getattr(scheduler, "need_val_args", False):
-                yield scheduler.monitor, f"monitor={scheduler.monitor!r} of {type(scheduler).__name__}"
+    for scheduler in param_schedulers(runner):
+        if getattr(scheduler, "need_val_args", False):
+            yield scheduler.monitor, f"monitor={scheduler.monitor!r} of {type(scheduler).__name__}"
 
 
 def check_watched(runner: Runner) -> None:

@@ -52,9 +52,9 @@ def rows_are_rescaled(old: Tensor | None, new: Tensor) -> bool:
 
 
 class RefusesRescaledRows(nn.Module):
-    """Base of layers that normalise the rows of their weight. Assigning the old weight with rescaled rows raises.
+    """Base of layers that normalise the rows of their weight, before the stock class: using merged weights raises.
 
-    Such an assignment comes from fusing a batch norm into the layer, and the layer would normalise the new scale away.
+    Fusing a batch norm into the layer assigns the old weight with rescaled rows, whose scale it would normalise away.
     Loading with ``assign=True`` and the constructor may set any weight.
     """
 
@@ -81,13 +81,12 @@ class RefusesRescaledRows(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> NoReturn:
+        """Raise, because only other modules call this method of convolutions, with a weight made from the free one.
 
-def refuse_other_weight(layer: RefusesRescaledRows, input: Tensor, weight: Tensor, bias: Tensor | None) -> NoReturn:
-    """``_conv_forward`` of convolutions that normalise rows: raise, because only other modules call it.
-
-    mmcv's ``ConvModule`` does so to merge a batch norm into the free weight in each pass (``efficient_conv_bn_eval``).
-    """
-    raise ValueError(
-        f"weight: another module convolves with a weight made from the free weight of this {type(layer).__name__}, "
-        f"which computes with the effective weight; turn efficient_conv_bn_eval off. {layer._instead}"
-    )
+        mmcv's ``ConvModule`` does so to merge a batch norm into the weight in each pass (``efficient_conv_bn_eval``).
+        """
+        raise ValueError(
+            f"weight: another module convolves with a weight made from the free weight of this {type(self).__name__}, "
+            f"which computes with the effective weight; turn efficient_conv_bn_eval off. {self._instead}"
+        )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .enc_layer import ENCLayer
-from .merged_norms import refuse_other_weight
 
 # The stock class is a *direct* base of each layer, because mmengine's initialisers check the name of the class and of
 # its direct bases only.
@@ -16,7 +15,6 @@ from .merged_norms import refuse_other_weight
 
 class _ENCConv(ENCLayer):
     plain_class: type[Any]
-    _conv_forward = refuse_other_weight
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the effective weight, then apply the post-norm if there is one."""

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .attributes import lacks_attribute
 from .enc_layer import PUBLIC, ENCLayer
-from .merged_norms import refuse_other_weight
 from .stock import ENC_LAYERS, LinearPostNorm
 
 # Names that a subclass may use for something else. Internal code uses another name for each of them.
 _YIELDING = (*PUBLIC, "fuse")
+# A name that an ENC class takes from every subclass, whose own method runs all the same: see `forward_with`.
+_TAKEN = ("_conv_forward",)
 
 
 class _ENCSubclass(ENCLayer):
@@ -61,7 +62,7 @@ def reserved_attributes(layer: nn.Module) -> list[str]:
     """Attributes of ``layer`` with names that the ENC class needs, and for which it has no alternative name."""
     own = [cls for cls in _ENCSubclass.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     defined = (name for cls in reversed(own) for name in vars(cls) if not hasattr(nn.Module, name))
-    taken = [name for name in defined if name not in _YIELDING and not lacks_attribute(layer, name)]
+    taken = [name for name in defined if name not in (*_YIELDING, *_TAKEN) and not lacks_attribute(layer, name)]
     has_extra_state = type(layer).get_extra_state is not nn.Module.get_extra_state
     return taken + ["get_extra_state"] * has_extra_state
 
@@ -72,7 +73,6 @@ def _derive_enc_class(plain_class: type[Any]) -> type[ENCLayer] | None:
     if stock is None or issubclass(plain_class, ENCLayer):
         return None
     own = _ENCSubclassLinear if stock is nn.Linear else _ENCSubclass
-    guard = {} if stock is nn.Linear else {"_conv_forward": refuse_other_weight}
     # Public names that the subclass defines keep the subclass's meaning.
     kept = {name: inspect.getattr_static(plain_class, name) for name in _YIELDING if hasattr(plain_class, name)}
     # The bases of the subclass become direct bases too, for mmengine's initialisers (see stock.py).
@@ -81,7 +81,6 @@ def _derive_enc_class(plain_class: type[Any]) -> type[ENCLayer] | None:
         (own, plain_class, *plain_class.__bases__),
         {
             **kept,
-            **guard,
             "plain_class": plain_class,
             "norm_class": ENC_LAYERS[stock].norm_class,
             "__doc__": f":class:`{plain_class.__module__}.{plain_class.__qualname__}` with an ENC weight.",

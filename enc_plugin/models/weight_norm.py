@@ -6,7 +6,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import RefusesRescaledRows, refuse_other_weight
+from ..layers import RefusesRescaledRows
 
 
 @MODELS.register_module()
@@ -28,7 +28,6 @@ class WNConv2d(RefusesRescaledRows, nn.Conv2d):
     """
 
     _instead = "Put a torch.nn.Conv2d with the weight effective_weight in the layer's place and fuse that"
-    _conv_forward = refuse_other_weight
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

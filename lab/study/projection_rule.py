@@ -50,11 +50,11 @@ def decision(results: Results, form: str) -> str:
     begun = {run["arena"] for run in results if run["cell"] == form}
     arenas = {arena for arena in begun if is_planned(results, arena, ((1, form), (-1, ENC)))}
     to_go = {run.cell.arena.name for run in results.missing if run.cell.name in (form, ENC)}
-    complete = arenas - to_go - {c.arena for c in found if c.effect.n < MIN_SEEDS}
+    complete = {c.arena for c in found} - to_go - {c.arena for c in found if c.effect.n < MIN_SEEDS}
     # One complete arena is enough to fail; what the others give cannot change that.
     if worse := [f"{c.metric.name} ({c.arena})" for c in found if c.arena in complete and c.seen == WORSE[c.metric]]:
         return f"an option: worse in {', '.join(worse)}"
-    if not arenas or complete != arenas or {c.arena for c in found} != arenas:
+    if not arenas or complete != arenas:
         return "not decided yet"
     return "recommended: worse than ENC layers in no measure"
 

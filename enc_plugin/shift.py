@@ -29,7 +29,7 @@ from .steps.running_step import (
     start_momentum,
 )
 from .steps.shifted_decay import AROUND, GRADIENT, WEIGHT, WHOLE, Offsets, restore, shift_group, takes_decay
-from .steps.shifted_groups import SHIFT_SETTINGS, check_group, shifted_groups
+from .steps.shifted_groups import check_group, keep_shift, shifted_groups
 
 
 def _warn(text: str) -> None:
@@ -259,22 +259,8 @@ class _Shift:
     def before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
         """Keep the shift of the groups when a state dict with a different one is loaded, and warn."""
         self.kinds.clear()
-        own, loaded = optimizer.param_groups, state["param_groups"]
-        if len(own) != len(loaded) or not any("enc_variant" in group for group in own):
-            return None
-        for was, found in zip(own, loaded, strict=True):
-            for name, no in (("shift_eps", "no shift"), ("enc_variant", "no variant")):
-                if was.get(name) != found.get(name):
-                    self.warn(
-                        f"ENC: {name} of {len(was['params'])} tensors: the loaded state has {found.get(name, no)}, "
-                        f"this optimizer was made with {was.get(name, no)} and keeps that"
-                    )
-        groups = [
-            {key: value for key, value in found.items() if key not in SHIFT_SETTINGS}
-            | {key: was[key] for key in SHIFT_SETTINGS if key in was}
-            for was, found in zip(own, loaded, strict=True)
-        ]
-        return {**state, "param_groups": groups}
+        groups = keep_shift(optimizer.param_groups, state["param_groups"], self.warn)
+        return None if groups is None else {**state, "param_groups": groups}
 
 
 _stepping: weakref.WeakSet[_Shift] = weakref.WeakSet()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_type, holds_integers
+from .directions import UnitVectors, drawn_frames, seeded_directions
 from .eval_mode import module_of
 from .reading import gradient_of, reading, refuse_random
 
@@ -139,11 +140,11 @@ def gbr_penalty(
     device = outputs.device if generator is None else generator.device
     if device.type == "cpu":
         seeds = torch.randint(2**32, (count,), generator=generator).tolist()
-        directions, scale = _directions(size, projections, seeds, outputs)
+        directions, scale = seeded_directions(size, projections, seeds, outputs)
     elif projections < size:
-        directions, scale = _drawn_frames(outputs, projections, generator, device), size / projections
+        directions, scale = drawn_frames(outputs, projections, generator, device), size / projections
     else:
-        directions, scale = _UnitVectors(outputs), 1.0
+        directions, scale = UnitVectors(outputs), 1.0
     total: Any = 0.0
     for direction in directions:
         (gradient,) = torch.autograd.grad(outputs, inputs, direction, create_graph=True)
@@ -197,7 +198,7 @@ def _squared_norms(
 
     with refuse_random(forward, inputs) if check else nullcontext():
         x, out = graph(slice(None))
-    directions, scale = _directions(out.shape[1], projections, seeds, out)
+    directions, scale = seeded_directions(out.shape[1], projections, seeds, out)
     total = torch.zeros(len(x), dtype=_at_least_float32(x), device=x.device)
     check = check and len(x) > 1
     for i, direction in enumerate(directions):
@@ -282,50 +283,6 @@ def _leaf_and_output(forward: Callable[[Tensor], Tensor], inputs: Tensor, copies
             raise
     x = inputs.clone(memory_format=torch.contiguous_format).requires_grad_()  # forward calls view() on its input
     return x, feed(x)
-
-
-def _directions(
-    size: int, projections: int | None, seeds: list[int] | None, like: Tensor
-) -> tuple[_UnitVectors | Tensor, float]:
-    """Output directions ``(P, N, C)`` and the factor of the sum of squares.
-
-    The directions are all C unit vectors, or ``projections`` random orthonormal vectors for each sample.
-    """
-    if projections is None or projections >= size:
-        return _UnitVectors(like), 1.0
-    frames = torch.stack([_orthonormal(size, projections, seed) for seed in seeds or ()], 1)
-    return frames.to(like), size / projections
-
-
-def _orthonormal(size: int, count: int, seed: int) -> Tensor:
-    """``count`` uniformly random orthonormal vectors, ``(count, size)``, in float64 on the CPU."""
-    gaussian = torch.randn(size, count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    if count == 1:
-        return (gaussian / gaussian.norm()).T
-    return torch.linalg.qr(gaussian)[0].T
-
-
-def _drawn_frames(like: Tensor, projections: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Random directions as in :func:`_directions`, drawn for the whole batch at once on ``device``."""
-    gaussian = torch.randn(*like.shape, projections, generator=generator, device=device)
-    frames = nn.functional.normalize(gaussian, dim=1) if projections == 1 else torch.linalg.qr(gaussian)[0]
-    return frames.movedim(-1, 0).to(like)
-
-
-class _UnitVectors:
-    """The C unit vectors of ``(N, C)`` outputs, the same for all samples, created one at a time to save memory."""
-
-    def __init__(self, like: Tensor):
-        self.like = like.detach()
-
-    def __len__(self) -> int:
-        return self.like.shape[1]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for index in range(len(self)):
-            unit = torch.zeros_like(self.like)
-            unit[:, index] = 1
-            yield unit
 
 
 def _at_least_float32(like: Tensor) -> torch.dtype:

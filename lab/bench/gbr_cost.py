@@ -21,7 +21,7 @@ from torch import nn
 
 from enc_plugin import to_enc
 from enc_plugin.functional import gbr
-from enc_plugin.functional.jacobian import _orthonormal
+from enc_plugin.functional.directions import orthonormal
 from lab import ROOT
 
 from .harness import interleave, ratios
@@ -160,7 +160,7 @@ def relative_errors(grams: torch.Tensor, projections: int, draws: int = 200) -> 
     """Relative standard error of the mean over these samples that comes from the random directions."""
     count, size = grams.shape[:2]
     mean = grams.diagonal(dim1=1, dim2=2).sum(1).mean()
-    frames = torch.stack([_orthonormal(size, projections, seed) for seed in range(draws * count)])
+    frames = torch.stack([orthonormal(size, projections, seed) for seed in range(draws * count)])
     frames = frames.view(draws, count, projections, size)
     gaussian = torch.randn(draws, count, projections, size, dtype=torch.float64)
     value = {}

@@ -235,7 +235,9 @@ def test_mechanism_trains_two_iterations_and_validates(name, tmp_path):
         assert all(layer.log_alpha.item() != 0 for _, layer in enc_layers(runner.model))
 
 
-@pytest.mark.parametrize("name", ["seresnet50_enc_8xb32", "densenet201_enc_8xb32"])
+@pytest.mark.parametrize(
+    "name", ["seresnet50_enc_8xb32", pytest.param("densenet201_enc_8xb32", marks=pytest.mark.slow)]
+)
 def test_architecture_of_table_4_trains_at_small_input_size(name, tmp_path):
     """The network and its optimizer as the config says, on digits scaled up to 32 pixels."""
     config, data = load(name), digits_config(tmp_path)

@@ -95,7 +95,15 @@ def test_torch_export_keeps_outputs_keys_and_round_trips(variant, live):
 
 
 @pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 does not trace subclasses of the stock layers (Conv2dSame)")
-@pytest.mark.parametrize(("variant", "training"), [*((variant, True) for variant in ALL), ("ws", False)])
+@pytest.mark.parametrize(
+    ("variant", "training"),
+    [
+        ("ws", True),
+        ("wn", True),
+        *(pytest.param(variant, True, marks=pytest.mark.slow) for variant in ("fro", "centered_fro")),
+        ("ws", False),
+    ],
+)
 def test_compiled_in_one_graph_with_the_same_outputs_and_gradients(variant, training):
     # In float64: a batch norm over two samples makes much of the rounding in which the compiled formula differs.
     model = network(variant, "learnable").train(training).double()

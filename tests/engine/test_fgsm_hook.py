@@ -161,6 +161,7 @@ def measure_on_a_rank(checkpoint: Path, folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
 
 
+@pytest.mark.slow
 def test_three_processes_measure_exactly_what_one_does(trained, tmp_path):
     cfg = digits_config(trained.parent)
     on_processes(3, measure_on_a_rank, trained, tmp_path)

@@ -161,6 +161,7 @@ def test_the_shift_needs_no_memory_of_the_models_size():
     assert weight <= peak < 2 * weight  # of four weights
 
 
+@pytest.mark.slow
 def test_every_hook_of_a_run_is_timed():
     threads = torch.get_num_threads()
     try:

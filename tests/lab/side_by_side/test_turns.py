@@ -59,7 +59,10 @@ def result_of(folder, run_id):
     return json.loads((folder / "runs" / f"{run_id}.json").read_text())
 
 
-@pytest.mark.parametrize("run_id", ["digits/mixup-seed0", "digits/all-seed2", "digits/retracted-seed0"])
+@pytest.mark.parametrize(
+    "run_id",
+    [pytest.param("digits/mixup-seed0", marks=pytest.mark.slow), "digits/all-seed2", "digits/retracted-seed0"],
+)
 def test_a_run_among_others_has_the_numbers_of_the_runner_alone(done, grid, tmp_path, run_id):
     (run,) = (run for run in load_grid(grid).runs() if run.id == run_id)
     execute(run, tmp_path / "runs", tmp_path / "work", ROOT)
@@ -150,6 +153,7 @@ def test_the_command_does_what_has_no_result_yet_and_writes_where_it_is_told(don
     assert pending(load_grid(grid).runs(), folder / "runs") == []
 
 
+@pytest.mark.slow
 def test_processes_share_the_runs_and_one_that_fails_stops_no_other(done, tmp_path, capfd):
     (tmp_path / "grid.py").write_text(
         TINY + 'arenas["blocked"] = arenas["digits"]\ncells["blocked"] = {"broken": cells["digits"]["broken"]}'

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import init_default_scope
+from mmengine.registry import FUNCTIONS, init_default_scope
 from mmpretrain.structures import DataSample
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from ..build import build_dataset, build_model, load_config, named_parts, pick_device
+from ..build import build_dataset, build_model, load_config, named_parts, part_class, pick_device
 from ..engine.preflight import check_is_enc, check_metrics, find_labels, why_step_fails
 from ..engine.rehearsal import rehearse
 from ..refused import Refused, describe
@@ -130,13 +131,16 @@ def _forward(examined: _Examined) -> Iterator[Result]:
         chosen = [{"inputs": image, "data_samples": DataSample().set_gt_label(i)} for i in range(2)]
         source = f"two random images of {size} x {size} pixels"
     else:
-        source = f"two samples of {tuple(chosen[0]['inputs'].shape)}"
+        views = [str(tuple(view.shape)) for view in tree_leaves(chosen[0]["inputs"])]
+        source = f"two samples of {' and '.join(views)}"
+    batch = None
     try:
-        batch = model.train().data_preprocessor(pseudo_collate(chosen), training=True)
-        losses = model(**batch, mode="loss")
-        model.eval()(batch["inputs"])
+        batch = _collate_fn(examined.cfg)(chosen)
+        processed = model.train().data_preprocessor(batch, training=True)
+        losses = model(**processed, mode="loss")
+        model.eval()(tree_leaves(processed["inputs"])[0])  # of several views, features are extracted from one
     except Exception as error:
-        yield BROKEN, describe(error), why_step_fails(model, batch["inputs"])
+        yield BROKEN, describe(error), why_step_fails(model, batch)
         return
     total = sum(value.sum().item() for key, value in losses.items() if "loss" in key)
     if total != total or abs(total) == float("inf"):
@@ -172,6 +176,12 @@ _CHECKS: dict[str, tuple[Callable[[_Examined], Iterable[Result]], set[str]]] = {
     "decay": (_decay, {"types", "data"}),
     "run": (_run, {"custom_imports", "types", "data", "model", "ENC", "forward"}),
 }
+
+
+def _collate_fn(cfg: Config) -> Callable[[list[dict]], dict]:
+    """What makes a batch of samples in training; by default what mmpretrain's tools set."""
+    settings = dict((cfg.get("train_dataloader") or {}).get("collate_fn") or {"type": "default_collate"})
+    return partial(part_class(settings.pop("type"), FUNCTIONS), **settings)
 
 
 def _image_size(cfg: Config) -> int:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import atexit
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from mmengine.logging import print_log
+from mmengine.registry import MODEL_WRAPPERS
+from torch.nn.parallel import DistributedDataParallel
+
+from ..build import part_class
 
 
 def join_gloo(launcher: str) -> None:
@@ -30,14 +35,17 @@ def join_gloo(launcher: str) -> None:
         print_log("ENC: without CUDA, the distributed backend is gloo", logger=None)
 
 
-def ddp_on_cpu(find_unused_parameters: bool) -> dict[str, Any]:
-    """``model_wrapper_cfg`` of DDP without device ids; mmengine would always pass them."""
-    return {
-        "type": "MMDistributedDataParallel",
-        "device_ids": None,
-        "broadcast_buffers": False,
-        "find_unused_parameters": find_unused_parameters,
-    }
+def ddp_on_cpu(model_wrapper_cfg: Mapping[str, Any] | None, find_unused_parameters: bool) -> dict[str, Any]:
+    """``model_wrapper_cfg`` without device ids, which mmengine would pass to DDP.
+
+    Args:
+        model_wrapper_cfg: That of the config; None: mmengine's default.
+        find_unused_parameters: Option of the config for the default.
+    """
+    default = {"broadcast_buffers": False, "find_unused_parameters": find_unused_parameters}
+    settings = {"type": "MMDistributedDataParallel", **(default if model_wrapper_cfg is None else model_wrapper_cfg)}
+    is_ddp = issubclass(part_class(settings, MODEL_WRAPPERS) or object, DistributedDataParallel)
+    return settings | {"device_ids": None} if is_ddp else settings
 
 
 def _leave() -> None:

@@ -188,8 +188,15 @@ def check_is_enc(cfg: Config, model: nn.Module) -> None:
         )
 
 
-def why_step_fails(model: nn.Module, inputs: Any) -> str:
-    """Advice for a network that fails on ``inputs``: how to set the width of the head, if that is the cause."""
+def why_step_fails(model: nn.Module, batch: Any) -> str:
+    """Advice for a network that fails on ``batch``, as the data loader returns it: about the part that is the cause."""
+    try:
+        inputs = model.data_preprocessor(batch)["inputs"]
+    except Exception:
+        return (
+            "data_preprocessor does not take such batches: check it, the last step of the pipeline, and collate_fn of "
+            "the dataloader (mmpretrain's tools set dict(type='default_collate'))"
+        )
     wanted = getattr(getattr(model, "head", None), "in_channels", None)
     try:
         features = model.eval().extract_feat(inputs)

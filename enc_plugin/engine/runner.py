@@ -89,8 +89,8 @@ class ENCRunner(Runner):
         refuse_merged_norms(self.cfg.get("efficient_conv_bn_eval"), model)
         if self.distributed:
             check_distributed(self.cfg.get("sync_bn"), model_wrapper_cfg, model)
-        if self.distributed and model_wrapper_cfg is None and not torch.cuda.is_available():
-            model_wrapper_cfg = ddp_on_cpu(self.cfg.get("find_unused_parameters", False))
+        if self.distributed and not torch.cuda.is_available():
+            model_wrapper_cfg = ddp_on_cpu(model_wrapper_cfg, self.cfg.get("find_unused_parameters", False))
         wrapped = super().wrap_model(model_wrapper_cfg, model)
         if next(constrained_layers(wrapped), None) is not None:
             # to_enc does the same, but a backbone that is ENC by conv_cfg never calls it, and norms may have changed.
@@ -143,10 +143,8 @@ class ENCRunner(Runner):
             batch = self._first_batch(error)
             if batch is None:
                 raise
-            model = unwrap(self.model)
             raise Refused(
-                f"model: the first training step fails ({describe(error)})",
-                why_step_fails(model, model.data_preprocessor(batch)["inputs"]),
+                f"model: the first training step fails ({describe(error)})", why_step_fails(unwrap(self.model), batch)
             ) from error
 
     def _first_batch(self, error: Exception) -> Any:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..refused import describe
+
 PIXEL_MAX = 255.0
 
 
@@ -91,8 +93,19 @@ class PixelSpan:
 
 
 def preprocess(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Apply the model's ``data_preprocessor`` (mean, std, channel order) to ``pixels``."""
-    return model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
+    """Apply the model's ``data_preprocessor`` (mean, std, channel order) to ``pixels``.
+
+    Raises:
+        ValueError: If it does not take a single batch of images, as that of self-supervised models.
+    """
+    try:
+        return model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        kind = type(model.data_preprocessor).__name__
+        raise ValueError(
+            f"model: expected a classifier of single images, but the {kind} of {type(model).__name__} does not take a "
+            f"batch of them ({describe(error)})"
+        ) from error
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class Recorder(TorchDispatchMode):
         self._backups: list[tuple[Tensor, Tensor]] = []
         states = [*model.parameters(), *model.buffers()]
         self._states = {id(tensor): self._of(tensor) for tensor in states}
+        self._data = [(tensor, tensor.data) for tensor in states]
+        self._assigned: dict[Value, int] = {}
         attributes = (v for module in model.modules() for v in module.__dict__.values() if isinstance(v, Tensor))
         self._lasting = {_storage(tensor) for tensor in (*states, *attributes)}
 
@@ -73,11 +75,21 @@ class Recorder(TorchDispatchMode):
             finally:
                 for tensor, values in reversed(self._backups):
                     tensor.data.copy_(values)
+                self._take_back_assigned()
+
+    def _take_back_assigned(self) -> None:
+        """Restore parameters and buffers whose attribute ``data`` was set."""
+        for tensor, data in self._data:
+            storage = _storage(tensor)
+            if storage != _storage(data):
+                if storage in self._storages:
+                    self._assigned[self._writes.get(storage, self._storages[storage])] = id(tensor)
+                tensor.data = data
 
     def finish(self, outputs: Any, example: Arguments) -> Trace:
         """The trace of a pass on ``example`` that returned ``outputs``."""
         values = [self._of(tensor) for tensor in _tensors_in(outputs)]
-        return Trace(self.model, self.ops, self.calls, values, example, self._states)
+        return Trace(self.model, self.ops, self.calls, values, example, self._states, self._assigned)
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outside, self._inside = self._inside, (*self._inside, module)

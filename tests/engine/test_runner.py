@@ -15,6 +15,7 @@ from mmengine.runner import load_checkpoint
 from enc_plugin import audit
 from enc_plugin.convert import enc_layers
 from enc_plugin.engine import amp
+from enc_plugin.engine.gloo import ddp_on_cpu
 
 ENC_CONFIG = CONFIGS / "digits" / "resnet8_enc-ws_1xb64.py"
 CONV_CFG = dict(type="ENCConv2d", variant="ws", alpha=1.0)
@@ -176,13 +177,23 @@ def test_checkpoints_that_ask_for_other_code_stay_refused(tmp_path):
 def test_two_gloo_processes_train(tmp_path):
     options = ["--cfg-options", "train_dataloader.dataset.indices=128", "val_dataloader.dataset.indices=63"]
     options += ["train_cfg.max_epochs=2", "train_dataloader.batch_size=16"]
-    options += ["optim_wrapper.accumulative_counts=2"]
+    options += ["optim_wrapper.accumulative_counts=2", "model_wrapper_cfg.find_unused_parameters=True"]
     done = dist_train(ENC_CONFIG, 2, "--work-dir", str(tmp_path), *options)
     text = done.stdout + done.stderr
     assert "ENC: without CUDA, the distributed backend is gloo" in text
     checkpoint = torch.load(tmp_path / "epoch_2.pth")
     assert "accuracy/top1" in text
     assert len(checkpoint["optimizer"]["param_groups"]) == 3
+
+
+def test_a_model_wrapper_of_the_config_loses_its_device_ids_alone_without_cuda():
+    default = dict(type="MMDistributedDataParallel", device_ids=None)
+    assert ddp_on_cpu(None, True) == default | dict(broadcast_buffers=False, find_unused_parameters=True)
+    assert ddp_on_cpu(dict(static_graph=True, device_ids=[0]), False) == default | dict(static_graph=True)
+    separate = dict(type="MMSeparateDistributedDataParallel")
+    assert ddp_on_cpu(separate, False) == separate | dict(device_ids=None)
+    other = dict(type="MMFullyShardedDataParallel", use_orig_params=True)
+    assert ddp_on_cpu(other, False) == other
 
 
 def test_a_config_of_enc_names_its_plugin():

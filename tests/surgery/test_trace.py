@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from enc_plugin import to_enc
+from enc_plugin import ENCConv2d, to_enc
 from enc_plugin.surgery.recording import RecordError, record_forward
 
 
@@ -113,6 +113,49 @@ def test_torch_s_attention_and_its_fast_path_read_their_layers():
     assert trace.readers(block.linear1) == trace.readers(block.linear2) == [block]
     attention = nn.MultiheadAttention(8, 2)
     assert record_forward(attention).readers(attention.out_proj) == [attention]
+
+
+class Followed(nn.Module):
+    """A network and an average of it (a momentum encoder), which ``how`` updates in each forward pass."""
+
+    def __init__(self, how, layer=nn.Conv2d, average=nn.Conv2d):
+        super().__init__()
+        self.query, self.key, self.how = layer(3, 4, 3), average(3, 4, 3).requires_grad_(False), [how]
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.how[0](list(self.key.parameters()), list(self.query.parameters()))
+        return self.query(x) - self.key(x)
+
+
+def assign(average, own):
+    for a, p in zip(average, own, strict=True):
+        a.data = 0.9 * a.data + 0.1 * p.data
+
+
+UPDATES = {
+    "copies": lambda average, own: [a.data.copy_(p.data) for a, p in zip(average, own, strict=True)],
+    "lerp": lambda average, own: [a.data.lerp_(p.data, 0.1) for a, p in zip(average, own, strict=True)],
+    "difference": lambda average, own: [a.data.add_(p - a, alpha=0.1) for a, p in zip(average, own, strict=True)],
+    "two steps": lambda average, own: [a.mul_(0.9).add_(0.1 * p) for a, p in zip(average, own, strict=True)],
+    "all at once": lambda average, own: torch._foreach_lerp_(average, own, 0.1),
+    "assigned": assign,
+}
+
+
+@pytest.mark.parametrize("how", UPDATES)
+@pytest.mark.parametrize("example", [None, torch.ones(1, 3, 5, 5)], ids=["made up", "given"])
+def test_an_average_that_follows_a_weight_in_the_pass_is_no_reader_unless_one_of_the_two_alone_is_enc(how, example):
+    model = Followed(UPDATES[how])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trace = record_forward(model, example)
+    assert trace.readers(model.query) == trace.readers(model.key) == []
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    model = Followed(UPDATES[how], ENCConv2d, ENCConv2d)
+    assert record_forward(model, example).readers(model.query) == []
+    model = Followed(UPDATES[how], ENCConv2d)
+    assert record_forward(model, example).readers(model.query) == [model]
 
 
 class Restless(nn.Module):

@@ -203,6 +203,14 @@ def test_anchors_of_links_are_headings():
             assert anchor in slugs, (page, target, anchor)
 
 
+def test_rows_of_tables_have_as_many_cells_as_their_heads():
+    """Else the page shows no table, or leaves cells out."""
+    for page in (*PAGES, *ROOT.glob("configs/**/*.md"), *ROOT.glob("lab/**/*.md")):
+        for table in re.findall(r"(?:^\|.*\|\n)+", page.read_text(), re.MULTILINE):
+            cells = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+            assert len(cells) == 1, (page, table)
+
+
 def test_pages_have_a_place_in_the_contents_and_lines_that_can_be_read():
     contents = (ROOT / "docs" / "README.md").read_text()
     for page, text in PAGES.items():

@@ -14,6 +14,7 @@ from .results import Metric, Results
 from .statistics import contrast, rank_correlation
 from .verdicts import (
     HOLDS,
+    MIN_SEEDS,
     NOT_TESTABLE,
     OPPOSITE,
     UNDECIDED,
@@ -80,7 +81,8 @@ def _decay(results: Results) -> Section:
         points, rows = [], []
         for cell, decay in decays.items():
             values = [v for v in results.values(arena, cell, metrics.GBR_LOGITS) if v > 0]
-            points += [(decay, value) for value in values]
+            if len(values) >= MIN_SEEDS:
+                points += [(decay, value) for value in values]
             if values:
                 columns = [metrics.GBR_LOGITS, metrics.GBR_MARGIN, metrics.FREE_NORM, metrics.TOP1, metrics.TRAIN_LOSS]
                 means = _means(results, arena, cell, columns)
@@ -95,8 +97,9 @@ def _decay(results: Results) -> Section:
     found = [[arena, f"{verdict.shown} {verdict.effect}".rstrip()] for arena, verdict in section.verdicts.items()]
     section.tables.insert(0, ("Rank correlation of lambda and GBR", ["arena", "result"], found))
     section.text.append(
-        "Spearman's rank correlation of lambda and GBR over all runs, p from permutations. E-folds say how much decay "
-        "acts (docs/gauge.md): below 1 at the largest lambda the claim is not testable."
+        "Spearman's rank correlation of lambda and GBR over all runs of each lambda that has at least "
+        f"{MIN_SEEDS} seeds, p from permutations. E-folds say how much decay acts (docs/gauge.md): below 1 at the "
+        "largest lambda the claim is not testable."
     )
     return section
 

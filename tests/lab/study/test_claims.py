@@ -230,11 +230,11 @@ def grid_has(arena, name):
     return any(cell.name == name for cell in GRID.cells[arena])
 
 
-def decay_runs(arena, gbr_of):
+def decay_runs(arena, gbr_of, seeds=3):
     return [
         made_up(arena=arena, cell=cell, seed=seed, gbr=gbr_of(rank) + seed / 100)
         for rank, cell in enumerate(DECAYS[arena])
-        for seed in range(3)
+        for seed in range(seeds)
     ]
 
 
@@ -243,6 +243,16 @@ def test_decay_is_judged_by_the_order_of_all_runs():
     assert section_of(results(*decay_runs("overfit", lambda r: 10.0 + r)), "decay").verdicts["overfit"].word == OPPOSITE
     flat = section_of(results(*decay_runs("overfit", lambda r: 10.0 + r % 2)), "decay")
     assert flat.verdicts["overfit"].word == UNDECIDED
+
+
+def test_a_decay_with_two_seeds_does_not_count_yet():
+    falling = decay_runs("overfit", lambda r: 10.0 - r, seeds=2)
+    assert section_of(results(*falling), "decay").verdicts["overfit"].effect == ""
+    ends = [run for run in decay_runs("overfit", lambda r: 10.0 + r) if run["cell"] in ("wd0", "wd3e-2")]
+    some = [run for run in falling if run["cell"] not in ("wd0", "wd3e-2")]
+    verdict = section_of(results(*ends, *some), "decay").verdicts["overfit"]
+    assert verdict.effect.startswith("rho +0.88 (")
+    assert "6 runs" in verdict.effect
 
 
 def test_the_decays_are_those_of_the_cells():

@@ -36,8 +36,8 @@ def fgsm(
     .. math:: x' = \mathrm{clip}(x + \epsilon \, \mathrm{sign} \, \nabla_x \ell(f(x), y), \; lower, \; upper)
 
     with sign(0) = 0. All values of ``eps`` share one gradient. The call has no side effects: gradients of parameters,
-    modes and random states do not change. It also works within ``torch.no_grad()`` and autocast. Float32 is computed
-    without TensorFloat-32.
+    modes and random states do not change. It also works within ``torch.no_grad()``. Float32 is computed without
+    TensorFloat-32, and without an autocast around the call.
 
     Args:
         forward: Maps images to logits ``(N, C)``, including the normalisation of the images. In eval mode.
@@ -146,7 +146,8 @@ def input_gradient(
     r"""Gradient of the summed loss with respect to the images.
 
     The loss is summed, not averaged, so an image's gradient does not depend on the size of its batch. It is computed in
-    float32 or float64, so it does not underflow in half precision. TensorFloat-32 is not used.
+    float32 or float64, also of logits in half precision. TensorFloat-32 is not used, nor autocast, unless ``forward``
+    itself or images in half precision ask for it.
 
     Args:
         forward, images, labels, loss: As in :func:`fgsm`.
@@ -160,7 +161,7 @@ def input_gradient(
     check_type("forward", forward, Callable, "a model or another callable")
     if not callable(loss) and not (isinstance(loss, str) and loss == "cross_entropy"):
         raise ValueError(f"loss: expected 'cross_entropy' or a callable, got {loss!r}")
-    with require_eval_mode(forward), reading(images.device):
+    with require_eval_mode(forward), reading(images):
         # Clones, because inference tensors cannot be saved for backward; int64, because torch's losses require it.
         x, labels = images.detach().clone().requires_grad_(), labels.to(torch.int64, copy=True)
         logits = forward(x.clone())  # some networks start with an in-place operation, which a leaf does not allow

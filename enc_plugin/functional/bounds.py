@@ -32,7 +32,8 @@ def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
         ``log_mean_power`` (natural logarithms, which do not overflow at any depth).
 
     Raises:
-        ValueError: If there are no weights, or a squared norm is negative.
+        ValueError: If there are no weights, a weight is a vector (biases and batch norms are no layers of eq. 17), or a
+            squared norm is negative.
         TypeError: If a weight is neither a tensor nor a number.
 
     Example:
@@ -46,7 +47,7 @@ def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
         raise TypeError(
             f"weights: expected a sequence with a tensor for each layer, got one tensor of shape {tuple(weights.shape)}"
         )
-    logs = torch.tensor([_log_sq_norm(weight) for weight in weights], dtype=torch.float64)
+    logs = torch.tensor([_log_sq_norm(weight) for weight in weights], dtype=torch.float64, device="cpu")
     if not len(logs):
         raise ValueError("weights: expected at least one layer, got none")
     log_product = logs.sum().item()
@@ -64,6 +65,12 @@ def bound_chain(weights: Iterable[Tensor | float]) -> dict[str, float]:
 def _log_sq_norm(weight: Tensor | float) -> float:
     if isinstance(weight, Tensor) and weight.ndim:
         check_floating_tensor("weights", weight)
+        if weight.ndim == 1:
+            raise ValueError(
+                f"weights: expected matrices and kernels, got a vector of shape {tuple(weight.shape)}; leave out "
+                "biases and batch norms ([p for p in model.parameters() if p.ndim > 1]). enc_plugin.audit(model, "
+                "folded=True) folds batch norms into the layers"
+            )
         w = weight.detach().double()
         largest = w.abs().amax() if w.numel() else w.new_zeros(())
         if not 0 < largest < math.inf:

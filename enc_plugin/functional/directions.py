@@ -24,7 +24,8 @@ def seeded_directions(
 
 def orthonormal(size: int, count: int, seed: int) -> Tensor:
     """``count`` uniformly random orthonormal vectors, ``(count, size)``, in float64 on the CPU."""
-    gaussian = torch.randn(size, count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(size, count, dtype=torch.float64, generator=generator, device="cpu")
     if count == 1:
         return (gaussian / gaussian.norm()).T
     return torch.linalg.qr(gaussian)[0].T

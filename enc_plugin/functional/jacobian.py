@@ -40,7 +40,7 @@ def gbr(
     for C outputs and P random orthonormal directions v. The exact value takes one forward and C backward passes, an
     estimate P backward passes, with respect to the inputs only. The call has no side effects: gradients of parameters,
     ``requires_grad``, modes, buffers and random states do not change. It also works within ``torch.no_grad()`` and
-    ``torch.inference_mode()``. Float32 is computed without TensorFloat-32.
+    ``torch.inference_mode()``. Float32 is computed without TensorFloat-32, and without an autocast around the call.
 
     Args:
         forward: Maps inputs ``(N, ...)`` to outputs ``(N, C)`` (for ``'logits'``, other shapes are flattened): a model
@@ -79,7 +79,7 @@ def gbr(
     check_integer("batch_size", batch_size, 1)
     _check_samples(inputs, output, labels, seeds)
     values = []
-    with reading(inputs.device, module_of(forward)):
+    with reading(inputs, module_of(forward)):
         if projections is not None and seeds is None:
             device = generator.device if generator is not None else "cpu"
             seeds = torch.randint(2**32, (len(inputs),), generator=generator, device=device)
@@ -139,7 +139,7 @@ def gbr_penalty(
     count, size = outputs.shape
     device = outputs.device if generator is None else generator.device
     if device.type == "cpu":
-        seeds = torch.randint(2**32, (count,), generator=generator).tolist()
+        seeds = torch.randint(2**32, (count,), generator=generator, device="cpu").tolist()
         directions, scale = seeded_directions(size, projections, seeds, outputs)
     elif projections < size:
         directions, scale = drawn_frames(outputs, projections, generator, device), size / projections
@@ -164,7 +164,7 @@ def check_forward(
             dependence on earlier or on later samples may be missed.
     """
     x = inputs[:8].detach()
-    with reading(x.device):
+    with reading(x):
         _squared_norms(forward, x, output, None if labels is None else labels[:8], 1, list(range(len(x))), check=True)
 
 
@@ -177,7 +177,7 @@ def squared_norms(
     seeds: Tensor | None = None,
 ) -> Tensor:
     """:func:`gbr` of one batch, without the checks of :func:`check_forward`."""
-    with reading(inputs.device):
+    with reading(inputs):
         given = None if seeds is None else seeds.tolist()
         return _squared_norms(forward, inputs.detach(), output, labels, projections, given, check=False)
 

@@ -72,8 +72,8 @@ def conv_map_sq_norm(
                 f"input_size: expected input plus padding >= {reach + 1}, the size of the dilated kernel, got {size} + "
                 f"{both} (padding)"
             )
-        outputs = torch.arange((size + both - reach - 1) // strides[i] + 1) * strides[i] - before
-        pixels = outputs[:, None] + torch.arange(taps) * dilations[i]
+        outputs = torch.arange((size + both - reach - 1) // strides[i] + 1, device="cpu") * strides[i] - before
+        pixels = outputs[:, None] + torch.arange(taps, device="cpu") * dilations[i]
         reads.append(pixels.where((pixels >= 0) & (pixels < size), -1))
     return map_rows_sq_norm(weight, reads).sum()
 

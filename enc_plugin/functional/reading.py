@@ -20,20 +20,21 @@ from .rng import kept_random_states
 
 
 @contextmanager
-def reading(device: torch.device, model: nn.Module | None = None) -> Iterator[None]:
-    """Enable gradients, disable compilation and TensorFloat-32, and restore random states and buffers on exit.
+def reading(inputs: Tensor, model: nn.Module | None = None) -> Iterator[None]:
+    """Enable gradients, disable compilation, TensorFloat-32 and autocast, restore random states and buffers on exit.
 
     Within the block, a batch norm that uses batch statistics, or a dropout in train mode, raises ``ValueError``.
 
     Args:
-        device: Device whose random state is restored, besides the CPU's.
+        inputs: Inputs of the network. The random state of their device is restored, besides the CPU's. If they are in
+            half precision, autocast stays as it is, because a network in float32 cannot read them without it.
         model: Network whose buffers are restored. (In train mode, a forward pass changes those of spectral norm.)
     """
     handle = register_module_forward_pre_hook(_refuse_module)
     own = [] if model is None else [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        rng = kept_random_states([device], model)
-        with torch.inference_mode(False), torch.enable_grad(), rng, _uncompiled(), full_float32():
+        rng = kept_random_states([inputs.device], model)
+        with torch.inference_mode(False), torch.enable_grad(), rng, _uncompiled(), full_float32(), _uncast(inputs):
             yield
     finally:
         handle.remove()
@@ -73,7 +74,7 @@ def refuse_random(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Iterat
             f"forward: a {name} is in train mode and draws random numbers, so that the output is random; call "
             "model.eval() first"
         )
-    first, second = (out.nan_to_num() if isinstance(out, Tensor) else torch.zeros(0) for out in outputs)
+    first, second = (out.nan_to_num() if isinstance(out, Tensor) else torch.zeros(0, device="cpu") for out in outputs)
     if not torch.equal(first, second):
         raise ValueError(
             f"forward: expected the same output for the same input, but it is random: the {name} draws random numbers "
@@ -116,6 +117,11 @@ def _random_states(device: torch.device) -> tuple:
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
     return random.getstate(), *(bytes(state.cpu().tolist()) for state in states)  # tensors compare by element
+
+
+def _uncast(inputs: Tensor) -> AbstractContextManager[Any]:
+    """Turn autocast off within the block: in float16, gradients of confident predictions would underflow to 0."""
+    return nullcontext() if inputs.element_size() < 4 else torch.autocast(inputs.device.type, enabled=False)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

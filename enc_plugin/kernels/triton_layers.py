@@ -117,11 +117,11 @@ class LayerTable(Table):
         super().__init__(weights)
         sizes = [weight.numel() for weight in weights]
         lengths = [[min(_CHUNK, size - start) for start in range(0, size, _CHUNK)] for size in sizes]
-        counts = torch.tensor([len(own) for own in lengths])
-        layers = torch.arange(len(sizes)).repeat_interleave(counts)
+        counts, elements = (torch.tensor(x, device="cpu") for x in ([len(own) for own in lengths], sizes))
+        layers = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
         self._chunks = (*self.pieces(lengths), layers.to(self.device))
         # Of each layer: its first chunk, its number of chunks, and its number of elements.
-        self._layers = [x.to(self.device) for x in (counts.cumsum(0) - counts, counts, torch.tensor(sizes))]
+        self._layers = [x.to(self.device) for x in (counts.cumsum(0) - counts, counts, elements)]
 
     def computed(self, variant: str, dtype: torch.dtype, scale: Tensor) -> tuple[list[Tensor], Stats]:
         """See :meth:`Table.computed`."""

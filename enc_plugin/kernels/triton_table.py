@@ -22,7 +22,7 @@ class Table:
     def __init__(self, weights: Sequence[Tensor]):
         self.shapes = [grouped.matrix_shape(weight) for weight in weights]
         self.places = [weight.data_ptr() for weight in weights]
-        sizes = torch.tensor([weight.numel() for weight in weights])
+        sizes = torch.tensor([weight.numel() for weight in weights], device="cpu")
         self.firsts: list[int] = (sizes.cumsum(0) - sizes).tolist()
         self.size = int(sizes.sum())
         self.device = weights[0].device
@@ -51,7 +51,7 @@ class Table:
         Args:
             lengths: Elements of the pieces of each weight.
         """
-        parts = [torch.tensor(own) for own in lengths]
+        parts = [torch.tensor(own, device="cpu") for own in lengths]
         starts = [own.cumsum(0) - own for own in parts]
         addresses = [place + 4 * start for place, start in zip(self.places, starts, strict=True)]
         offsets = [first + start for first, start in zip(self.firsts, starts, strict=True)]

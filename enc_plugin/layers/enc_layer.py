@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -15,7 +14,7 @@ from .attributes import YieldingAttribute, lacks_attribute
 from .effective import EffectiveWeightLayer
 from .merged_norms import RefusesRescaledRows, batch_norm_affine
 from .origin import KEY, UNKNOWN, Settings, read_settings, warn_of_origin, write_settings
-from .reparametrized import WEIGHT_KEYS, remove_reparametrizations
+from .reparametrized import WEIGHT_KEYS, deep_copy, remove_reparametrizations
 
 # The public aliases, and the entries that ENC adds to the ``__dict__`` of a layer.
 PUBLIC = tuple(name for name, value in vars(EffectiveWeightLayer).items() if isinstance(value, YieldingAttribute))
@@ -56,7 +55,7 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
             A new layer of the stock class, whose weight is the effective weight. The post-norm is merged into weight
             and bias.
         """
-        plain = copy.deepcopy(self)
+        plain = deep_copy(self)
         plain.become_plain()
         return plain
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Possible keys of a weight in a state dict: `weight`, and those that torch.nn.utils uses instead.
 WEIGHT_KEYS = ("weight", "weight_orig", "weight_v", *(f"parametrizations.weight.original{i}" for i in ("", "0", "1")))
@@ -58,10 +62,11 @@ def _remove_parametrizations(layer: nn.Module) -> None:
             layer.register_buffer(name, value)
 
 
-def copies_of_results(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
-    """A memo for ``copy.deepcopy`` with detached copies of all non-leaf tensors among the modules' attributes.
+def deep_copy(module: Module) -> Module:
+    """``copy.deepcopy`` of a module, with detached copies of the non-leaf tensors that it holds.
 
-    Pruning and the old weight and spectral norm set ``weight`` to a non-leaf tensor, which torch cannot deepcopy.
+    torch cannot deepcopy these. Pruning and the old weight and spectral norm set ``weight`` to one, and some networks
+    keep features or attention maps of their last forward pass, also in lists and dicts.
     """
-    results = (value for module in modules for value in vars(module).values() if isinstance(value, Tensor))
-    return {id(value): value.detach().clone() for value in results if not value.is_leaf}
+    held = tree_leaves([vars(part) for part in module.modules()])
+    return copy.deepcopy(module, {id(x): x.detach().clone() for x in held if isinstance(x, Tensor) and not x.is_leaf})

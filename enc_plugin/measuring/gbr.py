@@ -107,9 +107,9 @@ def measure_gbr(
     check_precision(model)
     start = time.perf_counter()
     device = next(model.parameters()).device
-    seeds = torch.randint(2**32, (len(samples),), generator=torch.Generator().manual_seed(int(seed)))
-    positions = torch.arange(len(samples)).split([len(batch) for batch in samples.batches])
-    values = torch.zeros(len(samples), dtype=torch.float64)
+    seeds = torch.randint(2**32, (len(samples),), generator=torch.Generator().manual_seed(int(seed)), device="cpu")
+    positions = torch.arange(len(samples), device="cpu").split([len(batch) for batch in samples.batches])
+    values = torch.zeros(len(samples), dtype=torch.float64, device="cpu")
     with untouched(model), torch.autocast(device.type, enabled=False), full_float32():
         forward = None
         for number in samples.own:

@@ -141,7 +141,7 @@ def measure_robustness(
     # One column per sample: whether it was read, label, zero gradient, clean prediction, prediction for each attack.
     # Each rank fills its columns; the others stay 0 until the reduction.
     attacks = len(eps) * (2 if pgd_steps else 1)
-    table = torch.zeros(4 + attacks, len(indices), dtype=torch.int64)
+    table = torch.zeros(4 + attacks, len(indices), dtype=torch.int64, device="cpu")
     spans = []
     with untouched(classify), full_float32():
         for done, (i, (pixels, labels)) in enumerate(zip(own, loader, strict=True), 1):

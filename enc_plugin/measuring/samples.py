@@ -142,7 +142,7 @@ def choose_samples(dataset: Dataset | int, num_samples: int | None, seed: int) -
         raise ValueError("dataset: expected at least one sample, got none")
     check_integer("num_samples", num_samples, 1, none="all")
     check_seed("seed", seed)
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(int(seed))).tolist()
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(int(seed)), device="cpu").tolist()
     if isinstance(dataset, int):
         return sorted(order[:num_samples])
     chosen: dict[object, int] = {}

@@ -36,7 +36,7 @@ class Audit(list[AuditRow]):
     @property
     def max_deviation(self) -> float:
         """Largest relative deviation from alpha; NaN if any is NaN, 0 without layers. Normally float32 rounding."""
-        deviations = torch.tensor([0.0, *(row.deviation for row in self)])
+        deviations = torch.tensor([0.0, *(row.deviation for row in self)], dtype=torch.float32, device="cpu")
         return deviations.max().item()  # torch's max propagates NaN, Python's does not
 
     def __str__(self) -> str:

@@ -59,7 +59,7 @@ def with_values(arguments: Arguments, model: nn.Module) -> Arguments:
         if not x.is_floating_point():
             return torch.zeros(x.shape, dtype=x.dtype, device=device)
         generator = torch.Generator().manual_seed(0)  # does not change the global random state
-        noise = torch.randn(math.prod(x.shape), generator=generator, device="cpu").view(x.shape)
+        noise = torch.randn(math.prod(x.shape), generator=generator, dtype=torch.float32, device="cpu").view(x.shape)
         return noise.to(device, x.dtype)
 
     filled: Arguments = tree_map(fill, arguments)

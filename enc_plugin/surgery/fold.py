@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any, NoReturn
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ..functional.checks import check_model
 from ..functional.normalizable import check_normalizable
 from ..layers import ENCLayer, enc_layers
-from ..layers.reparametrized import copies_of_results
+from ..layers.reparametrized import deep_copy
 from ..packed import unpack_weights
 from .conversion_report import NoEffectWarning
 from .eligible import refuse_weights_read_elsewhere
@@ -61,7 +60,7 @@ def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.M
     except RecordError as error:
         if example is not None:
             raise ValueError(f"example: {error}") from error
-    model = copy.deepcopy(model, copies_of_results(model.modules()))
+    model = deep_copy(model)
     for module in list(model.modules()):
         for name in [key for key, value in module.__dict__.items() if isinstance(value, _FoldFirst)]:
             delattr(module, name)

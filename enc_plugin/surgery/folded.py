@@ -147,7 +147,8 @@ def audit_folded(model: nn.Module, inputs: Tensor | None = None) -> FoldedAudit:
                 used = used_weight(layer, call.input.shape, with_map=inputs is not None)
             except UnclearWeightError as error:
                 table.unclear[name] = str(error)
-                used = UsedWeight(torch.tensor([math.nan]), torch.tensor([math.nan]))
+                nan = torch.tensor(math.nan, device="cpu")  # without dimensions, to be combined with any device
+                used = UsedWeight(nan, nan)
             sq_norm, map_sq_norm = _folded_norms(used, norms)
             map_sq_norm = None if inputs is None else map_sq_norm
             row_name = name if number == 1 else f"{name} (call {number})"
@@ -169,7 +170,7 @@ def _own_vectors(name: str, module: nn.Module) -> dict[str, str]:
 
 def _folded_norms(used: UsedWeight, norms: list[_BatchNorm]) -> tuple[float, float | None]:
     """Squared norms of a weight and of its linear map (None if unknown), with the batch norms ``norms`` folded in."""
-    sq_gain = torch.ones(())
+    sq_gain = torch.ones_like(used.rows)
     for norm in norms:
         sq_gain = sq_gain * batch_norm_affine(norm)[0].square()
     map_sq_norm = None if used.map_rows is None else (used.map_rows * sq_gain).sum().item()

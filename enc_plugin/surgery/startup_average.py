@@ -9,13 +9,14 @@ average over the first batches, until the exponential average takes over.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers.reparametrized import deep_copy
 
 
 class _Norm(Protocol):
@@ -219,7 +220,7 @@ def _updates_as_torch(module: nn.Module) -> bool:
     if not _keeps_statistics(module) or module.running_mean.ndim != 1:
         return False
     stock: Any = module
-    trial = copy.deepcopy(stock).to_empty(device="cpu").float().train()
+    trial = deep_copy(stock).to_empty(device="cpu").float().train()
     for hooks in (trial._forward_hooks, trial._forward_pre_hooks):
         hooks.clear()
     with torch.no_grad(), torch.random.fork_rng([]):
@@ -230,7 +231,8 @@ def _updates_as_torch(module: nn.Module) -> bool:
 
 def _follows_rule(norm: _Norm, shape: tuple[int, ...]) -> bool:
     channels, m = len(norm.running_mean), norm.momentum
-    x = torch.arange(6.0 * channels * math.prod(shape)).sin().view(6, channels, *shape)
+    size = 6 * channels * math.prod(shape)
+    x = torch.arange(size, dtype=torch.float32, device="cpu").sin().view(6, channels, *shape)
     norm.running_mean.fill_(0.5)
     norm.running_var.fill_(2.0)
     norm.num_batches_tracked.fill_(3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from ..layers import ENC_LAYERS, StockLayer, enc_class, reserved_attributes
+from ..layers.reparametrized import deep_copy
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def post_norm_problem(layer: StockLayer) -> str | None:
         return None
     trial, weight, x = _trial_copy(layer)
     out, negative = (trial.forward_with(sign * weight, x) for sign in (1, -1))
-    bias = torch.arange(1.0, 1 + len(weight))
+    bias = _counted(weight.shape[:1])
     trial._parameters["bias"] = nn.Parameter(bias)
     shape = (1, -1) + (1,) * (weight.ndim - 2)
     if _all_close(negative, -out) and _all_close(trial.forward_with(weight, x), out + bias.view(shape)):
@@ -71,7 +71,7 @@ def post_norm_problem(layer: StockLayer) -> str | None:
 
 
 def _writes_weight(layer: StockLayer) -> bool:
-    trial = copy.deepcopy(layer).to_empty(device="cpu").float()
+    trial = deep_copy(layer).to_empty(device="cpu").float()
     for tensor in trial.parameters():
         tensor.fill_(1)  # with adapters of zero, as they start, merging would change nothing
     before = trial.train().weight.clone()
@@ -84,21 +84,26 @@ def _stock_class(layer: nn.Module) -> type[nn.Module]:
 
 def _trial_copy(layer: StockLayer) -> tuple[Any, Tensor, Tensor]:
     """A copy of ``layer`` as an ENC layer on the CPU, with all parameters zero, and a weight and an input for it."""
-    trial: Any = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
+    trial: Any = deep_copy(layer).to_empty(device="cpu").float().eval()
     for tensor in (*trial.parameters(), *trial.buffers()):
         tensor.zero_()
     for module in trial.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # with a weight of zero, it would hide the output
             module.reset_parameters()
     trial.__class__ = enc_class(_stock_class(layer))
-    weight = torch.arange(1.0, 1 + trial.weight.numel()).sin().view_as(trial.weight)
+    weight = _counted(trial.weight.shape).sin()
     shape: tuple[int, ...]
     if isinstance(layer, nn.Linear):
         shape = (2, layer.in_features)
     else:
         spatial = ((k - 1) * d + 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
         shape = (2, layer.in_channels, *spatial)
-    return trial, weight, torch.arange(1.0, 1 + math.prod(shape)).cos().view(shape)
+    return trial, weight, _counted(shape).cos()
+
+
+def _counted(shape: tuple[int, ...]) -> Tensor:
+    """1, 2, 3, ... in float32 on the CPU, whatever torch's default dtype and device are."""
+    return torch.arange(1, 1 + math.prod(shape), device="cpu").float().view(shape)
 
 
 def _all_close(a: Tensor, b: Tensor) -> bool:

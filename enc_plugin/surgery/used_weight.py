@@ -73,7 +73,8 @@ def used_weight(layer: StockLayer, shape: torch.Size, with_map: bool = True) -> 
 
 
 def _random(layer: StockLayer, shape: tuple[int, ...]) -> Tensor:
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))  # does not change the global random state
+    generator = torch.Generator().manual_seed(0)  # does not change the global random state
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return noise.to(layer.weight.device, layer.weight.dtype)
 
 
@@ -173,7 +174,7 @@ def _pixels_read(
     size = sample[2:]
     marked = _Convolution()
     with marked:  # one sample for each dimension; the value of each pixel is its coordinate, from 1
-        grid = torch.meshgrid(*(torch.arange(1, n + 1) for n in size), indexing="ij")
+        grid = torch.meshgrid(*(torch.arange(1, n + 1, device="cpu") for n in size), indexing="ij")
         x = torch.stack(grid)[:, None].expand(-1, sample[1], *size)
         layer(x.to(layer.weight.device, layer.weight.dtype))
     places = (marked.input - zero.input)[:, 0].double().cpu()
@@ -186,7 +187,8 @@ def _pixels_read(
     for d, source in enumerate(sources):
         taps = ran.weight.shape[2 + d]
         outputs = (len(source) + 2 * padding[d] - dilation[d] * (taps - 1) - 1) // stride[d] + 1
-        at = torch.arange(outputs)[:, None] * stride[d] - padding[d] + torch.arange(taps) * dilation[d]
+        starts = torch.arange(outputs, device="cpu")[:, None] * stride[d] - padding[d]
+        at = starts + torch.arange(taps, device="cpu") * dilation[d]
         inside = (at >= 0) & (at < len(source))
         reads.append(torch.where(inside, source[at.clamp(0, len(source) - 1)], -1))
     return reads
@@ -218,7 +220,7 @@ def _of_jacobian(layer: ConvLayer, x: Tensor, out: Tensor, zero: Tensor, with_ma
         raise UnclearWeightError(f"{type(layer).__name__} uses different weights at different positions")
     by_map = None
     if with_map and out[0].numel() <= _MAX_OUTPUTS:
-        places = torch.cartesian_prod(*(torch.arange(n) for n in out.shape[2:])).reshape(-1, out.ndim - 2)
+        places = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in out.shape[2:])).reshape(-1, out.ndim - 2)
         by_map = _jacobian_rows(layer, x, places.tolist())
     return UsedWeight(rows, by_map)
 

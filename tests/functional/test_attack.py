@@ -261,11 +261,30 @@ def test_attacks_work_where_gradients_are_off(mode, digits):
     assert torch.equal(found, expected)
 
 
+def test_gradients_of_confident_predictions_do_not_underflow_in_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 5)).eval()
+    model[2].weight.data *= 400
+    images = torch.rand(32, 20)
+    labels = model(images).argmax(1)
+    expected = fgsm(model, images, labels, 0.1)
+    with torch.autocast("cpu", torch.float16):
+        found = fgsm(model, images, labels, 0.1)
+        half = fgsm(model, images.half(), labels, 0.1)  # the network cannot read these without autocast
+    assert torch.equal(found, expected)
+    assert half.dtype == torch.float16
+    assert (half == images.half()).all(1).any()  # float16 loses the gradient
+
+
 def test_half_precision_logits_do_not_flush_the_gradient_to_zero(digits):
     model, images, labels = digits
-    with torch.autocast("cpu", torch.bfloat16):
-        gradient, logits = input_gradient(model, images, labels)
-        adversarial = fgsm(model, images, labels, 64 / 255)
+
+    def in_half_precision(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    gradient, logits = input_gradient(in_half_precision, images, labels)
+    adversarial = fgsm(in_half_precision, images, labels, 64 / 255)
     assert logits.dtype == torch.bfloat16
     assert gradient.dtype == adversarial.dtype == torch.float32
     full, _ = input_gradient(model, images, labels)

@@ -92,6 +92,11 @@ def test_a_chain_of_nothing_or_of_negative_norms_is_refused():
         bound_chain([-1.0])
 
 
+def test_vectors_are_refused_because_a_bias_of_zero_would_make_the_bound_zero():
+    with pytest.raises(ValueError, match=r"weights: .*vector of shape \(3,\).*leave out biases"):
+        bound_chain(nn.Linear(4, 3).parameters())
+
+
 def test_the_bound_of_a_convolutional_network_needs_the_maps_and_not_the_kernels():
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Conv2d(4, 2, 1, bias=False)

@@ -217,9 +217,11 @@ def test_no_parameter_gradient_is_computed():
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_works_whatever_grad_mode_is_on_outside(context):
-    net, x = network("plain"), images()
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, torch.enable_grad, partial(torch.autocast, "cpu", torch.float16)]
+)
+def test_works_whatever_grad_and_autocast_modes_are_on_outside(context):
+    net, x = network("plain").float(), images().float()  # autocast leaves float64 alone
     expected = gbr(net, x)
     with context():
         inside = gbr(net, x.clone())

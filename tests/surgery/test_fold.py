@@ -155,6 +155,29 @@ def test_fold_leaves_the_enc_network_as_it_was():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def _keeping(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass that keeps the outputs of its last forward pass, with their graph, in a list and a dict."""
+
+    class Keeps(base):
+        def forward(self, x):
+            self.kept, self.by_name = [super().forward(x)], {"maps": (x,)}
+            return self.kept[0]
+
+    return Keeps
+
+
+def test_networks_that_keep_features_of_a_forward_pass_are_converted_and_folded():
+    layers = [nn.Conv2d(3, 8, 3), _keeping(nn.Conv2d)(8, 8, 3), _keeping(nn.BatchNorm2d)(8)]
+    model = _keeping(nn.Sequential)(*layers)
+    x = torch.rand(2, 3, 8, 8)
+    model(x)
+    assert len(to_enc(model)) == 2
+    expected = model.eval()(x)
+    assert relative_error(fold(model)(x), expected) < 1e-5
+    assert relative_error(model[1].fuse()(model[0](x)), model[1](model[0](x))) < 1e-5
+    assert model.kept[0].requires_grad
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_fold_keeps_mode_hooks_and_frozen_parameters(training):
     model = nn.Sequential(nn.Conv2d(3, 8, 3))

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from enc_plugin import ENCConv2d, ENCLinear, audit, to_enc
-from enc_plugin.layers.reparametrized import copies_of_results
+from enc_plugin.layers.reparametrized import deep_copy
 from enc_plugin.models import WNConv2d
 
 
@@ -137,10 +137,6 @@ LINEARS = {
 }
 
 
-def copy_of(layer):
-    return copy.deepcopy(layer, copies_of_results([layer]))
-
-
 def jacobian(layer, x):
     """``(out, *positions, in, *size)`` of the layer in eval mode, on one sample in float64."""
     return torch.autograd.functional.jacobian(layer.double().eval(), x.double())[0].squeeze(x.ndim - 1)
@@ -172,7 +168,7 @@ def test_a_linear_layer_counts_with_the_matrix_that_it_uses(name):
     for shape in ((2, 5), (2, 3, 5)):
         x = torch.randn(shape)
         (row,) = audit(layer, folded=True, inputs=x)
-        literal = jacobian(copy_of(layer), x[:1]).square().sum().item()
+        literal = jacobian(deep_copy(layer), x[:1]).square().sum().item()
         assert row.map_sq_norm == pytest.approx(literal, rel=1e-5)
         assert row.sq_norm == pytest.approx(literal / math.prod(shape[1:-1]), rel=1e-5)
 

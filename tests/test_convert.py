@@ -464,6 +464,23 @@ def test_a_network_that_does_not_run_is_guessed_and_said_so_until_an_example_is_
         to_enc(TwoInputs(), example=torch.ones(2, 5))
 
 
+class TiedToEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.decoder = nn.Embedding(9, 4), nn.Linear(4, 9)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, batch):
+        return self.decoder(self.embedding(batch["tokens"]))
+
+
+@pytest.mark.parametrize("example", [None, (dict(tokens=torch.zeros(2, 3, dtype=torch.long)),)])
+def test_a_decoder_that_is_tied_to_an_embedding_stays_plain_even_if_the_network_does_not_run(example):
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = to_enc(TiedToEmbedding(), example=example)
+    assert report.skipped["decoder"] == "it shares its weight with Embedding"
+
+
 def test_layers_that_run_in_train_mode_alone_are_seen_and_unused_ones_named():
     model = torchvision.models.googlenet(num_classes=4, init_weights=False)
     model.unused = nn.Linear(3, 2)

@@ -66,6 +66,7 @@ def fgsm(
     budgets = _checked_budgets(images, labels, eps, lower, upper)
     lower, upper = float(lower), float(upper)
     gradient, _ = input_gradient(forward, images, labels, loss=loss)
+    _warn_of_zeros(gradient)
     adversarial = [sign_step(images, gradient, budget, lower=lower, upper=upper) for budget in budgets]
     return adversarial[0] if _is_one_budget(eps) else adversarial
 
@@ -132,8 +133,10 @@ def pgd(
             # rand and not uniform_, because its numbers do not depend on the memory format of the images.
             offset = torch.rand(images.shape, generator=source, dtype=images.dtype, device=images.device) * 2 - 1
             x = (images + budget * offset).clamp(lower, upper)
-        for _ in range(steps):
+        for number in range(steps):
             gradient, _ = input_gradient(forward, x, labels, loss=loss)
+            if number == 0:
+                _warn_of_zeros(gradient)
             change = (x + step * _sign(gradient) - images).clamp(-budget, budget)
             x = (images + change).clamp(lower, upper)
         adversarial.append(x)
@@ -192,6 +195,16 @@ def _sign(gradient: Tensor) -> Tensor:
     return gradient.sign().nan_to_num_(nan=0.0)
 
 
+def _warn_of_zeros(gradient: Tensor) -> None:
+    if gradient.numel() and not gradient.any():
+        warnings.warn(
+            "forward: the gradients of all images are exactly 0, so the attack cannot change them, which does not mean "
+            "that the network is robust; look for rounding (of pixels or activations) in forward, and for logits so "
+            "far apart that the loss is 0",
+            stacklevel=3,
+        )
+
+
 def _is_one_budget(eps: float | Tensor | Sequence[float]) -> bool:
     """Whether ``eps`` is one budget: a number, or a tensor or array without dimensions."""
     return isinstance(eps, Real) or getattr(eps, "ndim", None) == 0
@@ -241,7 +254,8 @@ def _checked_budgets(
         warnings.warn(f"eps: {other_unit(small[0])}", stacklevel=3)
     if images.numel():
         low, high = (bound.item() for bound in images.detach().aminmax())
-        if not (lower <= low and high <= upper):
+        rounding = 4 * torch.finfo(images.dtype).eps * max(abs(lower), abs(upper))  # of a normalisation that was undone
+        if not (lower - rounding <= low and high <= upper + rounding):
             raise ValueError(
                 f"images: expected pixels within [{lower:g}, {upper:g}], got [{low:g}, {high:g}]; pass images before "
                 "normalisation and normalise them in forward, or set lower and upper to the range of the images"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_floating_tensor, check_integer, check_type
+from .precision import full_float32
 
 
 def conv_map_sq_norm(
@@ -78,6 +79,7 @@ def conv_map_sq_norm(
     return map_rows_sq_norm(weight, reads).sum()
 
 
+@full_float32()
 def map_rows_sq_norm(weight: Tensor, reads: Sequence[Tensor]) -> Tensor:
     r"""Squared norm of a convolution as a linear map, for each output channel and with any padding.
 
@@ -112,6 +114,7 @@ def _per_dimension(name: str, value: int | Sequence[int], count: int, minimum: i
 
 
 @torch.enable_grad()
+@full_float32()
 def map_spectral_norm(
     function: Callable[[Tensor], Tensor], like: Tensor, *, max_iterations: int = 500, tolerance: float = 1e-5
 ) -> float:

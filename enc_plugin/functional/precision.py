@@ -1,15 +1,17 @@
-"""Full float32 precision for measurements: TensorFloat-32 is off, whatever the run has set."""
+"""Full float32 precision for measurements: TensorFloat-32 and autocast are off, whatever the run has set."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")  # types of devices
 
 
 @contextmanager
@@ -17,7 +19,8 @@ def full_float32() -> Iterator[None]:
     """Compute float32 matrix products and convolutions at full precision within the block, on GPU and CPU.
 
     TensorFloat-32, which cuDNN uses for convolutions by default, rounds inputs to 10 mantissa bits, and bfloat16 to 7.
-    The block turns both off. On exit, also after an exception, all settings are restored.
+    In float16, gradients of confident predictions underflow to 0. The block turns them and autocast off. On exit, also
+    after an exception, all settings are restored.
     """
     products = _readable(torch.get_float32_matmul_precision)
     convolutions = _readable(lambda: torch.backends.cudnn.allow_tf32)
@@ -32,7 +35,10 @@ def full_float32() -> Iterator[None]:
         _set_legacy(products and "highest", convolutions and False)
         for setting in single:
             setting.fp32_precision = "ieee"
-        yield
+        with ExitStack() as stack:
+            for kind in filter(torch.is_autocast_enabled, _AUTOCAST):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         _set_legacy(products, convolutions)
         for setting, value in reversed(before):

@@ -27,14 +27,15 @@ def reading(inputs: Tensor, model: nn.Module | None = None) -> Iterator[None]:
 
     Args:
         inputs: Inputs of the network. The random state of their device is restored, besides the CPU's. If they are in
-            half precision, autocast stays as it is, because a network in float32 cannot read them without it.
+            half precision, the precision stays as it is: without autocast, a network in float32 could not read them.
         model: Network whose buffers are restored. (In train mode, a forward pass changes those of spectral norm.)
     """
     handle = register_module_forward_pre_hook(_refuse_module)
     own = [] if model is None else [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         rng = kept_random_states([inputs.device], model)
-        with torch.inference_mode(False), torch.enable_grad(), rng, _uncompiled(), full_float32(), _uncast(inputs):
+        precision = full_float32() if inputs.element_size() >= 4 else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), rng, _uncompiled(), precision:
             yield
     finally:
         handle.remove()
@@ -117,11 +118,6 @@ def _random_states(device: torch.device) -> tuple:
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
     return random.getstate(), *(bytes(state.cpu().tolist()) for state in states)  # tensors compare by element
-
-
-def _uncast(inputs: Tensor) -> AbstractContextManager[Any]:
-    """Turn autocast off within the block: in float16, gradients of confident predictions would underflow to 0."""
-    return nullcontext() if inputs.element_size() < 4 else torch.autocast(inputs.device.type, enabled=False)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

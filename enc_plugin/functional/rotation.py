@@ -62,7 +62,8 @@ def turn_rows_(ws: Sequence[Tensor], us: Sequence[Tensor], angle: float | Tensor
     Returns:
         For each matrix, the factors ``(rows, 1)`` of its updates in the turned rows.
     """
-    along = torch.cat([torch.linalg.vecdot(u, w) for u, w in zip(us, ws, strict=True)])
+    # Not vecdot, which autocast would compute in half precision.
+    along = torch.cat([(u * w).sum(1) for u, w in zip(us, ws, strict=True)])
     whole, size = (torch.cat([torch.linalg.vector_norm(x, dim=1) for x in xs]).square() for xs in (us, ws))
     # |t|^2 without t, which saves a pass over memory. If only rounding is left of it, t has no direction.
     squared = whole - along.square() / size

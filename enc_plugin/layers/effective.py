@@ -167,7 +167,10 @@ class EffectiveWeightLayer(nn.Module):
         norm = self.enc_norm
         if norm is None:
             return out
-        # A torch.fx proxy has no values yet. SyncBatchNorm also sees the values of other processes.
+        # A torch.fx proxy has no values yet.
+        if isinstance(out, Tensor) and out.ndim == 1 + len(getattr(self, "kernel_size", ())):
+            return self._post_norm(out[None])[0]  # a convolution of an input without batch dimension
+        # SyncBatchNorm also sees the values of other processes.
         is_single = isinstance(out, Tensor) and norm.training and out.numel() == out.shape[1]
         if is_single and not isinstance(norm, nn.SyncBatchNorm):
             raise ValueError(

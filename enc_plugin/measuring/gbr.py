@@ -110,7 +110,7 @@ def measure_gbr(
     seeds = torch.randint(2**32, (len(samples),), generator=torch.Generator().manual_seed(int(seed)), device="cpu")
     positions = torch.arange(len(samples), device="cpu").split([len(batch) for batch in samples.batches])
     values = torch.zeros(len(samples), dtype=torch.float64, device="cpu")
-    with untouched(model), torch.autocast(device.type, enabled=False), full_float32():
+    with untouched(model), full_float32():
         forward = None
         for number in samples.own:
             pixels, labels = samples.batch(number)

@@ -24,8 +24,8 @@ class Evidence:
     """How a network uses its layers: recorded in forward passes where possible, guessed otherwise.
 
     The network runs once in eval mode, and once more in train mode if some of its layers did not run (auxiliary
-    classifiers). If the network does not run, its submodules are tried. The guesses are: no other module uses a layer's
-    weight; a batch norm reads a layer's output if it directly follows the layer in an ``nn.Sequential``.
+    classifiers). If the network does not run, its submodules are tried. The guesses are: only modules that hold a
+    layer's weight use it; a batch norm reads a layer's output if it directly follows the layer in an ``nn.Sequential``.
 
     Args:
         model: The network; it does not change.
@@ -73,7 +73,13 @@ class Evidence:
         return next((trace for trace in self._whole if layer in trace.calls), None)
 
     def _readers(self, layer: nn.Module) -> list[nn.Module]:
-        return [reader for trace in (*self._whole, *self._parts) for reader in trace.readers(layer)]
+        found = [reader for trace in (*self._whole, *self._parts) for reader in trace.readers(layer)]
+        weight = layer._parameters.get("weight")
+        if found or weight is None or self._trace_of(layer) is not None:
+            return found
+        # A module that holds the weight, such as the embedding that a decoder is tied to, is assumed to use it.
+        others = (module for module in self.model.modules() if not isinstance(module, StockLayer))
+        return [module for module in others if any(p is weight for p in module._parameters.values())]
 
     def read_elsewhere(self) -> dict[str, str]:
         """The layers whose weight another module also computes with, by name, with the reason."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..functional.precision import full_float32
 from ..functional.rng import kept_random_states
 from ..layers import ENCLayer
 
@@ -31,7 +32,8 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 def restored(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Set ``model`` to eval (or train) mode, and restore attributes, hooks and random states on exit.
 
-    Within the context, forward hooks that do not belong to the network itself are off. Buffers are not restored.
+    Within the context, forward hooks that do not belong to the network itself are off, and so are TensorFloat-32 and
+    autocast, so that results are compared without their rounding. Buffers are not restored.
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     saved = []
@@ -39,7 +41,7 @@ def restored(model: nn.Module, training: bool = False) -> Iterator[None]:
         contents = [(v, v.copy()) for v in module.__dict__.values() if isinstance(v, (dict, list, set, deque))]
         saved.append((module, dict(module.__dict__), contents))
     own = {id(x) for module in modules for x in (module, *module.__dict__.values())}
-    with kept_random_states({t.device for t in model.parameters() if t.is_cuda}, model):
+    with kept_random_states({t.device for t in model.parameters() if t.is_cuda}, model), full_float32():
         try:
             for module in modules:
                 # eval() is not called, because some networks override it to merge weights or clear caches.

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from ..functional.precision import full_float32
 from ..layers import ENC_LAYERS, StockLayer, enc_class, reserved_attributes
 from ..layers.reparametrized import deep_copy
 
 
 @torch.no_grad()
+@full_float32()
 def weight_problem(layer: StockLayer) -> str | None:
     """The reason why a layer cannot be ENC, or None.
 
@@ -51,6 +53,7 @@ def weight_problem(layer: StockLayer) -> str | None:
 
 
 @torch.no_grad()
+@full_float32()
 def post_norm_problem(layer: StockLayer) -> str | None:
     """The reason why a layer cannot have a post-norm, or None.
 

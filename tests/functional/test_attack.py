@@ -368,6 +368,26 @@ def test_images_outside_the_bounds_are_refused():
         fgsm(lambda x: x, torch.tensor([[float("nan"), 0.5]]), torch.tensor([0]), 0.1)
 
 
+def test_rounding_of_a_normalisation_that_was_undone_is_within_the_bounds():
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    images = (torch.arange(256.0)[:, None] / 255 - mean) / std * std + mean
+    images[0] -= 1e-7
+    images[-1] += 2e-7
+    adversarial = fgsm(lambda x: x, images, torch.zeros(256, dtype=torch.long), 0.1)
+    assert (adversarial.min(), adversarial.max()) == (0, 1)
+    with pytest.raises(ValueError, match="pixels within"):
+        fgsm(lambda x: x, images + 1e-5, torch.zeros(256, dtype=torch.long), 0.1)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+@pytest.mark.parametrize("masked", [torch.round, lambda x: 1000 * x])
+def test_gradients_that_are_zero_for_all_images_are_warned_of(attack, masked):
+    images, labels = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1])
+    with pytest.warns(UserWarning, match="exactly 0.*not mean that the network is robust.*rounding"):
+        adversarial = attack(masked, images, labels, 0.1)
+    assert (adversarial - images).abs().max() <= 0.1 + 1e-6
+
+
 @pytest.mark.parametrize("eps", [8, -0.1, [0.1, 2.0], float("nan")])
 def test_eps_outside_the_range_of_pixels_is_refused(eps):
     with pytest.raises(ValueError, match="eps: expected numbers from 0 to upper - lower = 1, got"):

@@ -62,9 +62,11 @@ def test_post_norm_of_a_convolution_is_a_batch_norm_behind_it(dims, cls):
     plain = cls(4, 6, 3)
     plain.load_state_dict(layer.state_dict(), strict=False)
     norm = layer.norm_class(6)
-    x = torch.randn(4, 4, *([5] * dims))
+    x = torch.randn(4, 4, *([8] * dims))
     torch.testing.assert_close(layer(x), norm(plain(x)))
     torch.testing.assert_close(layer.norm.running_mean, norm.running_mean)
+    # Without batch dimension, a 1-D output of shape (6, 6) could be taken for a batch of 6 samples.
+    torch.testing.assert_close(layer.eval()(x[0]), layer(x)[0])
     assert set(layer.state_dict()) - set(plain.state_dict()) == {f"norm.{key}" for key in norm.state_dict()}
 
 

@@ -52,9 +52,10 @@ def _register_parts() -> None:
                 importlib.import_module(f"{__name__}.{part}")
                 __all__.append(part)
     if is_installed("mmengine"):
-        from .checkpoint import allow_mmengine_checkpoints
+        from .checkpoint import allow_mmengine_checkpoints, check_what_mmengine_loads
 
         allow_mmengine_checkpoints()
+        check_what_mmengine_loads()
 
 
 def __getattr__(name: str):

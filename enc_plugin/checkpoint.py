@@ -5,6 +5,7 @@ from __future__ import annotations
 from .installation import needs_mmengine  # noqa: F401
 
 # isort: split
+import functools
 import json
 import pickle
 import warnings
@@ -20,6 +21,7 @@ from torch import nn
 
 from .layers.origin import KEY, CheckpointWarning
 from .refused import describe, require_file
+from .surgery.loading import refuse_enc_in_plain
 
 _STATISTICS = ("min", "max", "mean", "current")
 # Keys of the state dict within a file: of mmengine and timm, of torchvision, and of averages by timm and torchvision.
@@ -49,6 +51,22 @@ def allow_mmengine_checkpoints() -> None:
         # onedl-mmengine temporarily allows similar types (including plain getattr), removes ours afterwards, and
         # retries refused files with weights_only=False. So we replace its loader.
         mmengine.runner.checkpoint._safe_torch_load = torch.load
+
+
+def check_what_mmengine_loads() -> None:
+    """Let mmengine's ``load_state_dict`` raise if layers that are ENC in a checkpoint are plain in the network.
+
+    It only logs keys that do not match, and the network would compute with the free weights. All of OpenMMLab loads by
+    this function: ``load_from``, ``init_cfg=dict(type='Pretrained')``, ``get_model(pretrained=...)``, the tools.
+    """
+    load = mmengine.runner.checkpoint.load_state_dict
+
+    @functools.wraps(load)
+    def load_state_dict(module: nn.Module, state_dict: Mapping, *args, **kwargs) -> None:
+        refuse_enc_in_plain(module, state_dict)
+        load(module, state_dict, *args, **kwargs)
+
+    mmengine.runner.checkpoint.load_state_dict = load_state_dict
 
 
 def _numpy_globals() -> list:

@@ -61,3 +61,8 @@ def test_inference_model_takes_a_registered_name_and_a_checkpoint_of_ones_own(
     np.testing.assert_allclose(enc["pred_scores"], folded["pred_scores"], rtol=1e-4, atol=1e-6)
     again = inference_model("own-folded", image, pretrained=checkpoints["folded"][1], device="cpu")
     np.testing.assert_array_equal(again["pred_scores"], folded["pred_scores"])
+
+
+def test_a_stock_network_does_not_take_the_free_weights_of_enc_layers(checkpoints):
+    with pytest.raises(ValueError, match="10 of its layers are ENC but plain in this model"):
+        get_model(str(STOCK), pretrained=checkpoints["enc"][1])

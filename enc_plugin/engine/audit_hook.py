@@ -15,7 +15,6 @@ from torch import nn
 from ..convert import audit, enc_layers
 from ..measuring.untouched import unwrap
 from ..surgery.eligible import refuse_weights_read_elsewhere
-from ..surgery.loading import refuse_enc_in_plain
 from ..surgery.projected import check_constrained, constrained_layers
 from ..surgery.recording import RecordError, record_forward
 from ..surgery.trace import Trace
@@ -51,10 +50,6 @@ class ENCAuditHook(Hook):
             beyond="The constraint is violated: the squared norm of a layer deviates from alpha by more than rounding.",
         ),
     )
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Raise if plain layers load a checkpoint of ENC layers, because they would compute with the free weights."""
-        refuse_enc_in_plain(runner.model, checkpoint.get("state_dict", checkpoint))
 
     def before_train(self, runner: Runner) -> None:
         """Check and log the initial weights."""

@@ -70,6 +70,12 @@ class ENCCheckpointHook(CheckpointHook):
             super().after_val_epoch(runner, metrics)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        missing = [key for key in self.save_best or [] if key not in metrics and key != "auto"]
+        if missing:
+            raise ValueError(
+                f"save_best: expected metrics of the validation, got {missing[0]!r}; they are "
+                f"{', '.join(map(repr, metrics))}"
+            )
         backend = self.file_backend
         self.file_backend = later = _RemovesLater(backend)
         try:

@@ -189,7 +189,7 @@ def check_is_enc(cfg: Config, model: nn.Module) -> None:
 
 
 def why_step_fails(model: nn.Module, batch: Any) -> str:
-    """Advice for a network that fails on ``batch``, as the data loader returns it: about the part that is the cause."""
+    """Advice for a step that fails on ``batch``, as the data loader returns it; empty if the features are right."""
     try:
         inputs = model.data_preprocessor(batch)["inputs"]
     except Exception:
@@ -202,7 +202,7 @@ def why_step_fails(model: nn.Module, batch: Any) -> str:
         features = model.eval().extract_feat(inputs)
         given = (features[-1] if isinstance(features, (tuple, list)) else features).shape[1]
     except Exception:  # the network fails before its head
-        given = None
-    if isinstance(wanted, int) and given is not None and wanted != given:
+        return "check that backbone, neck and head fit together"
+    if isinstance(wanted, int) and wanted != given:
         return f"the head expects {wanted} channels, but gets {given}: set model.head.in_channels={given}"
-    return "check that backbone, neck and head fit together"
+    return ""

@@ -199,6 +199,10 @@ class TestWatchers:
         assert message in error
         assert watcher in error
 
+    def test_a_name_that_the_evaluator_does_not_know_is_told_with_those_it_knows(self, tmp_path):
+        with pytest.raises(ValueError, match=r"save_best: .* got 'accuracy/top2'; they are .*'accuracy/top1'"):
+            train(self.config(tmp_path, "save_best", "accuracy/top2"))
+
     def test_a_scalar_of_each_attack_can_be_watched(self, tmp_path):
         assert train(self.config(tmp_path, "ReduceOnPlateauLR", "fgsm/top1_eps8")).epoch == 2
 

@@ -313,9 +313,16 @@ def test_an_enc_run_resumes_in_silence(runs, tmp_path):
     assert train(cfg).epoch == 2
 
 
-def test_a_plain_run_refuses_an_enc_checkpoint_and_names_the_tool(runs, tmp_path):
-    cfg = digits_config(tmp_path, "resnet8_1xb64", load_from=str(runs[1]))
-    with pytest.raises(ValueError, match=r"10 of its layers are ENC but plain in this model .*tools/fold\.py"):
+@pytest.mark.parametrize("runner", ["ENCRunner", "Runner"])
+@pytest.mark.parametrize("way", ["load_from", "init_cfg"])
+def test_a_plain_run_refuses_an_enc_checkpoint_and_names_the_tool(way, runner, runs, tmp_path):
+    cfg = digits_config(tmp_path, "resnet8_1xb64", runner_type=runner)
+    if way == "load_from":
+        cfg.load_from = str(runs[1])
+    else:
+        cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(runs[1]), prefix="backbone.")
+    count = 10 if way == "load_from" else 9
+    with pytest.raises(ValueError, match=rf"{count} of its layers are ENC but plain in this model .*tools/fold\.py"):
         train(cfg)
 
 

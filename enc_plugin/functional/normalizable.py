@@ -122,5 +122,6 @@ def _check_kept(name: str, kept: Tensor, variant: str) -> None:
     if short or not count.any():
         raise ValueError(
             f"layer {name!r}: its pruning mask {what}, of which {variant!r} leaves only signs; prune less of this "
-            "layer, prune whole rows (prune.ln_structured), or make the pruning permanent with prune.remove"
+            "layer, prune whole rows (prune.ln_structured), or prune the network that enc_plugin.fold returns; to undo "
+            "this mask: weight_mask.fill_(1)"
         )

@@ -14,7 +14,7 @@ A *stock* layer or class is torch's own, or a subclass of it from another librar
 from .attributes import lacks_attribute
 from .effective import POST_NORM_KEYS
 from .enc_layer import ENCLayer, enc_layers
-from .merged_norms import RefusesRescaledRows, batch_norm_affine
+from .merged_norms import RefusesRescaledRows, batch_norm_affine, running_statistics
 from .stock import ENC_LAYERS, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear, StockLayer
 from .subclasses import enc_class, reserved_attributes
 
@@ -33,4 +33,5 @@ __all__ = [
     "enc_layers",
     "lacks_attribute",
     "reserved_attributes",
+    "running_statistics",
 ]

@@ -69,6 +69,12 @@ class EffectiveWeightLayer(nn.Module):
         if post_norm:
             self.add_post_norm()
 
+    def reset_parameters(self) -> None:
+        """Initialise the parameters of the stock layer as it does, and a learnable alpha to 1."""
+        super().reset_parameters()  # type: ignore[misc]  # of the stock class
+        if self._enc_alpha is None and "log_alpha" in self._parameters:
+            nn.init.zeros_(self._own_parameter("log_alpha"))
+
     def _stat_dtype(self) -> torch.dtype:
         # Batch norm statistics and a learnable alpha stay in float32 if the weight is in half precision.
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32

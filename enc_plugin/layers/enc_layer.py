@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.normalizable import check_normalizable
+from ..functional.weights import enc_weight
 from .attributes import YieldingAttribute, lacks_attribute
 from .effective import EffectiveWeightLayer
 from .merged_norms import RefusesRescaledRows, batch_norm_affine
@@ -80,6 +81,7 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
         if self._enc_alpha is None:
             del self._parameters["log_alpha"]
         is_new_bias = bias is not self.bias
+        self._forget_settings()  # so that prune.remove is not refused
         remove_reparametrizations(self)
         self.become_stock()
         # A new parameter, because another layer may share the old one. In another memory format, a convolution on a GPU
@@ -90,10 +92,13 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
 
     def become_stock(self) -> None:
         """Turn into the plain layer with the free weight, in place; only without post-norm and learnable alpha."""
-        for name in _OWN_STATE:
-            self.__dict__.pop(name, None)
+        self._forget_settings()
         layer: nn.Module = self
         layer.__class__ = self.plain_class
+
+    def _forget_settings(self) -> None:
+        for name in _OWN_STATE:
+            self.__dict__.pop(name, None)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ENCLayer:
         norm_was_meta, alpha_was_meta = _is_meta(self.enc_norm), _is_meta(self.enc_log_alpha)
@@ -166,6 +171,25 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
                 f"{type(self).__name__}, or fold the model and convert it with other options"
             )
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight" and self.enc_kept is not None:  # prune.remove begins with this
+            self._check_removal(self._own_parameter("weight_orig") * self.enc_kept)
+        super().__delattr__(name)
+
+    @torch.no_grad()
+    def _check_removal(self, pruned: Tensor) -> None:
+        """Raise ``ValueError`` if the layer would compute something else from the ``pruned`` weight without a mask."""
+        if not self._normalises_rows() or self.enc_is_projected or pruned.is_meta:
+            return
+        with_mask = self.effective_weight
+        change = enc_weight(pruned, self.enc_variant, self.enc_alpha) - with_mask
+        if not change.norm() <= 1e-3 * with_mask.norm():  # NaN too
+            raise ValueError(
+                f"weight: without its mask, this {type(self).__name__} ({self.enc_variant!r}) would normalise zeros of "
+                "pruned weights like any other value, so that they, and with them the outputs, would change. Call "
+                "enc_plugin.fold(model): in the plain network that it returns, the pruning is permanent"
+            )
 
 
 def enc_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer]]:

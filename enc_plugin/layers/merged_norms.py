@@ -9,21 +9,33 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def running_statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of a batch norm, each ``(C,)``.
+
+    Raises:
+        ValueError: If there are none: ``track_running_stats=False``, or another module has replaced the batch norm.
+    """
+    mean, var = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
+    if mean is None or var is None:
+        raise ValueError(
+            f"norm: expected a batch norm with running statistics, got a {type(norm).__name__} without running "
+            "statistics, which cannot be merged into weights; train with track_running_stats=True, or convert with "
+            "post_norm=False if no batch norm is wanted behind the layers"
+        )
+    return mean, var
+
+
 def batch_norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Gain and shift, each ``(C,)`` in float64, of a batch norm in eval mode: ``y = gain * x + shift``.
 
     Raises:
         ValueError: If the batch norm has no running statistics and so no fixed gain.
     """
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(
-            "norm: expected a batch norm with running statistics, got one without running statistics, which cannot be "
-            "merged into weights; train with track_running_stats=True"
-        )
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    mean, var = running_statistics(norm)
+    gain = (var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         gain = gain * norm.weight.double()
-    shift = -gain * norm.running_mean.double()
+    shift = -gain * mean.double()
     if norm.bias is not None:
         shift = shift + norm.bias.double()
     return gain, shift

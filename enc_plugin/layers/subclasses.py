@@ -14,8 +14,8 @@ from .stock import ENC_LAYERS, LinearPostNorm
 
 # Names that a subclass may use for something else. Internal code uses another name for each of them.
 _YIELDING = (*PUBLIC, "fuse")
-# A name that an ENC class takes from every subclass, whose own method runs all the same: see `forward_with`.
-_TAKEN = ("_conv_forward",)
+# Names that an ENC class takes from every subclass, whose own methods run all the same: by `forward_with` and super().
+_TAKEN = ("_conv_forward", "reset_parameters")
 
 
 class _ENCSubclass(ENCLayer):

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ..functional.weights import is_centered, num_rows
-from ..layers import ENCLayer, StockLayer
+from ..layers import ENCLayer, StockLayer, running_statistics
 from ..table import first_few
 from .example import with_values
 from .restored import plain_forward, restored
@@ -111,7 +111,7 @@ def _row_scale(layer: ENCLayer) -> tuple[Tensor, float]:
 
 def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
     """Change ``norm`` so that its outputs in eval mode do not change when its inputs are multiplied by ``scale``."""
-    mean, running_var = _statistics(norm)
+    mean, running_var = running_statistics(norm)
     var = running_var[channels].double()
     new_var = scale.square() * var
     if norm.weight is not None:
@@ -124,15 +124,9 @@ def _absorb(norm: _BatchNorm, channels: Tensor, scale: Tensor) -> None:
     mean[channels] = (mean[channels].double() * scale).to(mean.dtype)
 
 
-def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("norm: expected a batch norm with running statistics, got one with track_running_stats=False")
-    return norm.running_mean, norm.running_var
-
-
 def _fill_post_norm(norm: _BatchNorm, layer: ENCLayer, scale: Tensor) -> None:
     """Make the post-norm undo ``scale`` in eval mode; its statistics are those for white input of unit variance."""
-    mean, running_var = _statistics(norm)
+    mean, running_var = running_statistics(norm)
     var = layer.effective_weight.double().flatten(1).square().sum(1)
     bias = torch.zeros_like(var) if layer.bias is None else layer.bias.double()
     mean.copy_(bias)

@@ -92,6 +92,8 @@ def test_learnable_alpha_is_a_positive_scalar_that_learns():
     assert layer.alpha.item() > 0
     assert layer.alpha.item() != 1.0
     assert layer.effective_weight.square().sum().item() == pytest.approx(layer.alpha.item(), rel=1e-5)
+    layer.reset_parameters()  # for a new start, as between the folds of a cross-validation
+    assert layer.alpha.item() == 1.0
 
 
 def test_stock_checkpoint_loads_strictly_into_a_layer_with_post_norm_and_learnable_alpha():

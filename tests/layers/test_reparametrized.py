@@ -100,8 +100,29 @@ def test_a_mask_that_leaves_signs_alone_is_refused_with_the_way_out(variant, kee
     mask = torch.ones(4, 9)
     mask[1, keep:] = 0
     prune.custom_from_mask(model[0], "weight", mask)
-    with pytest.raises(ValueError, match="layer '0': its pruning mask leaves 1 of 4 rows fewer than .*prune.remove"):
+    with pytest.raises(ValueError, match="layer '0': its pruning mask leaves 1 of 4 rows fewer than .*fill_"):
         fold(model)
+
+
+@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("structured", [False, True])
+def test_pruning_is_made_permanent_by_fold_where_the_layer_would_normalise_the_zeros(variant, structured):
+    model = network(variant)
+    layer, x = model[0], torch.randn(2, 3, 8, 8)
+    if structured:
+        prune.ln_structured(layer, "weight", 0.25, n=2, dim=0)
+    else:
+        prune.l1_unstructured(layer, "weight", 0.4)
+    expected, state = model.eval()(x), {key: value.clone() for key, value in model.state_dict().items()}
+    if variant == "fro" or (variant == "wn" and not structured):  # zeros stay zeros
+        prune.remove(layer, "weight")
+        torch.testing.assert_close(model(x), expected)
+        return
+    with pytest.raises(ValueError, match="normalise zeros of pruned weights.*fold"):
+        prune.remove(layer, "weight")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(fold(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_pruned_plain_layer_stays_plain_with_the_way_out():

@@ -270,10 +270,11 @@ def test_a_layer_without_a_direction_is_refused_by_name():
         fold(model)
 
 
-def test_a_post_norm_without_running_statistics_is_refused():
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3), nn.Identity()])
+def test_a_post_norm_without_running_statistics_is_refused(norm):
     layer = ENCLinear(4, 3, post_norm=True)
-    layer.norm = nn.BatchNorm1d(3, track_running_stats=False)
-    with pytest.raises(ValueError, match="without running statistics"):
+    layer.norm = norm
+    with pytest.raises(ValueError, match=f"got a {type(norm).__name__} without running statistics"):
         fold(layer)
 
 

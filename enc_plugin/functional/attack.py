@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type, holds_integers
-from .eval_mode import require_eval_mode
+from .eval_mode import require_eval_mode, undistributed
 from .reading import gradient_of, reading
 
 MAX_STEPS = 10_000  # exclusive; a typing error in the number of steps would otherwise run for days
@@ -164,7 +164,7 @@ def input_gradient(
     check_type("forward", forward, Callable, "a model or another callable")
     if not callable(loss) and not (isinstance(loss, str) and loss == "cross_entropy"):
         raise ValueError(f"loss: expected 'cross_entropy' or a callable, got {loss!r}")
-    with require_eval_mode(forward), reading(images):
+    with require_eval_mode(forward), undistributed(forward), reading(images):
         # Clones, because inference tensors cannot be saved for backward; int64, because torch's losses require it.
         x, labels = images.detach().clone().requires_grad_(), labels.to(torch.int64, copy=True)
         logits = forward(x.clone())  # some networks start with an in-place operation, which a leaf does not allow

@@ -1,4 +1,4 @@
-"""The check that a network is in eval mode, for attacks and measurements."""
+"""How a network runs in attacks and measurements: in eval mode, and without waiting for other processes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,24 @@ def require_eval_mode(forward: Callable) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def undistributed(forward: Callable) -> Iterator[None]:
+    """Within the block, a ``DistributedDataParallel`` in ``forward`` just calls the network that it wraps.
+
+    Its own forward pass copies buffers from the first process, and waits for processes that may not measure anything.
+    """
+    model = module_of(forward)
+    modules = [] if model is None else model.modules()
+    wrappers = [module for module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
+    for wrapper in wrappers:
+        wrapper.__dict__["forward"] = wrapper.module
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            del wrapper.__dict__["forward"]
 
 
 def module_of(forward: Callable) -> nn.Module | None:

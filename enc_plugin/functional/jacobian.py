@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_type, holds_integers
 from .directions import UnitVectors, drawn_frames, seeded_directions
-from .eval_mode import module_of
+from .eval_mode import module_of, undistributed
 from .reading import gradient_of, reading, refuse_random
 
 OUTPUTS = {
@@ -45,7 +45,8 @@ def gbr(
     Args:
         forward: Maps inputs ``(N, ...)`` to outputs ``(N, C)`` (for ``'logits'``, other shapes are flattened): a model
             in eval mode or any callable. It must be deterministic, and samples must not depend on each other. A
-            compiled model runs uncompiled, because a compiled backward pass can run only once.
+            compiled model runs uncompiled, because a compiled backward pass can run only once. Of a
+            ``DistributedDataParallel``, the network within runs, in this process alone.
         inputs: Samples x, ``(N, ...)``, floating point. The result is per squared unit of ``inputs``.
         output: The function to differentiate: ``'logits'`` (the output of ``forward``), ``'probs'`` (its softmax) or
             ``'label_prob'`` (the softmax of the true class).
@@ -79,7 +80,7 @@ def gbr(
     check_integer("batch_size", batch_size, 1)
     _check_samples(inputs, output, labels, seeds)
     values = []
-    with reading(inputs, module_of(forward)):
+    with undistributed(forward), reading(inputs, module_of(forward)):
         if projections is not None and seeds is None:
             device = generator.device if generator is not None else "cpu"
             seeds = torch.randint(2**32, (len(inputs),), generator=generator, device=device)

@@ -142,6 +142,19 @@ class PixelClassifier(nn.Module):
         self.training = model.training  # train() would change the model, including its frozen layers
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalise and classify."""
+        """Normalise and classify.
+
+        Raises:
+            ValueError: If the outputs are not one logit for each class of the head.
+        """
         with torch.autocast(pixels.device.type, enabled=False):
-            return logits_of(self.model, preprocess(self.model, pixels))
+            logits = logits_of(self.model, preprocess(self.model, pixels))
+        head = getattr(self.model, "head", None)
+        classes = getattr(head, "num_classes", None)
+        if classes not in (None, logits.shape[1]):
+            raise ValueError(
+                f"model: expected a logit for each of the {classes} classes of {type(head).__name__}, got outputs of "
+                f"shape {tuple(logits.shape)}; {type(self.model).__name__} returns something else, such as features, "
+                "so use a classifier"
+            )
+        return logits

@@ -127,8 +127,9 @@ def warn_of_doubts(
         _warn_caller(
             f"to_enc: {len(report.frozen)} of {len(report)} ENC layers are frozen: {first_few(report.frozen)}. The "
             "constraint changes their outputs, and training does not adapt them; keep their outputs with "
-            "preserve=True, or leave them plain with exclude=[...] (no need to if their weights follow trained ones, "
-            "as in a momentum encoder, or will be loaded)",
+            "preserve=True, or leave them plain with exclude=[...] (no need to if their weights will be loaded, or "
+            "follow trained ones, as in a momentum encoder; then let its buffers follow too, because added batch norms "
+            "of frozen layers stay in eval mode)",
             FrozenWarning,
         )
     if not report.layers:

@@ -186,3 +186,13 @@ def test_sample_without_a_label_is_refused():
     data = [{"inputs": torch.zeros(3, 4, 4, dtype=torch.uint8), "data_samples": DataSample()}]
     with pytest.raises(ValueError, match="expected one gt_label"):
         measure_robustness(Stub(lambda x: x), data, [1])
+
+
+def test_features_are_not_taken_for_logits():
+    encoder = nn.Sequential(nn.Conv2d(3, 24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    head = dict(type="mmpretrain.ArcFaceClsHead", num_classes=10, in_channels=24)
+    model = MODELS.build(
+        dict(type="mmpretrain.ImageToImageRetriever", image_encoder=encoder, head=head, prototype=torch.zeros(3, 24))
+    )
+    with pytest.raises(ValueError, match=r"a logit for each of the 10 classes of ArcFaceClsHead, .* shape \(\d+, 24\)"):
+        measure_robustness(model.eval(), Noise(), [4])

@@ -49,7 +49,7 @@ def average_from_start(model: nn.Module) -> None:
 
     Statistics that were loaded without ``num_batches_tracked``, or set in another way, get the weight of ``1 /
     momentum`` batches. Batch norms with ``momentum=None`` (a plain average already) or 0, without running statistics,
-    or in eval mode do not change, and neither do norms with another update rule than torch's.
+    or in eval mode do not change, nor do norms with another update rule than torch's, or in ensembles by ``vmap``.
 
     :func:`enc_plugin.to_enc` and ``ENCRunner`` call this for ENC networks.
 
@@ -143,6 +143,8 @@ class _Update:
         """Save the statistics; replace the initial variance 1 by 0, because rounding would lose small variances."""
         if not (norm.training and norm.track_running_stats and norm.momentum):
             return
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return  # vmap allows no .data, so ensembles keep torch's rule
         # .data, because autograd has saved the statistics and would raise if they changed, though it does not use them.
         mean, var, count = norm.running_mean.data, norm.running_var.data, norm.num_batches_tracked.data
         # Initial values are fresh whatever the count: a checkpoint of another number of classes brings nothing else.

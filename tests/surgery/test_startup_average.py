@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
 from enc_plugin import fold, to_enc
@@ -179,6 +180,22 @@ def test_a_layer_that_runs_twice_a_step_averages_both():
     (norm(BATCHES[0]) + norm(BATCHES[1])).sum().backward()
     expected = torch.stack([x.var((0, 2, 3)) for x in BATCHES[:2]]).mean(0)
     torch.testing.assert_close(norm.running_var, expected)
+
+
+def test_ensembles_by_vmap_train_with_torchs_rule():
+    base = network()
+    params, buffers = stack_module_state([network(), network()])
+    call = vmap(lambda p, b, x: functional_call(base, (p, b), (x,)))
+    outputs = call(params, buffers, torch.stack(BATCHES[:2]))
+    (gradient,) = torch.autograd.grad(outputs.square().sum(), [params["0.weight"]])
+    for i, x in enumerate(BATCHES[:2]):
+        alone = without_averages(network())
+        out = alone(x)
+        out.square().sum().backward()
+        torch.testing.assert_close(outputs[i], out)
+        torch.testing.assert_close(gradient[i], alone[0].weight.grad, rtol=1e-3, atol=1e-4)
+        for name, buffer in alone.named_buffers():
+            torch.testing.assert_close(buffers[name][i], buffer)
 
 
 def test_a_batch_that_is_refused_leaves_the_statistics():

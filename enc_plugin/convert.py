@@ -201,6 +201,6 @@ def _keep_function(plan: Plan | None, variant: str) -> Preservation | None:
     if not preserved.output_change < 1e-3:  # NaN too; rounding in float32 stays below 1e-4
         why = f"{variant!r} removes means, 'wn' and 'fro' do not"
         if not is_centered(variant):
-            why = "the forward pass reads a weight in a way that to_enc cannot follow"
+            why = "the forward pass reads a weight, or a hook changes an output, in a way that to_enc cannot follow"
         warnings.warn(f"to_enc could not keep the function ({why}); {preserved}", UserWarning, stacklevel=3)
     return preserved

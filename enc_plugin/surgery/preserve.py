@@ -73,7 +73,7 @@ class Plan:
 
     def _run(self) -> Tensor:
         args, kwargs = self.example
-        with restored(self.model), torch.no_grad():
+        with restored(self.model, all_hooks=True), torch.no_grad():  # a hook may change an output
             leaves = tree_leaves(self.model(*args, **kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
         return torch.cat([t.detach().double().flatten() for t in tensors])

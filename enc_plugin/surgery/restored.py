@@ -29,11 +29,11 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def restored(model: nn.Module, training: bool = False) -> Iterator[None]:
+def restored(model: nn.Module, training: bool = False, all_hooks: bool = False) -> Iterator[None]:
     """Set ``model`` to eval (or train) mode, and restore attributes, hooks and random states on exit.
 
-    Within the context, forward hooks that do not belong to the network itself are off, and so are TensorFloat-32 and
-    autocast, so that results are compared without their rounding. Buffers are not restored.
+    Within the context, forward hooks that do not belong to the network itself are off unless ``all_hooks``, and so are
+    TensorFloat-32 and autocast, so that results are compared without their rounding. Buffers are not restored.
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     saved = []
@@ -46,7 +46,7 @@ def restored(model: nn.Module, training: bool = False) -> Iterator[None]:
             for module in modules:
                 # eval() is not called, because some networks override it to merge weights or clear caches.
                 module.__dict__["training"] = training
-                for key in ("_forward_hooks", "_forward_pre_hooks"):
+                for key in () if all_hooks else ("_forward_hooks", "_forward_pre_hooks"):
                     hooks = module.__dict__.get(key, {})
                     module.__dict__[key] = OrderedDict((k, h) for k, h in hooks.items() if _belongs(h, own))
             yield

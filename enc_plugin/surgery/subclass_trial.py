@@ -32,6 +32,8 @@ def weight_problem(layer: StockLayer) -> str | None:
         return f"{name} has no weight before its first forward pass"
     if not layer.weight.is_floating_point():
         return f"the weight of this {name} is {layer.weight.dtype}, not of real numbers"
+    if parametrize.is_parametrized(layer):
+        return f"{name}: a parameter other than its weight is parametrized; convert first and parametrize afterwards"
     if type(layer) in ENC_LAYERS:
         return None
     if any("fake_quant_enabled" in module._buffers for module in layer.modules()):  # the trial copy has it turned off

@@ -167,6 +167,14 @@ def test_a_scale_that_cannot_be_moved_is_an_error_and_the_model_unchanged(model,
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_a_hook_that_changes_an_output_is_noticed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[0].register_forward_hook(lambda layer, args, out: out + 1)
+    with pytest.warns(UserWarning, match="could not keep the function .*a hook changes an output"):
+        report = to_enc(model, "wn", preserve=True)
+    assert report.preserved.output_change > 0.01
+
+
 class Shuffled(nn.Module):
     """ShuffleNet's mixing of groups, padding of channels, a gain per channel, and an average over the pixels."""
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from functional.test_weights import literal
 from torch import nn
+from torch.nn.utils import parametrize
 
 from enc_plugin import ENCConv2d, fold, to_enc
 from enc_plugin.convert import enc_layers
@@ -133,6 +134,15 @@ def test_a_layer_that_cannot_change_its_mode_without_its_values_stays_plain():
 
     report = to_enc(nn.Sequential(Picky(4, 8), nn.Linear(8, 3)), post_norm=False)
     assert report.skipped == {"0": "Picky does not run outside of the network: singular"}
+
+
+def test_a_layer_with_a_parametrized_bias_stays_plain_because_fold_could_not_undo_its_class():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    parametrize.register_parametrization(model[0], "bias", nn.Softplus())
+    assert "other than its weight is parametrized" in to_enc(model).skipped["0"]
+    parametrize.register_parametrization(model[2], "bias", nn.Softplus())
+    x = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(fold(model.eval())(x), model(x))
 
 
 def test_a_layer_with_complex_weights_stays_plain():

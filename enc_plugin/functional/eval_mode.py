@@ -60,8 +60,9 @@ def module_of(forward: Callable) -> nn.Module | None:
 
 
 def _check_mode(module: nn.Module, name: str = "") -> None:
-    if module.training:
+    if getattr(module, "training", False):  # a frozen script has no mode
         where = f"{type(module).__name__} ({name!r})" if name else type(module).__name__
-        raise ValueError(
-            f"forward: expected a model in eval mode, but {where} is in train mode; call model.eval() first"
-        )
+        advice = "call model.eval() first"
+        if "eval" in vars(module):  # torch.export replaces it by a function that raises
+            advice = "the mode of an exported program is unknown, so pass the network that was exported"
+        raise ValueError(f"forward: expected a model in eval mode, but {where} is in train mode; {advice}")

@@ -1,4 +1,4 @@
-"""Networks that are wrapped for several processes are measured by one of them."""
+"""Networks whose mode is unknown, and networks that are wrapped for several processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,18 @@ class Waiting(nn.parallel.DistributedDataParallel):
 
     def forward(self, *args, **kwargs):
         raise TimeoutError
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_frozen_script_has_no_mode_and_the_mode_of_an_exported_program_is_unknown():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    images, labels = torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    frozen = torch.jit.freeze(torch.jit.script(network))
+    torch.testing.assert_close(fgsm(frozen, images, labels, 0.1), fgsm(network, images, labels, 0.1))
+    torch.testing.assert_close(gbr(frozen, images), gbr(network, images))
+    with pytest.raises(ValueError, match="mode of an exported program is unknown.*pass the network"):
+        fgsm(torch.export.export(network, (images,)).module(), images, labels, 0.1)
 
 
 @pytest.fixture

@@ -35,10 +35,12 @@ class GBRReport:
 
     Attributes:
         records: One for each checkpoint and output: ``config``, ``checkpoint``, ``epoch`` (None if unknown),
-            ``weights`` (``'averaged'`` by EMAHook, ``'in training'`` or ``'unknown'``), ``output``, ``gbr`` (the mean
-            over the samples), ``sem`` (its standard error), ``low`` and ``high`` (its 95 % bootstrap interval),
-            ``median`` (None if estimated with random directions), ``unit`` and ``seconds``.
+            ``weights`` (``'averaged'`` by EMAHook, ``'in training'`` or ``'unknown'``), ``output``, ``samples`` (their
+            number), ``left_out`` (samples that could not be read), ``gbr`` (the mean over the samples), ``sem`` (its
+            standard error), ``low`` and ``high`` (its 95 % bootstrap interval), ``median`` (None if estimated with
+            random directions), ``unit`` and ``seconds``.
         settings: The settings that the records depend on, and each checkpoint's SHA-256 and origin; ready for JSON.
+            ``num_samples`` is None if the datasets of several configs gave different numbers.
     """
 
     records: list[dict]
@@ -59,9 +61,10 @@ class GBRReport:
             for r in self.records
         ]
         head = ("checkpoint", "epoch", "weights", "output", "GBR", "95 % interval", "median", "seconds")
-        space, units = self.settings["space"], dict.fromkeys(r["unit"] for r in self.records)
+        space = self.settings["space"]
+        units, counts = (dict.fromkeys(str(r[key]) for r in self.records) for key in ("unit", "samples"))
         return (
-            f"GBR: mean squared Jacobian norm over {self.settings['num_samples']} training samples, "
+            f"GBR: mean squared Jacobian norm over {' or '.join(counts)} training samples, "
             f"{' or '.join(units)} (space {space!r}: {SPACES[space]}); bootstrap interval of the mean\n"
             f"{format_table(head, rows)}"
         )
@@ -135,10 +138,10 @@ def measure_checkpoints(
                 )
                 origin = {"config": config.filename, "checkpoint": str(path), "epoch": meta.get("epoch")}
                 origin |= {"weights": meta["weights"], "output": output}
+                origin |= {"samples": len(samples), "left_out": samples.left_out}
                 records.append(origin | _results(found) | {"unit": input_unit(model, space), "seconds": found.seconds})
     settings = {
-        "num_samples": len(samples),
-        "left_out": samples.left_out,
+        "num_samples": len(samples) if len({record["samples"] for record in records}) == 1 else None,
         "projections": projections,
         "space": space,
         "seed": seed,

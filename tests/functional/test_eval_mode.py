@@ -16,7 +16,7 @@ class Waiting(nn.parallel.DistributedDataParallel):
         raise TimeoutError
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_frozen_script_has_no_mode_and_the_mode_of_an_exported_program_is_unknown():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()

@@ -100,6 +100,9 @@ def test_changes_of_one_config_are_read_as_different_data(finished):
     checkpoint = finished / "epoch_1.pth"
     changes = [{"train_dataloader.dataset.indices": indices} for indices in (50, 100)]
     pairs = [(load_config(finished / "config.py", change), checkpoint) for change in changes]
+    report = measure_checkpoints(pairs, num_samples=None, projections=1)
+    assert [record["samples"] for record in report.records] == [50, 100]
+    assert "over 50 or 100 training samples" in str(report)
     both = [record["gbr"] for record in measure_checkpoints(pairs, num_samples=10, projections=1).records]
     alone = [measure_checkpoints([pair], num_samples=10, projections=1).records[0]["gbr"] for pair in pairs]
     assert both == alone

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
@@ -108,7 +108,7 @@ class Trace:
         if weight is None or id(weight) not in self._states:
             return []
         found, open_values = [], [self._states[id(weight)]]
-        averages = _Averages(self, layer)
+        averages = _Averages(self, layer, weight)
         while open_values:
             for op in open_values.pop().readers:
                 if op.is_alias:
@@ -144,10 +144,11 @@ class _Averages:
     Args:
         trace: The pass.
         layer: A convolution or linear layer. The others have to be ENC if it is, and plain if it is plain.
+        weight: Its weight.
     """
 
-    def __init__(self, trace: Trace, layer: nn.Module):
-        self.trace, self.shape = trace, layer._parameters["weight"].shape
+    def __init__(self, trace: Trace, layer: nn.Module, weight: Tensor):
+        self.trace, self.shape = trace, weight.shape
         alike = (m for m in trace.model.modules() if isinstance(m, StockLayer))
         self.weights = {
             id(m._parameters.get("weight")) for m in alike if isinstance(m, ENCLayer) == isinstance(layer, ENCLayer)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
@@ -42,7 +44,8 @@ def _checkpoints(runner: Runner) -> Iterator[Path]:
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook):
             folder = Path(hook.out_dir, Path(runner.work_dir).name) if hook.out_dir else Path(runner.work_dir)
-            yield from folder.glob(hook.filename_tmpl.format("*"))
+            parts = Formatter().parse(hook.filename_tmpl)  # the number may have a format, as in 'epoch_{:03d}.pth'
+            yield from folder.glob("".join(glob.escape(text) + "*" * (field is not None) for text, field, *_ in parts))
 
 
 def take_seed(runner: Runner, filename: str) -> None:

@@ -22,6 +22,7 @@ from ..measuring.ranks import on_all_ranks
 from ..measuring.untouched import unwrap
 from ..packed import is_packing_chosen, pack_weights
 from ..refused import Refused, describe, require_file
+from ..steps.running_step import is_zero
 from ..surgery.loading import Loading
 from ..surgery.projected import constrained_layers
 from ..surgery.startup_average import average_from_start
@@ -36,6 +37,7 @@ from .preflight import check_loop, check_work_dir, why_step_fails
 from .resume import find_checkpoint, take_seed
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
+from .wrappers import optim_wrappers
 
 _LOADER = "<dataloader>"  # placeholder in errors; _build_loop replaces it by the config key of the dataloader
 
@@ -188,6 +190,10 @@ class ENCRunner(Runner):
             if isinstance(hook, RNGStateHook):
                 hook.gather(self)
         if not is_main_process():
+            if kwargs.get("save_optimizer", True):
+                for wrapper in optim_wrappers(self):
+                    if is_zero(wrapper.optimizer):  # rank 0 waits for the shares of the others
+                        wrapper.state_dict()
             return
         kwargs["file_client_args"] = file_client_args
         if file_client_args or not isinstance(

@@ -186,6 +186,18 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint_with_a_warning(trained, 
     assert f"resuming from the newest undamaged checkpoint {work_dir / 'epoch_2.pth'}" in text
 
 
+def test_names_of_checkpoints_may_be_formatted(tmp_path):
+    for epochs in (2, 3):
+        cfg = digits_config(tmp_path, epochs=epochs, resume=True)
+        cfg.default_hooks.checkpoint.filename_tmpl = "[a]_{:03d}.pth"
+        if epochs == 3:
+            truncate(tmp_path / "[a]_002.pth")
+        train(cfg)
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["[a]_001.pth", "[a]_002.pth", "[a]_003.pth"]
+    log = "".join(path.read_text() for path in tmp_path.glob("*/*.log"))
+    assert f"resuming from the newest undamaged checkpoint {tmp_path / '[a]_001.pth'}" in log
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_says_so(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "last_checkpoint").unlink()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_not_negative, check_number
+from .checks import check_not_negative, check_number, check_type
 from .grouped import computed, factors, normalized
 from .weights import check_variant, check_weight, enc_weight, is_centered, is_whole_layer, num_rows
 
@@ -125,12 +125,14 @@ def decay_efolds(
 
     Raises:
         ValueError: If ``momentum`` is not in [0, 1), or ``weight_decay`` is negative.
+        TypeError: If ``learning_rates`` is a single number.
 
     Example:
         >>> steps = [lr for lr in (0.1, 0.01, 0.001) for _ in range(30 * 5004)] + [1e-4] * (10 * 5004)
         >>> round(decay_efolds(steps, weight_decay=1e-4, momentum=0.9), 1)
         33.3
     """
+    check_type("learning_rates", learning_rates, Iterable, "the rate of each step, such as [0.1] * steps")
     check_not_negative("weight_decay", weight_decay)
     check_number("momentum", momentum, "a number in [0, 1)", lambda value: 0 <= value < 1)
     check_number("dampening", dampening, "a number in [0, 1]", lambda value: 0 <= value <= 1)

@@ -114,3 +114,8 @@ def test_efolds_hold_under_a_scale_invariant_loss():
 def test_efolds_refuse_settings_out_of_range(argument, value):
     with pytest.raises(ValueError, match=argument):
         decay_efolds([0.1], **{"weight_decay": 1e-4, argument: value})
+
+
+def test_efolds_of_one_rate_for_all_steps_ask_for_the_steps():
+    with pytest.raises(TypeError, match=r"learning_rates: expected the rate of each step, .*\* steps, got float 0.1"):
+        decay_efolds(0.1, 1e-4)

@@ -224,6 +224,14 @@ def test_a_bad_config_is_named_with_its_remedy(name, tmp_path):
     assert [(f.name, found in f.found, advice in f.advice) for f in broken] == [(check, True, True)], broken
 
 
+def test_parts_that_a_pure_python_config_imports_need_no_custom_imports(tmp_path):
+    config = tmp_path / "pure.py"
+    config.write_text("from enc_plugin.engine import ENCRunner\n\nrunner_type = ENCRunner\nmodel = dict()\n")
+    findings = {finding.name: finding for finding in check_config(str(config))}
+    assert findings["custom_imports"].state == OK
+    assert "enc_plugin.engine.ENCRunner" in findings["custom_imports"].found
+
+
 def test_two_bases_with_one_key_are_named_with_the_remedy(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text("model = dict(type='ENCImageClassifier')\n")

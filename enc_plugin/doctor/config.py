@@ -79,7 +79,8 @@ def _data(examined: _Examined) -> Iterator[Result]:
             continue
         if split == "train":
             examined.train_samples = len(dataset)
-        yield OK, f"{split}: {len(dataset):,} samples of {settings['type']}, two were read"
+        kind = getattr(settings["type"], "__name__", settings["type"])  # in pure Python configs, a class
+        yield OK, f"{split}: {len(dataset):,} samples of {kind}, two were read"
         try:
             notes = find_labels(key, dataset, examined.num_classes)
         except Refused as error:

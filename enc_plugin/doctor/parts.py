@@ -15,7 +15,7 @@ from .finding import BROKEN, NOTE, OK, Result, quietly
 
 
 def check_custom_imports(cfg: Config) -> Iterator[Result]:
-    """Whether ``custom_imports`` imports the plugin if the config uses a part of it."""
+    """Whether ``custom_imports`` imports the plugin if the config uses a part of it, other than by its full name."""
     imports = (cfg.get("custom_imports") or {}).get("imports", [])
     imports = [imports] if isinstance(imports, str) else imports
     own = {
@@ -24,13 +24,16 @@ def check_custom_imports(cfg: Config) -> Iterator[Result]:
         for name, part in registry.module_dict.items()
         if getattr(part, "__module__", "").split(".")[0] == "enc_plugin"
     }
-    used = ", ".join(sorted({name for _, name in named_parts(cfg.to_dict()) if name.split(".")[-1] in own}))
+    used = sorted({name for _, name in named_parts(cfg.to_dict()) if name.split(".")[-1] in own})
+    # mmengine imports the module of a full name.
+    imports = imports if any(name.split(".")[0] != "enc_plugin" for name in used) else used
+    names = ", ".join(used)
     if not used:
         yield NOTE, "this config uses no part of the plugin", "see the README: Use it"
     elif any(name.split(".")[0] == "enc_plugin" for name in imports):
-        yield OK, f"the plugin, for {used}"
+        yield OK, f"the plugin, for {names}"
     else:
-        found = f"the config uses {used} but does not import the plugin, so other tools report 'not in the registry'"
+        found = f"the config uses {names} but does not import the plugin, so other tools report 'not in the registry'"
         yield BROKEN, found, 'add: custom_imports = dict(imports=["enc_plugin"])'
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import enc_plugin
@@ -172,7 +173,7 @@ def test_the_example_learns_the_digits(capsys):
 def test_parameters_that_a_network_exempts_from_decay_are_those_of_timm(name):
     """Oracle: timm's groups of the network, which a wrapper would hide from timm (facebookresearch/deit issue 39)."""
     model = timm.create_model(name, num_classes=3)
-    groups = timm.optim.param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
+    groups = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.1).param_groups
     expected = {p for group in groups if not group["weight_decay"] for p in group["params"] if p.ndim > 1}
     outer = nn.Sequential(model)
     found = param_groups_enc(outer, 0.1)

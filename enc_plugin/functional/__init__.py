@@ -3,8 +3,9 @@
 from .attack import fgsm, pgd
 from .bounds import bound_chain, residual_log_bound, robustness_delta, robustness_gap
 from .decay import decay_efolds, shift_direction, shifted_l2_grad
-from .jacobian import gbr, gbr_penalty
+from .jacobian import gbr
 from .linear_maps import conv_map_sq_norm, map_spectral_norm
+from .penalty import gbr_penalty
 from .weights import VARIANTS, enc_weight
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_floating_tensor, check_integer, check_type
-from .precision import full_float32
+from .precision import at_least_float32, full_float32
 
 
 def conv_map_sq_norm(
@@ -96,7 +96,7 @@ def map_rows_sq_norm(weight: Tensor, reads: Sequence[Tensor]) -> Tensor:
     Returns:
         ``(out,)``, of the dtype of ``weight`` (float32 at least).
     """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight.to(at_least_float32(weight.dtype))
     met = weight
     for dim, pixels in enumerate(reads, start=2):
         same = (pixels[:, :, None] == pixels[:, None, :]) & (pixels >= 0)[:, :, None]

@@ -1,4 +1,4 @@
-"""Full float32 precision for measurements: TensorFloat-32 and autocast are off, whatever the run has set."""
+"""Precision of measurements: float32 in full, without TensorFloat-32 and autocast, whatever the run has set."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def full_float32() -> Iterator[None]:
         _set_legacy(products, convolutions)
         for setting, value in reversed(before):
             setting.fp32_precision = value
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 in place of a half precision, whose sums of squares would overflow."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def float32_formats() -> dict[str, str]:

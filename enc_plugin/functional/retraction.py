@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .grouped import blocks_of, enc_weights, factors, gathered, groups_of, in_layouts_of, normalized, rows_of
+from .precision import at_least_float32
 from .rotation import turn_rows_
 from .weights import enc_weight, is_centered, is_whole_layer, num_rows
 
@@ -45,7 +46,7 @@ def turn_(
         return
     for weight, old in zip(weights, before, strict=True):
         for block, start in zip(blocks_of(weight, variant), blocks_of(old, variant), strict=True):
-            rows, dtype = num_rows(block, variant), torch.promote_types(block.dtype, torch.float32)
+            rows, dtype = num_rows(block, variant), at_least_float32(block.dtype)
             w, u = (x.reshape(rows, -1).to(dtype) for x in (start, block.sub_(start)))
             turn_rows_([w], [u], angle, is_centered(variant))
             block.copy_(_share(u.reshape(block.shape), weight, variant, alpha))

@@ -6,7 +6,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..functional.checks import check_integer, check_not_negative
-from ..functional.jacobian import gbr_penalty
+from ..functional.penalty import gbr_penalty
 
 
 @MODELS.register_module()

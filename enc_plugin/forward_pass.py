@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Weights(Protocol):
 
     device_type: str  # autocast has a mode for each type
 
-    def weight_of(self, layer: nn.Module) -> Tensor | None:
+    def weight_of(self, layer: Any) -> Tensor | None:
         """Effective weight of ``layer``, or None if the layer has to compute it."""
 
 
@@ -53,7 +53,8 @@ _running = _Running()
 def can_precompute() -> bool:
     """Whether weights may be precomputed here: not under torch.compile, tracing or transforms of ``torch.func``."""
     is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return _CAN_SEE_HOOKS and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed)
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return _CAN_SEE_HOOKS and not (is_traced or is_transformed)
 
 
 def open_pass(model: nn.Module, weights: Weights) -> None:
@@ -68,8 +69,12 @@ def open_pass(model: nn.Module, weights: Weights) -> None:
     _running.passes.append(_Pass(model, sys._getframe(2), weights))
 
 
-def close_pass(model: nn.Module) -> Weights | None:
-    """End the innermost pass if it is one of ``model``, and return its weights; also drops passes that raised."""
+def close_pass(model: nn.Module) -> Any:
+    """End the innermost pass if it is one of ``model``; also drops passes that raised.
+
+    Returns:
+        What :func:`open_pass` was given as ``weights``; None if no pass of ``model`` was running.
+    """
     passes = _running_passes()
     return passes.pop().weights if passes and passes[-1].model is model else None
 

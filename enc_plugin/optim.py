@@ -63,7 +63,7 @@ class DecayRules:
     weight_decay: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             if name == "lr" and isinstance(value, torch.Tensor):  # torch accepts one; its value may change later

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -76,7 +77,7 @@ def is_packing_chosen(model: nn.Module) -> bool:
     return any(_is_ours(hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
 
 
-def _is_ours(hook) -> bool:
+def _is_ours(hook: object) -> bool:
     return isinstance(getattr(hook, "__self__", None), _Packing)
 
 
@@ -98,8 +99,8 @@ class _Packing:
             return
         known = self.known  # another thread may set it meanwhile
         if known is None or known[0]() is not model:  # shallow copies share their hooks
-            found = [weakref.ref(module) for module in model.modules() if isinstance(module, ENCLayer)]
-            known = self.known = weakref.ref(model), found
+            known = weakref.ref(model), [weakref.ref(x) for x in model.modules() if isinstance(x, ENCLayer)]
+            self.known = known
         # A layer may have become plain, or projected, since the last pass.
         layers = [
             layer for reference in known[1] if isinstance(layer := reference(), ENCLayer) and not layer.enc_is_projected
@@ -161,14 +162,14 @@ class _Weights:
         for layer in part:
             if layer in unused or not _can_be_packed(layer):
                 continue
-            weight = layer._parameters["weight"]
+            weight = _weight(layer)
             if weight.device.type == self.device_type:
                 groups[layer.enc_variant, weight.device, weight.dtype, type(layer) in _OWN_LAYERS].append(layer)
         for (variant, device, dtype, is_own), members in groups.items():
             # Subclasses may use the weight before autocast casts it.
             dtype = _cast_dtype(device.type, dtype) if is_own else dtype
             # Keeping the sources alive ensures that no other tensor gets their ids, which _state compares.
-            sources = [(layer._parameters["weight"], layer.enc_log_alpha) for layer in members]
+            sources = [(_weight(layer), layer.enc_log_alpha) for layer in members]
             states = [_state(layer) for layer in members]
             alphas = [layer.enc_alpha for layer in members]
             whats = effective_weights([weight for weight, _ in sources], variant, alphas, dtype)
@@ -200,6 +201,11 @@ def _state(layer: ENCLayer) -> tuple:
     state = stream, id(weight), weight._version, weight.data_ptr()
     alpha = layer.enc_log_alpha
     return state if alpha is None else (*state, id(alpha), alpha._version, alpha.data_ptr())
+
+
+def _weight(layer: ENCLayer) -> Any:
+    """The parameter itself, and not the attribute ``weight``, which pruning and parametrization replace."""
+    return layer._parameters["weight"]
 
 
 def _can_be_packed(layer: ENCLayer) -> bool:

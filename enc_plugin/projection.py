@@ -34,6 +34,8 @@ from .steps.running_step import (
     calling_frame,
     inner_optimizers,
     is_zero,
+    move_pre_hook_last,
+    register_first_post_hook,
     replace_decay,
     restore_decays,
     start_momentum,
@@ -132,9 +134,7 @@ class _Projection:
         self.decays: Decays = []
         carry_load_hook(optimizer, _keep_settings)
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
-        # First among the post-hooks, so that the others (an average of the weights) see weights on the set.
-        after = optimizer.register_step_post_hook(self.after_step).id
-        optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)
+        register_first_post_hook(optimizer, self.after_step)
         optimizer.register_state_dict_pre_hook(self.restore)
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -199,8 +199,9 @@ class _Projection:
 
 
 def _restore(optimizer: Optimizer) -> None:
-    if "_enc_projection" in vars(optimizer):
-        optimizer._enc_projection.restore(optimizer)
+    projection = vars(optimizer).get("_enc_projection")
+    if projection is not None:
+        projection.restore(optimizer)
 
 
 def _retract_inner(optimizer: Optimizer) -> None:
@@ -275,8 +276,8 @@ def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         return
     own = vars(optimizer).get("_enc_projection")
     if own is None:
-        own = optimizer._enc_projection = _Projection(optimizer)
-    optimizer._optimizer_step_pre_hooks.move_to_end(own.hook)
+        own = vars(optimizer)["_enc_projection"] = _Projection(optimizer)
+    move_pre_hook_last(optimizer, own.hook)
 
 
 register_carried_hook(_keep_settings, _restore)

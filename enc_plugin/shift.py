@@ -24,6 +24,8 @@ from .steps.running_step import (
     RunningStep,
     calling_frame,
     inner_optimizers,
+    move_pre_hook_last,
+    register_first_post_hook,
     replace_decay,
     restore_decays,
     start_momentum,
@@ -133,9 +135,7 @@ class _Shift:
         self.decays: Decays = []
         self.step: _Step | None = None
         self.hook = optimizer.register_step_pre_hook(self.before_step).id
-        # First among the post-hooks, so that the others (an average of the weights) see the restored weights.
-        after = optimizer.register_step_post_hook(self.after_step).id
-        optimizer._optimizer_step_post_hooks.move_to_end(after, last=False)
+        register_first_post_hook(optimizer, self.after_step)
         carry_load_hook(optimizer, _see_loading)
         if hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):
             # After a step that raised, the decay and the weights are not yet restored.
@@ -157,7 +157,7 @@ class _Shift:
 
     # The trial steps must not be compiled. torch.optim uses this private decorator too: torch.compiler.disable would
     # import the compiler together with this module, which takes seconds.
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _find_kind(self, optimizer: Optimizer, group: dict[str, Any]) -> str:
         kind, name = decay_kind(optimizer, group), type(optimizer).__name__
         if group.get("enc_decoupled") is None:
@@ -175,11 +175,8 @@ class _Shift:
         return kind or GRADIENT
 
     def move_last(self, optimizer: Optimizer) -> None:
-        """Move the shift behind the other step pre-hooks, which may clip or rescale the gradients."""
-        hooks = optimizer._optimizer_step_pre_hooks
-        if self.hook in hooks:
-            hooks.move_to_end(self.hook)
-        else:
+        """Move the shift behind the other step pre-hooks; register it if it is lost."""
+        if not move_pre_hook_last(optimizer, self.hook):
             self.hook = optimizer.register_step_pre_hook(self.before_step).id
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -270,7 +267,7 @@ def _shift_of(optimizer: Optimizer) -> _Shift:
     """The ``_Shift`` of an optimizer; created on first use, also for copies and unpickled optimizers."""
     shift = vars(optimizer).get("_enc_shift")
     if shift is None:
-        shift = optimizer._enc_shift = _Shift(optimizer)
+        shift = vars(optimizer)["_enc_shift"] = _Shift(optimizer)
     return shift
 
 
@@ -281,8 +278,9 @@ def _see_loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] 
 
 def _restore(optimizer: Optimizer) -> None:
     """Called before an optimizer that has the load hook is copied: its last step may have raised an error."""
-    if "_enc_shift" in vars(optimizer):
-        optimizer._enc_shift.restore(optimizer)
+    shift = vars(optimizer).get("_enc_shift")
+    if shift is not None:
+        shift.restore(optimizer)
 
 
 def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

@@ -38,7 +38,7 @@ def carry_load_hook(optimizer: Optimizer, hook: LoadHook) -> None:
         copyreg.pickle(type(optimizer), _reduce)  # copy and pickle call it for optimizers of this class
 
 
-def _reduce(optimizer: Optimizer) -> tuple:
+def _reduce(optimizer: Optimizer) -> str | tuple:
     """What ``copy`` and ``pickle`` make a copy of an optimizer from: its state, and the load hooks that it carries."""
     hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", {}).values()
     carried = [hook for hook in hooks if hook in _before_copy]

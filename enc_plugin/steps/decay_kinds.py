@@ -135,9 +135,10 @@ def _trial(
         # Different from the optimizer's default, because some optimizers multiply the decay by lr / default lr.
         settings["lr"] = torch.full_like(settings["lr"], lr) if isinstance(settings["lr"], Tensor) else lr
     trial = _trial_optimizer(optimizer, {"params": [weight], **settings})
-    if callable(getattr(trial, "train", None)):  # schedule-free optimizers step in this mode alone
-        trial.train()
-    step = type(optimizer).step
+    train = getattr(trial, "train", None)
+    if callable(train):  # schedule-free optimizers step in this mode alone
+        train()
+    step: Any = type(optimizer).step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without any step hooks
     closure = [lambda: weight.new_zeros(())] if "closure" in inspect.signature(step).parameters else []
     for _ in range(_TRIAL_STEPS):

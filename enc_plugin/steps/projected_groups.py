@@ -44,7 +44,7 @@ def own_groups(optimizer: Optimizer) -> list[Group]:
     return [group for group in projected_groups(optimizer) if steps_itself(optimizer, group)]
 
 
-@torch._disable_dynamo  # as in torch.optim: trial steps must not be compiled
+@torch._disable_dynamo  # type: ignore[attr-defined]  # as in torch.optim: trial steps must not be compiled
 def prepare(optimizer: Optimizer, group: Group) -> None:
     """Check a group, and find out how the optimizer's steps depend on the length of gradients and weights."""
     name = type(optimizer).__name__
@@ -68,7 +68,7 @@ def prepare(optimizer: Optimizer, group: Group) -> None:
                 f"projection: 'rotate' turns weights as SGD or AdamW does in equilibrium, and {name} is neither; use "
                 "one of the two, or 'retract'"
             )
-        power, no_decay = 2, 0.0
+        group.update(enc_power=2, enc_no_decay=0.0)
     else:
         power, no_decay = shrinking_power(optimizer, group)
         if power is None:
@@ -76,13 +76,14 @@ def prepare(optimizer: Optimizer, group: Group) -> None:
                 f"projection: 'retract' has to know how the length of steps depends on the length of gradients and "
                 f"weights, which is unknown for {name}; use SGD or AdamW"
             )
-    group.update(enc_power=power, enc_no_decay=no_decay, enc_stepped_by=name)
+        group.update(enc_power=power, enc_no_decay=no_decay)
+    group["enc_stepped_by"] = name
 
 
 def start(groups: list[Group], has_gradients: bool) -> None:
     """Project the weights of new groups, and store by which factor their norms changed."""
     for group in groups:
-        if len(group.get("enc_shrink", group["params"])) != len(group["params"]):
+        if "enc_shrink" in group and len(group["enc_shrink"]) != len(group["params"]):
             raise ValueError(
                 f"param_groups: a projected group has {len(group['params'])} weights, and it had "
                 f"{len(group['enc_shrink'])} at its first step; add weights by add_param_group, and freeze them by "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -37,6 +37,20 @@ class RunningStep:
             if (id(frame), frame.f_code) == self._frame:
                 return True
         return False
+
+
+def register_first_post_hook(optimizer: Optimizer, hook: Callable[[Optimizer, tuple, dict], None]) -> None:
+    """Register a step post-hook before the others, which may average the weights, so that they see its result."""
+    hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict
+    hooks.move_to_end(optimizer.register_step_post_hook(hook).id, last=False)
+
+
+def move_pre_hook_last(optimizer: Optimizer, key: int) -> bool:
+    """Move a step pre-hook behind the others, which may clip or rescale gradients; False if it is not there."""
+    hooks: Any = optimizer._optimizer_step_pre_hooks
+    if key in hooks:
+        hooks.move_to_end(key)
+    return key in hooks
 
 
 Decays = list[tuple[dict[str, Any], float | Tensor]]  # groups, and the decay that they have outside of the step

@@ -51,7 +51,7 @@ def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, fou
     if kind == AROUND:
         offsets = torch._foreach_mul([shift_direction(_fixed(p), variant) for p in trained], eps)
         torch._foreach_sub_(trained, offsets)
-        return [(trained, offsets)]
+        return [(trained, list(offsets))]
     if kind == WEIGHT:
         # The step multiplies the addition by 1 - lr lambda too, so divide by that.
         factor = group["lr"] * amount / (1 - group["lr"] * decay)
@@ -60,7 +60,7 @@ def shift_group(kind: str, group: dict[str, Any], grad_scale: Tensor | None, fou
         for weights, targets in _pieces(trained, trained, variant):
             _add(targets, _directions(weights, variant), factor)
         return []
-    sign = -1.0 if group.get("maximize") else 1.0
+    sign: float | Tensor = -1.0 if group.get("maximize") else 1.0
     if grad_scale is not None:
         sign = sign * grad_scale
     if torch.is_grad_enabled():  # differentiable=True: the graph may still need the original gradient

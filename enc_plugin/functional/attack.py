@@ -2,13 +2,13 @@ r"""White-box attacks in the L-inf ball: FGSM (one gradient) and PGD (several)."
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type, holds_integers
@@ -146,11 +146,12 @@ def pgd(
 def input_gradient(
     forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, loss: Loss = "cross_entropy"
 ) -> tuple[Tensor, Tensor]:
-    r"""Gradient of the summed loss with respect to the images.
+    r"""Gradient of the summed loss with respect to the images; of the cross entropy, up to a factor for each image.
 
     The loss is summed, not averaged, so an image's gradient does not depend on the size of its batch. It is computed in
     float32 or float64, also of logits in half precision. TensorFloat-32 is not used, nor autocast, unless ``forward``
-    itself or images in half precision ask for it.
+    itself or images in half precision ask for it. That of the cross entropy is divided by ``1 - p``, where p is the
+    probability of the true class. No sign changes by that, and it stays exact where ``1 - p`` would be rounding error.
 
     Args:
         forward, images, labels, loss: As in :func:`fgsm`.
@@ -179,10 +180,16 @@ def input_gradient(
                 )
             check_class_numbers("labels", labels, logits.shape[1])
         scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        total = loss(scores, labels) if callable(loss) else F.cross_entropy(scores, labels, reduction="sum")
+        total = loss(scores, labels) if callable(loss) else _log_odds(scores, labels)
         check_type("loss", total, Tensor, "a callable that returns a tensor")
         gradient = gradient_of(total.sum(), x)
     return gradient, logits.detach()
+
+
+def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """``log((1 - p) / p)``, ``(N,)``; its gradient is that of the cross entropy ``-log(p)``, divided by ``1 - p``."""
+    own = labels[:, None]
+    return logits.scatter(1, own, -math.inf).logsumexp(1) - logits.gather(1, own)[:, 0]
 
 
 def sign_step(images: Tensor, gradient: Tensor, eps: float, *, lower: float, upper: float) -> Tensor:
@@ -199,8 +206,8 @@ def _warn_of_zeros(gradient: Tensor) -> None:
     if gradient.numel() and not gradient.any():
         warnings.warn(
             "forward: the gradients of all images are exactly 0, so the attack cannot change them, which does not mean "
-            "that the network is robust; look for rounding (of pixels or activations) in forward, and for logits so "
-            "far apart that the loss is 0",
+            "that the network is robust; look for rounding (of pixels or activations) in forward, and for a loss of "
+            "your own that is flat",
             stacklevel=3,
         )
 

@@ -67,7 +67,7 @@ class Robustness:
         if self.zero_grad > ZERO_GRAD_LIMIT:
             found.append(
                 f"{self.zero_grad:.1%} of the samples have an all-zero gradient, so the attack does not change them "
-                "(saturated softmax or masked gradients): this accuracy overestimates the robustness"
+                "(masked gradients): this accuracy overestimates the robustness"
             )
         both = [eps for eps in self.fgsm if eps in self.pgd]
         if both and self.fgsm[max(both)] - self.pgd[max(both)] > PGD_MARGIN:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import functools
 import random
 
@@ -84,9 +85,31 @@ def test_linear_model_gradient_has_its_closed_form():
     weight = torch.randn(4, 6, dtype=torch.float64)
     images, labels = torch.rand(5, 6, dtype=torch.float64), torch.arange(5) % 4
     gradient, logits = input_gradient(linear(weight.tolist()), images, labels)
-    residual = torch.softmax(images @ weight.T, 1) - F.one_hot(labels, 4)  # d loss / d logits
+    shares = torch.softmax(images @ weight.T, 1)
+    residual = shares - F.one_hot(labels, 4)  # d loss / d logits
     torch.testing.assert_close(logits, images @ weight.T)
-    torch.testing.assert_close(gradient, residual @ weight)
+    torch.testing.assert_close(gradient, residual @ weight / (1 - shares.gather(1, labels[:, None])))
+
+
+@pytest.mark.parametrize("margin", [5, 30])
+def test_confident_predictions_are_attacked_as_in_float64(margin):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 5)).eval()
+    images = torch.rand(64, 20)
+    top = model(images).topk(2)
+    model[2].weight.data *= (s := margin / (top.values[:, 0] - top.values[:, 1]).max())
+    model[2].bias.data *= s
+    exact, x = copy.deepcopy(model).double(), images.double().requires_grad_()
+    F.cross_entropy(exact(x), top.indices[:, 0], reduction="sum").backward()
+    found = fgsm(model, images, top.indices[:, 0], 0.1, lower=-1, upper=2)
+    assert ((found - images).sign() == x.grad.sign()).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_a_softmax_that_is_saturated_does_not_stop_an_attack(attack):
+    images, labels = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1])
+    expected = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+    torch.testing.assert_close(attack(lambda x: 1e4 * x, images, labels, 0.1), expected)
 
 
 def test_pgd_reaches_the_worst_corner_of_a_linear_two_class_model():
@@ -273,7 +296,7 @@ def test_gradients_of_confident_predictions_do_not_underflow_in_autocast():
         half = fgsm(model, images.half(), labels, 0.1)  # the network cannot read these without autocast
     assert torch.equal(found, expected)
     assert half.dtype == torch.float16
-    assert (half == images.half()).all(1).any()  # float16 loses the gradient
+    assert not (half == images.half()).all(1).any()
 
 
 def test_half_precision_logits_do_not_flush_the_gradient_to_zero(digits):
@@ -380,11 +403,14 @@ def test_rounding_of_a_normalisation_that_was_undone_is_within_the_bounds():
 
 
 @pytest.mark.parametrize("attack", [fgsm, pgd])
-@pytest.mark.parametrize("masked", [torch.round, lambda x: 1000 * x])
-def test_gradients_that_are_zero_for_all_images_are_warned_of(attack, masked):
+@pytest.mark.parametrize(
+    ("forward", "loss"),
+    [(torch.round, "cross_entropy"), (lambda x: 1000 * x, functools.partial(F.cross_entropy, reduction="sum"))],
+)
+def test_gradients_that_are_zero_for_all_images_are_warned_of(attack, forward, loss):
     images, labels = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1])
     with pytest.warns(UserWarning, match="exactly 0.*not mean that the network is robust.*rounding"):
-        adversarial = attack(masked, images, labels, 0.1)
+        adversarial = attack(forward, images, labels, 0.1, loss=loss)
     assert (adversarial - images).abs().max() <= 0.1 + 1e-6
 
 

@@ -104,11 +104,13 @@ def locate(dataset: Dataset, index: int) -> tuple[object, dict]:
     )
 
 
-def leaves(dataset: object) -> list:
+def leaves(dataset: Any) -> list:
     """The datasets with a pipeline, inside of any wrappers, each once."""
-    if getattr(dataset, "pipeline", None) is not None:
+    # mmengine's slice of a dataset (num_batch_per_epoch) passes on the attributes of that dataset as its own.
+    own = getattr(dataset, "__dict__", {})
+    if ("pipeline" in own or hasattr(type(dataset), "pipeline")) and dataset.pipeline is not None:
         return [dataset]
-    inner = [*(getattr(dataset, "datasets", None) or []), getattr(dataset, "dataset", None)]
+    inner = [*(getattr(dataset, "datasets", None) or []), getattr(dataset, "dataset", None), own.get("_dataset")]
     found = {id(leaf): leaf for one in inner if one is not None for leaf in leaves(one)}
     return list(found.values())
 

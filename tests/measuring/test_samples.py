@@ -12,6 +12,7 @@ import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.registry import TRANSFORMS, DefaultScope
+from mmengine.runner import Runner
 from mmpretrain.datasets import CustomDataset, KFoldDataset
 from mmpretrain.structures import DataSample
 from torch.utils.data import Dataset, Subset
@@ -373,6 +374,23 @@ def test_samples_are_read_without_the_datasets_own_pipeline_even_within_wrappers
         for picture, label, index in zip([*first, *second], [*first_labels, *second_labels], [3, 7, 9], strict=True):
             assert torch.equal(picture, plain[index]["inputs"])
             assert label == plain[index]["data_samples"].gt_label
+
+
+def test_a_slice_of_a_dataset_is_read_without_augmentation_and_without_replacement(tmp_path):
+    def sliced(dataset):  # what mmengine makes of num_batch_per_epoch
+        loader = dict(batch_size=2, num_batch_per_epoch=2, dataset=dataset, sampler=dict(type="DefaultSampler"))
+        return Runner.build_dataloader(loader).dataset
+
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        slices = [sliced(data) for data in (keyed("train", dict(type="_Refuse")), RepeatDataset(keyed(), 2))]
+    for dataset in slices:
+        assert choose_samples(dataset, None, seed=0) == [0, 1, 2, 3]
+        samples = FixedSamples(dataset, VAL, [0, 2], 2).read()
+        assert levels(samples) == levels(FixedSamples(keyed(), VAL, [0, 2], 2).read())
+    missing = Keyed(pipeline=[lambda info: None if info["key"] == 1 else {"sample": info["key"]}])
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        source = WithoutReplacement(sliced(missing))
+    assert [source[index] for index in range(3)] == [{"sample": 0}, None, {"sample": 2}]
 
 
 def test_the_pipeline_is_found_within_wrappers_built_or_not():

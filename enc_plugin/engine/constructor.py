@@ -54,8 +54,8 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             settings that it contains; biases still do not decay unless it sets ``decay_mult``.
 
     Raises:
-        ValueError: If an option is unknown, a ``custom_keys`` entry matches no parameter, ``shift_eps`` is negative, or
-            the model is sharded (FSDP).
+        ValueError: If an option is unknown, a ``custom_keys`` entry matches no parameter (unless it is a mere
+            ``decay_mult=0``, which causes a warning), ``shift_eps`` is negative, or the model is sharded (FSDP).
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
@@ -84,7 +84,27 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **_: Any) -> None:
         """Append the groups of all parameters of ``module`` to ``params``."""
+        self._leave_out_idle_exemptions(module, prefix)
         params.extend(self._rules().groups(module, prefix))
+
+    def _leave_out_idle_exemptions(self, module: nn.Module, prefix: str) -> None:
+        """Remove entries of ``custom_keys`` that only exempt from decay, and match no parameter; warn of them.
+
+        A third of mmpretrain's configs inherit such entries, for position embeddings that their networks do not have.
+        """
+        custom_keys = self.paramwise_cfg.get("custom_keys", {})
+        names = [name for name, _ in module.named_parameters(prefix=prefix)]
+        exempt = [key for key, settings in custom_keys.items() if dict(settings) == {"decay_mult": 0}]
+        idle = [key for key in exempt if not any(key in name for name in names)]
+        if idle:
+            kept = {key: settings for key, settings in custom_keys.items() if key not in idle}
+            self.paramwise_cfg = {**self.paramwise_cfg, "custom_keys": kept}
+            print_log(
+                f"ENC: custom_keys: no parameter is exempted from decay by {', '.join(map(repr, idle))}, because none "
+                "has such a name",
+                logger="current",
+                level=logging.WARNING,
+            )
 
     def _rules(self) -> DecayRules:
         return DecayRules(self.base_lr, self.base_wd, self.paramwise_cfg)

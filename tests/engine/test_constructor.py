@@ -17,6 +17,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from enc_plugin import ENCConv2d, ENCLinear, to_enc
+from enc_plugin.build import config_file
 from enc_plugin.engine import ENCOptimWrapperConstructor
 
 SGD = dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -146,6 +147,22 @@ def test_decay_that_the_config_leaves_out_is_the_optimizers_default_and_spares_b
 def test_bad_options_are_named(paramwise_cfg, message):
     with pytest.raises(ValueError, match=message):
         build(net(), paramwise_cfg=paramwise_cfg)
+
+
+def test_exemptions_from_decay_that_stock_configs_inherit_in_vain_are_warned_of(warnings):
+    """ConvMixer's config inherits the schedule of Swin transformers, as those of ConvNeXt, VAN and others do."""
+    cfg = Config.fromfile(config_file("mmpretrain::convmixer/convmixer-768-32_10xb64_in1k.py"))
+    keys = cfg.optim_wrapper.paramwise_cfg.custom_keys
+    assert sorted(keys) == [".absolute_pos_embed", ".relative_position_bias_table"]
+    model = net()
+    wrapper = build(model, cfg.optim_wrapper.optimizer, cfg.optim_wrapper.paramwise_cfg)
+    assert group_of(wrapper, model[0].weight)["weight_decay"] == 0.05
+    assert group_of(wrapper, model[1].weight)["weight_decay"] == 0.0
+    (text,) = warnings
+    assert "no parameter is exempted from decay by '.absolute_pos_embed', '.relative_position_bias_table'" in text
+    assert sorted(keys) == [".absolute_pos_embed", ".relative_position_bias_table"]  # the run's config stays as it is
+    keys["3.weight"] = dict(decay_mult=0.0)
+    assert group_of(build(model, SGD, dict(custom_keys=keys)), model[3].weight)["weight_decay"] == 0.0
 
 
 @pytest.mark.parametrize("variant", ALL)

@@ -95,8 +95,9 @@ def declared(scalars: Iterable[Scalar], name: str) -> Scalar | None:
 
 def log_scalars(runner: Runner, values: dict[str, float], step: int) -> None:
     """Log values to all visualizers at ``step``, an epoch or an iteration."""
-    # The message hub would repeat the values in the log of every later iteration.
-    runner.visualizer.add_scalars(values, step=step, file_path=f"{runner.timestamp}.json")
+    # The message hub would repeat the values in the log of every later iteration. Only scalars.json gets them, not
+    # <timestamp>.json: mmpretrain's analyze_logs.py takes each line without a learning rate for one of a validation.
+    runner.visualizer.add_scalars(values, step=step)
 
 
 def weights_in_words(averaged: bool) -> str:

@@ -7,6 +7,7 @@ import re
 import pytest
 from engine.test_no_trace import OBSERVERS
 from helpers import ROOT, digits_config, scalars, train
+from mmpretrain.utils import load_json_log
 
 from enc_plugin.engine import SCALARS
 from enc_plugin.engine.scalars import Scalar, declared
@@ -29,6 +30,15 @@ def test_every_scalar_that_a_hook_of_ours_logs_is_declared(tmp_path):
     assert {"gbr/logits_sem", "gbr/second.curve_sem", "enc_monitor/norm/min"} <= beside
     kinds = {s.name for s in SCALARS if s.words(next((k for k in logged if declared([s], k)), "")) is not None}
     assert kinds == {s.name for s in SCALARS}  # nothing is declared that no run logs
+
+
+def test_the_stock_log_beside_our_scalars_is_read_by_stock_tools(tmp_path):
+    train(digits_config(tmp_path, epochs=2, custom_hooks=[dict(type="GBRHook", num_samples=8, batch_size=8)]))
+    (log,) = tmp_path.glob("*/vis_data/2*.json")
+    found = load_json_log(log)["val"]  # all lines without a learning rate
+    assert [line["step"] for line in found] == [1, 2]
+    assert all("accuracy/top1" in line for line in found)
+    assert {"enc/layers", "gbr/logits"} <= {key for line in scalars(tmp_path) for key in line}
 
 
 def test_the_documentation_lists_every_declared_scalar():

@@ -224,9 +224,15 @@ def test_a_bad_config_is_named_with_its_remedy(name, tmp_path):
     assert [(f.name, found in f.found, advice in f.advice) for f in broken] == [(check, True, True)], broken
 
 
-def test_parts_that_a_pure_python_config_imports_need_no_custom_imports(tmp_path):
+def test_parts_that_a_pure_python_config_imports_need_no_custom_imports_and_no_scope(tmp_path):
     config = tmp_path / "pure.py"
-    config.write_text("from enc_plugin.engine import ENCRunner\n\nrunner_type = ENCRunner\nmodel = dict()\n")
+    lines = (
+        "from enc_plugin.engine import ENCRunner\n",
+        "runner_type = ENCRunner",
+        "model = dict()",
+        "default_scope = None",
+    )
+    config.write_text("\n".join(lines))
     findings = {finding.name: finding for finding in check_config(str(config))}
     assert findings["custom_imports"].state == OK
     assert "enc_plugin.engine.ENCRunner" in findings["custom_imports"].found

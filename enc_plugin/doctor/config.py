@@ -49,7 +49,7 @@ def check_config(config: str, options: dict | None = None, device: str | None = 
         yield refusal("config", error)
         return
     yield Finding("config", OK, str(config))
-    init_default_scope(examined.cfg.get("default_scope", "mmpretrain"))
+    init_default_scope(examined.cfg.get("default_scope") or "mmpretrain")  # None in pure Python configs
     broken: set[str] = set()
     for name, (check, needed) in _CHECKS.items():
         if broken & needed:

@@ -60,6 +60,13 @@ def make_loadable(value: Any, name: str) -> Any:
     return value
 
 
+def without_functions(state: Any) -> Any:
+    """States of schedulers without functions (``anneal_func`` of ``OneCycleLR``), which the config's scheduler has."""
+    if isinstance(state, Mapping):
+        return {key: without_functions(value) for key, value in state.items() if not callable(value)}
+    return [without_functions(value) for value in state] if isinstance(state, list) else state
+
+
 def _check_loads(value: Any, name: str) -> None:
     file = io.BytesIO()
     try:

@@ -31,7 +31,7 @@ from .checkpoint_hook import ENCCheckpointHook
 from .gloo import ddp_on_cpu, join_gloo
 from .guard_hook import ENCGuardHook
 from .limits import check_distributed, refuse_merged_norms, refuse_strategy
-from .loadable import make_loadable
+from .loadable import make_loadable, without_functions
 from .loaded import check_loaded
 from .preflight import check_loop, check_work_dir, why_step_fails
 from .resume import find_checkpoint, take_seed
@@ -224,6 +224,8 @@ class ENCRunner(Runner):
         super().call_hook(fn_name, **kwargs)
         if fn_name == "before_save_checkpoint":
             checkpoint = kwargs["checkpoint"]
+            if "param_schedulers" in checkpoint:
+                checkpoint["param_schedulers"] = without_functions(checkpoint["param_schedulers"])
             checkpoint.update({key: make_loadable(value, key) for key, value in checkpoint.items()})
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:

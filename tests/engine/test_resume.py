@@ -105,6 +105,11 @@ CASES = {
         dict(val=2),
         "epoch_3.pth",
     ),
+    "a schedule with a function in its state": (
+        dict(param_scheduler=dict(type="OneCycleLR", eta_max=0.1, total_steps=9, by_epoch=False)),
+        dict(epoch=1),
+        "epoch_3.pth",
+    ),
     "generators of a transform's own": (
         dict(train_dataloader__dataset__pipeline=[OWN_NOISE, PACK], default_hooks__checkpoint=EVERY_TWO),
         dict(iter=5),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..installation import needs_mmpretrain  # noqa: F401
 
 # isort: split
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -65,37 +66,44 @@ def draw_pictures(
     device = next(model.parameters()).device
     classes = dict(getattr(dataset, "metainfo", None) or {}).get("classes")
     with untouched(classify):
-        pixels, labels = collate_pixels([source[i] for i in spread(len(dataset), count)])
-        pixels, labels = pixels.to(device).float(), labels.to(device)
-        attacked = fgsm(classify, pixels, labels, float(eps), upper=PIXEL_MAX)
-        shares = [classify(x.clone()).softmax(1).cpu() for x in (pixels, attacked)]  # it may work in place
+        samples = [sample for i in spread(len(dataset), count) if (sample := source[i]) is not None]
+        alike = len({sample["inputs"].shape for sample in samples}) == 1
+        batches = [samples] if alike else [[sample] for sample in samples]
+        columns = [column for batch in batches for column in _columns(classify, batch, float(eps), device)]
     # Grey means no change, black and white the largest change that eps allows.
-    difference = (attacked - pixels) * (PIXEL_MAX / 2 / eps) + PIXEL_MAX / 2
-    rows = [
-        ("clean", pixels),
-        (f"FGSM, eps {eps:g}", attacked),
-        (f"difference x {PIXEL_MAX / 2 / eps:.3g}\n(grey: no change)", difference),
-    ]
+    rows = ("clean", f"FGSM, eps {eps:g}", f"difference x {PIXEL_MAX / 2 / eps:.3g}\n(grey: no change)")
     flip = bool(getattr(model.data_preprocessor, "to_rgb", False))
-    count = len(labels)
-    figure = plot.new_figure((1.6 * count + 1.1, 6.0))
-    grid = figure.subplots(3, count, squeeze=False)
-    for row, (title, images) in enumerate(rows):
-        for column in range(count):
+    figure = plot.new_figure((1.6 * len(columns) + 1.1, 6.0))
+    grid = figure.subplots(3, len(columns), squeeze=False)
+    for row, title in enumerate(rows):
+        for column, (images, shares, label) in enumerate(columns):
             axes = grid[row][column]
             look = dict(cmap="gray", vmin=0, vmax=1, interpolation="nearest")  # cmap is used for one channel only
-            axes.imshow(_to_image(images[column], flip), **look)
+            axes.imshow(_to_image(images[row], flip), **look)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if row < 2:
-                share, predicted = (value.item() for value in shares[row][column].max(0))
-                mark, color = _RIGHT if predicted == labels[column] else _WRONG
+                share, predicted = (value.item() for value in shares[row].max(0))
+                mark, color = _RIGHT if predicted == label else _WRONG
                 axes.set_title(f"{mark} {_label(classes, predicted)} ({share:.0%})", color=color, fontsize=10)
             else:
-                axes.set_xlabel(f"true: {_label(classes, labels[column].item())}", fontsize=10)
+                axes.set_xlabel(f"true: {_label(classes, label)}", fontsize=10)
         grid[row][0].set_ylabel(title, fontsize=11)
     figure.suptitle(f"{name}: prediction and its probability, clean and under attack (eps in {UNIT})", fontsize=11)
     plot.save(plot.to_png(figure, colors=None), path)
+
+
+def _columns(
+    classify: PixelClassifier, samples: Sequence[dict], eps: float, device: torch.device
+) -> Iterator[tuple[list[Tensor], list[Tensor], int]]:
+    """Of each sample: the clean image, the attacked one and their difference; probabilities of the first two; label."""
+    pixels, labels = collate_pixels(samples)
+    pixels, labels = pixels.to(device).float(), labels.to(device)
+    attacked = fgsm(classify, pixels, labels, eps, upper=PIXEL_MAX)
+    difference = (attacked - pixels) * (PIXEL_MAX / 2 / eps) + PIXEL_MAX / 2
+    shares = [classify(x.clone()).softmax(1).cpu() for x in (pixels, attacked)]  # it may work in place
+    for i, label in enumerate(labels.tolist()):
+        yield [pixels[i], attacked[i], difference[i]], [share[i] for share in shares], label
 
 
 def _points(name: str, result: Robustness, accuracies: dict[float, float]) -> plot.Series:

@@ -25,6 +25,7 @@ from ..refused import require_file
 from ..table import format_table
 from ..version import __version__
 from . import plot
+from .runs import default_names
 
 NAMES = {"logits": "logits", "probs": "probabilities", "label_prob": "probability of the true class"}
 
@@ -47,9 +48,11 @@ class GBRReport:
     settings: dict
 
     def __str__(self) -> str:
+        paths = list(dict.fromkeys(r["checkpoint"] for r in self.records))
+        names = dict(zip(paths, default_names(paths), strict=True))
         rows = [
             (
-                Path(r["checkpoint"]).name,
+                names[r["checkpoint"]],
                 "-" if r["epoch"] is None else f"{r['epoch']}",
                 r["weights"],
                 r["output"],
@@ -165,21 +168,33 @@ def _results(found: GBREstimate) -> dict[str, float | None]:
 
 
 def draw_gbr(records: Sequence[dict], path: str | Path) -> None:
-    """Draw the records over their epochs with bootstrap intervals, one line for each config and output, as a PNG."""
-    configs = dict.fromkeys(r["config"] for r in records)
+    """Draw the records over their epochs with bootstrap intervals, as a PNG."""
+    unit = " or ".join(dict.fromkeys(r["unit"] for r in records))
+    ylabel = f"GBR = mean $\\Vert\\partial f/\\partial x\\Vert_F^2$\n({unit})"
+    plot.save(plot.curves(lines(records), "epoch", ylabel, logy=True, whole_x=True), path)
+
+
+def lines(records: Sequence[dict]) -> list[plot.Series]:
+    """A line over the epochs for each config, folder of checkpoints and output."""
+
+    def run_of(record: dict) -> tuple[str | None, Path]:
+        return record["config"], Path(record["checkpoint"]).parent
+
+    runs = list(dict.fromkeys(map(run_of, records)))
+    names = [Path(config or "config").stem for config, _ in runs]
+    if len(set(names)) < len(names):
+        names = default_names([folder for _, folder in runs])
     series = []
-    for config in configs:
+    for run, run_name in zip(runs, names, strict=True):
         for output in dict.fromkeys(r["output"] for r in records):
-            chosen = [r for r in records if (r["config"], r["output"]) == (config, output)]
+            chosen = [r for r in records if (run_of(r), r["output"]) == (run, output)]
             if all(r["epoch"] is not None for r in chosen):
                 chosen.sort(key=lambda r: r["epoch"])
             x = [r["epoch"] if r["epoch"] is not None else i for i, r in enumerate(chosen, 1)]
             y, low, high = ([r[key] for r in chosen] for key in ("gbr", "low", "high"))
-            name = NAMES[output] if len(configs) == 1 else f"{Path(config or 'config').stem}, {NAMES[output]}"
+            name = NAMES[output] if len(runs) == 1 else f"{run_name}, {NAMES[output]}"
             series.append(plot.Series(name, x, y, low, high))
-    unit = " or ".join(dict.fromkeys(r["unit"] for r in records))
-    ylabel = f"GBR = mean $\\Vert\\partial f/\\partial x\\Vert_F^2$\n({unit})"
-    plot.save(plot.curves(series, "epoch", ylabel, logy=True, whole_x=True), path)
+    return series
 
 
 def _samples(config: Config, num_samples: int | None, batch_size: int, seed: int, space: str) -> FixedSamples:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from helpers import CONFIGS, digits_config, run_tool, scalars, train
 from matplotlib.image import imread
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
 
-from enc_plugin.measuring.robustness import Robustness
-from enc_plugin.reports.attack_figures import _to_image, draw_accuracy
+from enc_plugin.measuring.robustness import Robustness, measure_robustness
+from enc_plugin.reports.attack_figures import _to_image, draw_accuracy, draw_pictures
 from enc_plugin.reports.attack_report import Attacked, AttackReport, attack_checkpoints
 
 NAMES = {"plain": "resnet8_1xb64", "ENC": "resnet8_enc-ws_1xb64"}
@@ -120,6 +122,19 @@ def test_warnings_name_their_checkpoint():
     report = AttackReport([Attacked("mine", "a.py", "a.pth", "", {}, poor)], [8.0], 0)
     assert "WARNING: mine: FGSM at eps 8 raises the accuracy" in str(report)
     assert "WARNING: mine: 50.0% of the samples have an all-zero gradient" in str(report)
+
+
+def test_pictures_of_different_sizes_are_drawn(tmp_path):
+    preprocessor = dict(type="mmpretrain.ClsDataPreprocessor", mean=[120.0] * 3, std=[60.0] * 3)
+    model = MODELS.build(
+        dict(type="mmpretrain.TimmClassifier", model_name="test_resnet", num_classes=4, data_preprocessor=preprocessor)
+    )
+    sizes = ((32, 32), (32, 40), (48, 32))
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    data = [{"inputs": image, "data_samples": DataSample().set_gt_label(1)} for image in images]
+    assert measure_robustness(model, data, [4], batch_size=1).num_samples == 3
+    draw_pictures(model, data, 4, tmp_path / "pictures.png")
+    assert imread(tmp_path / "pictures.png").std() > 0
 
 
 def test_bgr_pixels_are_drawn_as_rgb():

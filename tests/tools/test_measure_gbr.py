@@ -8,7 +8,7 @@ from helpers import ROOT, digits_config, run_tool, scalars, train
 
 import enc_plugin
 from enc_plugin.build import load_config
-from enc_plugin.reports.gbr_report import measure_checkpoints
+from enc_plugin.reports.gbr_report import lines, measure_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,21 @@ def test_checkpoints_of_several_configs_each_have_their_line(finished, tmp_path,
     for arguments in ([configs[0]], [configs[0], configs[1], one], [configs[0], one, configs[1]]):
         with pytest.raises(ValueError, match="expected CONFIG CHECKPOINT ..., got no checkpoint for"):
             read_checkpoints(arguments, None)
+
+
+def test_runs_of_one_config_have_names_and_lines_of_their_own(finished, tmp_path):
+    config = finished / "config.py"
+    checkpoints = [tmp_path / seed / f"epoch_{epoch}.pth" for seed in ("seed0", "seed1") for epoch in (1, 2)]
+    for checkpoint in checkpoints:
+        checkpoint.parent.mkdir(exist_ok=True)
+        shutil.copy(finished / checkpoint.name, checkpoint)
+    report = measure_checkpoints([(config, checkpoint) for checkpoint in checkpoints], num_samples=4, projections=1)
+    names = [line.split()[0] for line in str(report).splitlines()[2:]]
+    assert names == ["seed0/epoch_1.pth", "seed0/epoch_2.pth", "seed1/epoch_1.pth", "seed1/epoch_2.pth"]
+    assert [(line.name, line.x) for line in lines(report.records)] == [
+        ("seed0, logits", [1, 2]),
+        ("seed1, logits", [1, 2]),
+    ]
 
 
 def test_changes_of_one_config_are_read_as_different_data(finished):

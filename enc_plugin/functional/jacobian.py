@@ -63,9 +63,9 @@ def gbr(
         ``(N,)``, float32 or float64. Neither halved nor averaged.
 
     Raises:
-        ValueError: If ``output`` is unknown, lacks its labels or is a softmax of other than ``(N, C)``, a batch norm
-            uses batch statistics, the output is random (dropout or stochastic depth in train mode), or one sample's
-            output depends on another sample.
+        ValueError: If ``output`` is unknown, lacks its labels or is a softmax of other than ``(N, C)`` or of
+            probabilities, a batch norm uses batch statistics, the output is random (dropout or stochastic depth in
+            train mode), or one sample's output depends on another sample.
         TypeError: If ``inputs`` are integers or ``forward`` does not return a tensor.
 
     Example:
@@ -203,6 +203,11 @@ def _graph(
             raise ValueError(
                 f"output: {output!r} is a softmax over dimension 1 of outputs (N, C), C >= 2, got outputs of shape "
                 f"{shape}; compute the probabilities in forward (softmax, sigmoid) and measure 'logits'"
+            )
+        if len(out) and bool((out.detach() >= 0).all() and (out.detach().sum(1) - 1).abs().max() < 1e-4):
+            raise ValueError(
+                f"output: {output!r} is the softmax of the outputs, which are probabilities already (each row sums to "
+                "1); leave the softmax out of forward, or measure 'logits', the outputs as they are"
             )
         # The derivative p (1 - p) of a confident prediction would be rounding error in float32.
         out = out.softmax(1, dtype=torch.float64)

@@ -420,3 +420,15 @@ def test_a_softmax_of_other_than_a_vector_of_logits_is_refused(shape):
         gbr(forward, torch.randn(4, 12), output="probs")
     assert torch.equal(gbr(forward, torch.randn(4, 12)), torch.full((4,), float(math.prod(shape[1:]))))
     assert gbr(lambda x: x[:, :3, None, None], torch.randn(4, 12), output="probs").shape == (4,)
+
+
+@pytest.mark.parametrize("output", ["probs", "label_prob"])
+def test_the_softmax_of_probabilities_is_refused(output):
+    weight, inputs = torch.randn(6, 4), torch.randn(3, 6)
+    given = dict(output=output, labels=torch.tensor([0, 1, 3]))
+    with pytest.raises(ValueError, match="which are probabilities already .* leave the softmax out of forward"):
+        gbr(lambda x: (x @ weight).softmax(1), inputs, **given)
+    assert gbr(lambda x: (x @ weight).log_softmax(1), inputs, **given).isfinite().all()
+    torch.testing.assert_close(
+        gbr(lambda x: (x @ weight).softmax(1), inputs), gbr(lambda x: x @ weight, inputs, output="probs")
+    )

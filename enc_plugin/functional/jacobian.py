@@ -142,7 +142,7 @@ def _squared_norms(
     """:func:`gbr` of one batch; ``check`` as in :func:`check_forward`."""
 
     def graph(part: slice) -> tuple[Tensor, Tensor]:
-        return _graph(forward, inputs[part], output, None if labels is None else labels[part])
+        return _graph(forward, inputs[part], output, None if labels is None else labels[part], check)
 
     with refuse_random(forward, inputs) if check else nullcontext():
         x, out = graph(slice(None))
@@ -184,9 +184,12 @@ def _checked_gradient(
 
 
 def _graph(
-    forward: Callable[[Tensor], Tensor], inputs: Tensor, output: str, labels: Tensor | None
+    forward: Callable[[Tensor], Tensor], inputs: Tensor, output: str, labels: Tensor | None, check: bool
 ) -> tuple[Tensor, Tensor]:
-    """A leaf tensor with the values of ``inputs``, and the outputs ``(N, C)`` to differentiate, with their graph."""
+    """A leaf tensor with the values of ``inputs``, and the outputs ``(N, C)`` to differentiate, with their graph.
+
+    ``check`` reads the outputs, which waits for the device.
+    """
     x, out = _leaf_and_output(forward, inputs)
     if len(x) == 1 and isinstance(out, Tensor) and (out.ndim == 0 or len(out) != 1):
         # A network that calls squeeze() loses the batch dimension of a batch of one.
@@ -204,7 +207,7 @@ def _graph(
                 f"output: {output!r} is a softmax over dimension 1 of outputs (N, C), C >= 2, got outputs of shape "
                 f"{shape}; compute the probabilities in forward (softmax, sigmoid) and measure 'logits'"
             )
-        if len(out) and bool((out.detach() >= 0).all() and (out.detach().sum(1) - 1).abs().max() < 1e-4):
+        if check and len(out) and bool((out.detach() >= 0).all() and (out.detach().sum(1) - 1).abs().max() < 1e-4):
             raise ValueError(
                 f"output: {output!r} is the softmax of the outputs, which are probabilities already (each row sums to "
                 "1); leave the softmax out of forward, or measure 'logits', the outputs as they are"

@@ -38,6 +38,7 @@ class Run:
         metrics: Keys that validation logged.
         notes: Remarks for the reader: resumed, left out, not finite, not read.
         work_dir: Folder of the run.
+        log: The ``scalars.json`` of the newest segment.
         measurements: For each scalar that a hook of this plugin measured, its ``weights``, ``samples`` and ``unit``.
         origin: Origin of the run, see :func:`enc_plugin.reports.run_log.read_origin`.
         val_samples: Length of the validation set; None before it is counted.
@@ -52,6 +53,7 @@ class Run:
     metrics: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     work_dir: Path | None = None
+    log: Path | None = None
     measurements: dict[str, dict[str, str]] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     val_samples: int | None = None
@@ -67,8 +69,8 @@ class Run:
         return int(told[0]) if told else self.val_samples if key in self.metrics else None
 
     def load_config(self) -> Config:
-        """The config of the newest start."""
-        return load_config(sorted(self.work_dir.glob("**/vis_data/config.py"))[-1])
+        """:attr:`config`, with the modules that it imports."""
+        return load_config(self.log.with_name("config.py"))
 
     def count_validation_samples(self) -> None:
         """Set ``val_samples`` to the length of the validation set, if the set can be built."""
@@ -121,8 +123,8 @@ def load_run(work_dir: str | Path, name: str | None = None) -> Run:
     broken = sum(segment.broken for segment in chain)
     if broken:
         run.notes.append(f"{broken} damaged lines of the log were left out")
-    run.config = chain[-1].config
-    run.origin = read_origin(work_dir, logs[-1].parents[1])
+    run.config, run.log = chain[-1].config, chain[-1].file
+    run.origin = read_origin(work_dir, run.log.parents[1])
     run.measurements = read_measurements(work_dir)
     training = [record for segment in chain for record in segment.training]
     if not training:

@@ -12,8 +12,9 @@ from mmengine.config import Config
 
 @dataclass
 class Segment:
-    """The records that one training process wrote."""
+    """The records that one training process wrote, the file that holds them, and the config beside it."""
 
+    file: Path
     config: dict
     records: list[dict]
     broken: int
@@ -36,12 +37,12 @@ class Segment:
 
 def read_segment(path: Path, notes: list[str]) -> Segment:
     """Read a ``scalars.json`` and the config beside it; append to ``notes`` if the config cannot be read."""
-    config, file = {}, path.with_name("config.py")
+    config, source = {}, path.with_name("config.py")
     try:
-        if file.is_file():
-            config = Config.fromfile(file, import_custom_modules=False).to_dict()
+        if source.is_file():
+            config = Config.fromfile(source, import_custom_modules=False).to_dict()
     except Exception as error:  # a config is code, so it can raise anything
-        notes.append(f"{file.name} could not be read ({type(error).__name__}: {error})")
+        notes.append(f"{source.name} could not be read ({type(error).__name__}: {error})")
     records, broken = [], 0
     # The last line of a run in progress may be incomplete.
     for line in path.read_text(errors="replace").split("\n")[:-1]:
@@ -52,7 +53,7 @@ def read_segment(path: Path, notes: list[str]) -> Segment:
             continue
         if isinstance(record, dict):
             records.append(record)
-    return Segment(config, records, broken)
+    return Segment(path, config, records, broken)
 
 
 def newest_start(segments: list[Segment], notes: list[str]) -> list[Segment]:

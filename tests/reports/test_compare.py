@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -16,6 +17,7 @@ from scipy import stats
 from enc_plugin.engine.monitor_hook import STEP
 from enc_plugin.reports.compare import write_report
 from enc_plugin.reports.curves import _series, kind_of, limits_without_first
+from enc_plugin.reports.norms import read_norms
 from enc_plugin.reports.plot import Series
 from enc_plugin.reports.runs import load_run
 from enc_plugin.reports.settings import config_differences
@@ -160,6 +162,20 @@ def test_a_checkpoint_that_cannot_be_read_is_a_reason_on_the_page(tmp_path):
     (tmp_path / "epoch_1.pth").write_bytes(b"not a checkpoint")
     write_report([tmp_path], tmp_path / "report.html")
     assert re.search(r"epoch_1\.pth: \w+Error", (tmp_path / "report.html").read_text())
+
+
+def test_a_run_is_read_with_its_own_config_beside_later_tests_and_runs_in_its_folder(work_dirs, tmp_path):
+    outer = shutil.copytree(work_dirs[0], tmp_path / "run")
+    shutil.copytree(work_dirs[1], outer / "tuned")
+    tested = outer / "29990101_000000" / "vis_data" / "config.py"
+    tested.parent.mkdir(parents=True)
+    tested.write_text("model = dict(type='AverageClsScoreTTA')\n")
+    run = load_run(outer)
+    run.count_validation_samples()
+    assert run.val_samples == 64
+    norms = read_norms(run)
+    assert norms.reason == ""
+    assert [row.type for row in norms.table] == [row.type for row in read_norms(load_run(work_dirs[0])).table]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
@@ -79,7 +81,7 @@ class ENCImageClassifier(GBRImageClassifier):
         check_type("enc", enc, (dict, type(None)), "a dict of options of to_enc, or None")
         self.enc = dict(enc or {})
         # Before weights are loaded, there is no function to preserve, nor to lose.
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _in_eval_mode(self):
             warnings.simplefilter("ignore", FrozenWarning)
             self.enc_report = to_enc(self, **{**self.enc, "preserve": False})
         for _, layer in enc_layers(self):
@@ -119,5 +121,17 @@ def _keep_plain_function(model: ENCImageClassifier, incompatible_keys=None) -> N
             "saved, or, if all its layers are ENC, load it without preserve"
         )
     if plain:
-        model.enc_report = to_enc(model, **model.enc)
+        with _in_eval_mode(model):
+            model.enc_report = to_enc(model, **model.enc)
         print_log(f"ENC: loaded plain weights; {model.enc_report.preserved}", logger="current")
+
+
+@contextmanager
+def _in_eval_mode(model: ImageClassifier) -> Iterator[None]:
+    """Context in which ``eval()`` was called, without which LeViT and EfficientFormer do not run in eval mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -66,7 +66,12 @@ def deep_copy(module: Module) -> Module:
     """``copy.deepcopy`` of a module, with detached copies of the non-leaf tensors that it holds.
 
     torch cannot deepcopy these. Pruning and the old weight and spectral norm set ``weight`` to one, and some networks
-    keep features or attention maps of their last forward pass, also in lists and dicts.
+    keep features or attention maps of their last forward pass, also in lists and dicts. And torchvision's and timm's
+    feature extractors (graphs of torch.fx) forget in copies whether they are in train or eval mode.
     """
     held = tree_leaves([vars(part) for part in module.modules()])
-    return copy.deepcopy(module, {id(x): x.detach().clone() for x in held if isinstance(x, Tensor) and not x.is_leaf})
+    copied = copy.deepcopy(module, {id(x): x.detach().clone() for x in held if isinstance(x, Tensor) and not x.is_leaf})
+    modes = {name: part.training for name, part in module.named_modules()}
+    for name, part in copied.named_modules():
+        part.training = modes.get(name, part.training)
+    return copied

@@ -19,6 +19,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from enc_plugin import (
     ENCConv1d,
@@ -195,6 +196,16 @@ def test_fold_keeps_mode_hooks_and_frozen_parameters(training):
 
 def _double(module, args, out):
     return 2 * out
+
+
+def test_fold_keeps_the_mode_of_feature_extractors_which_their_copies_forget():
+    model = create_feature_extractor(torchvision.models.resnet18(num_classes=4), ["layer2"])
+    to_enc(model)
+    x = torch.randn(2, 3, 32, 32)
+    model.eval()
+    folded = fold(model)
+    assert relative_error(folded(x)["layer2"], model(x)["layer2"]) < 1e-5
+    assert all(module.training for module in fold(model.train()).modules())
 
 
 def test_a_layer_in_two_places_stays_one_and_a_tied_weight_is_normalised_once():

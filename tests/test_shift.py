@@ -549,6 +549,21 @@ class FullyDecoupled(optim.Optimizer):
                 p.mul_(1 - group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
 
 
+@pytest.mark.parametrize("decoupled", [None, True])
+def test_adafactor_that_chooses_its_learning_rate_in_the_step_is_shifted_with_that(decoupled, recwarn):
+    fc = layer()
+    optimizer = create_optimizer_v2(groups_of(fc), opt="adafactor", lr=None)
+    add_shift(optimizer, decoupled)
+    for _ in range(2):
+        before = fc.weight.detach().clone()
+        fc.weight.grad = torch.zeros_like(before)
+        optimizer.step()
+        share = optimizer.param_groups[0]["lr"] * DECAY
+        assert share > 0
+        torch.testing.assert_close(fc.weight.detach(), before - share * shifted(before, "wn", EPS), rtol=0, atol=1e-14)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("lr", [LR, 0.0])
 def test_a_decay_without_the_learning_rate_is_shifted_without_it(lr):
     fc = layer()

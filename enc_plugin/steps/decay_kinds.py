@@ -44,10 +44,8 @@ def decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str |
             effect = (end(None, gradient, _TRIAL_DECAY) - end(None, gradient, 0.0)).abs().max()
             if effect == 0:
                 return WHOLE
-            kinds = (GRADIENT, WEIGHT, AROUND)
-            if group["lr"] is None:  # the step itself computes one for each weight, so WEIGHT cannot know it
-                kinds = (GRADIENT, AROUND)
-            for kind in kinds:
+            # Without a learning rate (Adafactor), the step computes one for each weight, which WEIGHT cannot know.
+            for kind in (GRADIENT, AROUND) if group["lr"] is None else (GRADIENT, WEIGHT, AROUND):
                 if (end(kind, torch.zeros_like(gradient), _TRIAL_DECAY) - fixed_point).abs().max() <= 1e-3 * effect:
                     return kind
     except Exception:  # optimizers of unknown classes can raise anything

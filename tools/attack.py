@@ -19,7 +19,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--pgd-steps", type=int, default=0, help="also attack by PGD with this many steps for each eps")
     parser.add_argument("--names", nargs="+", help="one name for each checkpoint (default: the config's)")
-    parser.add_argument("--num-samples", type=int, help="samples, evenly spaced in the test set (default: all)")
+    parser.add_argument("--num-samples", type=int, help="samples, spread over the test set (default: all)")
     parser.add_argument("--batch-size", type=int, help="samples per batch (default: the test dataloader's)")
     parser.add_argument("--num-workers", type=int, default=0, help="data loading processes (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=6, help="samples to show as images (default: %(default)s)")

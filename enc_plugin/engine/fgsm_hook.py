@@ -53,7 +53,7 @@ class FGSMHook(ValidatedNetworkHook):
         eps: One or several step sizes in 1/255 of the pixel range: 8, not 8 / 255 (such small values cause a warning).
         interval: Number of epochs between two measurements; number of validations if training counts iterations. The
             end of training is always measured, even if it comes early.
-        num_samples: Number of samples, evenly spaced in the validation set; None: all.
+        num_samples: Number of samples, the same ones each time, spread over the validation set; None: all.
         batch_size: Samples per batch; None: that of the validation dataloader.
 
     Raises:

@@ -21,7 +21,7 @@ from .pipelines import WithoutReplacement
 from .pixels import PIXEL_MAX, PixelClassifier, PixelSpan, collate_pixels
 from .ranks import joined, own_share
 from .samples import in_batches
-from .spread import spread
+from .spread import one_of_each_section, spread
 from .untouched import check_precision, untouched
 
 ZERO_GRAD_LIMIT = 0.01  # share of samples with an all-zero gradient above which a warning is given
@@ -105,7 +105,7 @@ def measure_robustness(
         dataset: Returns ``dict(inputs=..., data_samples=...)`` as ``PackInputs`` does: pixels ``(C, H, W)`` in
             0..255, and a ``gt_label``. Samples that cannot be read are left out and not replaced.
         eps: Attack budgets in 1/255 of the pixel range, above 0 and up to 255.
-        num_samples: Number of samples, spread evenly over the dataset; None: all.
+        num_samples: Number of samples, one of each section of the dataset; None: all.
         batch_size: Samples per batch.
         num_workers: Number of data loading processes.
         pgd_steps: Number of PGD steps for each eps (:func:`enc_plugin.functional.pgd`, random start); 0: only FGSM.
@@ -125,7 +125,7 @@ def measure_robustness(
     check_integer("pgd_steps", pgd_steps, 0, below=MAX_STEPS)
     check_seed("seed", seed)
     check_precision(model)
-    indices = spread(len(dataset), num_samples)
+    indices = one_of_each_section(len(dataset), num_samples)
     batches = in_batches(indices, batch_size)
     own = own_share(len(batches))
     loader = DataLoader(
@@ -211,7 +211,7 @@ def check_dataset(dataset: Dataset, num_samples: int | None) -> None:
 
     Up to 64 samples, spread over the dataset, are checked. One is not enough, because a black image has no range.
     """
-    chosen = spread(len(dataset), num_samples)
+    chosen = one_of_each_section(len(dataset), num_samples)
     looked_at = [chosen[i] for i in spread(len(chosen), CHECKED_SAMPLES)]
     source = WithoutReplacement(dataset)
     spans = [PixelSpan.of(collate_pixels([source[index]])[0]) for index in looked_at]

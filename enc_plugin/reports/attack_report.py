@@ -136,7 +136,7 @@ def attack_checkpoints(
         eps: Budgets in 1/255 of the pixel range.
         pgd_steps: Number of PGD steps for each eps; 0: only FGSM.
         names: Names in the table; None: the names of the configs, with the names of the checkpoints if they are equal.
-        num_samples: Number of samples, spread evenly over the test set; None: all.
+        num_samples: Number of samples, always the same, spread over the test set; None: all.
         batch_size: Samples per batch; None: batch size of the test dataloader.
         num_workers: Number of data loading processes.
         pictures: Number of samples to draw for each checkpoint; 0: none.

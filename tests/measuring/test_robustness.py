@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from enc_plugin.measuring.pixels import PixelClassifier
 from enc_plugin.measuring.robustness import Robustness, measure_robustness
-from enc_plugin.measuring.spread import spread
+from enc_plugin.measuring.spread import one_of_each_section, spread
 
 MEAN, STD = [120.0, 115.0, 100.0], [60.0, 65.0, 70.0]
 CLASSIFIERS = {
@@ -120,6 +120,23 @@ def test_samples_are_spread_over_a_sorted_dataset():
     assert spread(3, None) == spread(3, 7) == [0, 1, 2]
     labels = np.repeat(np.arange(10), 1000)
     assert np.bincount(labels[spread(10000, 100)]).tolist() == [10] * 10
+    assert np.bincount(labels[one_of_each_section(10000, 100)]).tolist() == [10] * 10
+
+
+@pytest.mark.parametrize("classes", [2, 5, 10, 100])
+def test_attacked_samples_are_of_all_classes_where_classes_take_turns(classes):
+    chosen = one_of_each_section(10000, 1000)
+    assert len(set(chosen)) == 1000
+    counts = np.bincount(np.array(chosen) % classes, minlength=classes)
+    assert abs(counts - 1000 / classes).max() <= 4
+    assert one_of_each_section(7, None) == one_of_each_section(7, 9) == list(range(7))
+
+
+def test_a_network_that_knows_one_class_is_right_as_often_as_that_class_occurs():
+    data = Noise(count=100)
+    data.labels = torch.arange(100) % 10
+    found = measure_robustness(Stub(lambda x: x.sum((1, 2, 3))[:, None] * torch.eye(10)[0]), data, [1], num_samples=10)
+    assert 0 < found.clean <= 20  # it is 100 of samples with equal gaps
 
 
 def test_pgd_is_reproducible_and_batches_do_not_share_its_noise():

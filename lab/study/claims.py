@@ -173,7 +173,7 @@ DECAYS = {
     "g1": {"wd0": 0.0, "wd1e-4": 1e-4, "wd5e-4": 5e-4, "wd1e-3": 1e-3, PLAIN: 4e-3, "wd1e-2": 1e-2},
 }
 DECAY_TITLE = "More weight decay, smaller GBR"
-DECAY_PAPER = "figure 1: the larger lambda, the smaller the GBR"
+DECAY_PAPER = "figure 1; the larger lambda, the smaller the GBR"
 NEEDED_EFOLDS = 1.0  # at the largest decay, below which decay hardly acts and the claim cannot be tested
 
 _OTHER_DECAYS = ("1e-4", "5e-4", "1e-3")

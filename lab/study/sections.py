@@ -78,18 +78,19 @@ def _decay(results: Results) -> Section:
         if arena not in results.arenas:
             continue
         efolds = {cell.name: cell_efolds(cell) for cell in results.grid.cells[arena] if cell.name in decays}
-        points, rows = [], []
+        points, rows, largest = [], [], 0.0
         for cell, decay in decays.items():
             values = [v for v in results.values(arena, cell, metrics.GBR_LOGITS) if v > 0]
             if len(values) >= MIN_SEEDS:
                 points += [(decay, value) for value in values]
+                largest = max(largest, efolds[cell])
             if values:
                 columns = [metrics.GBR_LOGITS, metrics.GBR_MARGIN, metrics.FREE_NORM, metrics.TOP1, metrics.TRAIN_LOSS]
                 means = _means(results, arena, cell, columns)
                 rows.append([f"{decay:g}", f"{efolds[cell]:.2g}", str(len(values)), *means])
         rho, p = rank_correlation(*zip(*points, strict=True)) if points else (math.nan, math.nan)
         to_go = arena in results.unfinished
-        section.verdicts[arena] = _trend(rho, p, len(points), max(efolds.values()), to_go)
+        section.verdicts[arena] = _trend(rho, p, len(points), largest, to_go)
         head = ["lambda", "e-folds", "seeds", "GBR of the logits", "over squared margin", "||W||^2", "top-1 (%)"]
         if rows:
             section.tables.append((results.grid.arenas[arena].title, [*head, "training loss"], rows))
@@ -99,7 +100,7 @@ def _decay(results: Results) -> Section:
     section.text.append(
         "Spearman's rank correlation of lambda and GBR over all runs of each lambda that has at least "
         f"{MIN_SEEDS} seeds, p from permutations. E-folds say how much decay acts (docs/gauge.md): below 1 at the "
-        "largest lambda the claim is not testable."
+        "largest of these lambdas the claim is not testable."
     )
     return section
 

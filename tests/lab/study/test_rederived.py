@@ -142,4 +142,8 @@ def test_the_decay_row_follows_from_the_files(arena):
     ]
     rho = stats.spearmanr(*zip(*runs, strict=True)).statistic if len(runs) > 2 else math.nan
     shown = table()["More weight decay, smaller GBR"].get(arena, "")  # an arena without runs has no column
-    assert f"rho {rho:+.2f} (" in shown if math.isfinite(rho) else "rho" not in shown
+    if math.isfinite(rho):
+        assert f"rho {rho:+.2f} (" in shown
+        assert f", {len(runs)} runs," in shown
+    else:
+        assert "rho" not in shown

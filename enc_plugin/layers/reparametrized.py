@@ -71,7 +71,8 @@ def deep_copy(module: Module) -> Module:
     """
     held = tree_leaves([vars(part) for part in module.modules()])
     copied = copy.deepcopy(module, {id(x): x.detach().clone() for x in held if isinstance(x, Tensor) and not x.is_leaf})
-    modes = {name: part.training for name, part in module.named_modules()}
-    for name, part in copied.named_modules():
-        part.training = modes.get(name, part.training)
+    copies = dict(copied.named_modules())
+    for name, part in module.named_modules():
+        if name in copies and hasattr(part, "training"):  # a frozen script has no mode
+            copies[name].training = part.training
     return copied

@@ -208,6 +208,15 @@ def test_fold_keeps_the_mode_of_feature_extractors_which_their_copies_forget():
     assert all(module.training for module in fold(model.train()).modules())
 
 
+def test_fold_of_a_network_with_a_frozen_script_which_has_no_mode():
+    script = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()).eval()))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    to_enc(model)
+    model.append(script)
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(fold(model)(x), model(x))
+
+
 def test_a_layer_in_two_places_stays_one_and_a_tied_weight_is_normalised_once():
     shared = nn.Conv2d(4, 4, 1)
     twice = nn.Sequential(shared, nn.ReLU(), shared)

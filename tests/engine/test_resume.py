@@ -106,7 +106,7 @@ CASES = {
         "epoch_3.pth",
     ),
     "a schedule with a function in its state": (
-        dict(param_scheduler=dict(type="OneCycleLR", eta_max=0.1, total_steps=9, by_epoch=False)),
+        dict(param_scheduler=[dict(type="OneCycleLR", eta_max=0.1, total_steps=9, by_epoch=False)]),
         dict(epoch=1),
         "epoch_3.pth",
     ),

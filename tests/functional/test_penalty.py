@@ -2,24 +2,13 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from functional.test_jacobian import images, network
 
 from enc_plugin.functional import gbr, gbr_penalty
 
 
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.GELU(), nn.Conv2d(6, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(96, 4)
-    ).double()
-
-
-def images(count):
-    return torch.randn(count, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
 def test_the_penalty_is_the_mean_gbr_and_its_gradient_that_of_the_literal_norm():
-    net, x = network(), images(5).requires_grad_()
+    net, x = network("residual"), images().requires_grad_()
     penalty = gbr_penalty(x, net(x), projections=4)
     torch.testing.assert_close(penalty, gbr(net, x).mean(), rtol=1e-10, atol=0)
     weight = net[0].weight
@@ -35,7 +24,7 @@ def test_the_penalty_is_the_mean_gbr_and_its_gradient_that_of_the_literal_norm()
 
 
 def test_the_penalty_is_unbiased():
-    net, x = network(), images(3)
+    net, x = network("plain"), images(3)
     many = x.repeat(300, 1, 1, 1).requires_grad_()
     found = gbr_penalty(many, net(many), projections=1, generator=torch.Generator().manual_seed(2))
     exact = gbr(net, x)

@@ -19,7 +19,7 @@ from .weights import enc_weight, is_centered, is_whole_layer, num_rows
 # The variants that this module implements for groups. Any other variant is computed layer by layer.
 GROUPED = ("fro", "wn", "ws", "centered_fro")
 
-_BLOCK = 2**18  # elements: 1 MB in float32
+_BLOCK = 2**16  # elements: three blocks in float32, of weights, gradients and terms, fit into an L2 cache of 1 MB
 
 
 def enc_weights(

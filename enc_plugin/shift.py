@@ -84,8 +84,7 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
     own = shifted_groups(optimizer)
     if not own and any("shift_eps" in group for group in optimizer.param_groups):
         return
-    if not any("enc_variant" in group for group in optimizer.param_groups):
-        _warn_of_plain_decay(optimizer, warn)
+    warn_of_plain_decay(optimizer, warn)
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # torch's constructor did not run
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} runs no step hooks, so its groups cannot be shifted; call "
@@ -101,16 +100,22 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
         shift.kind(optimizer, index, group)  # warns if the optimizer is unknown
 
 
-def _warn_of_plain_decay(optimizer: Optimizer, warn: Callable[[str], None]) -> None:
-    """Warn if ``optimizer`` decays weights of ENC layers, although none of its groups says how to shift that."""
-    decaying = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
+def warn_of_plain_decay(optimizer: Optimizer, warn: Callable[[str], None] = _warn) -> None:
+    """Warn if ``optimizer`` decays weights of ENC layers in groups without a shift; only in the first call for it."""
+    if optimizer in _asked:
+        return
+    _asked.add(optimizer)
+    plain = [g for g in optimizer.param_groups if g.get("weight_decay") and "enc_variant" not in g]
+    decaying = {id(p) for group in plain for p in group["params"]}
     live = gc.get_objects() if decaying else []
     layers = [x for x in live if issubclass(type(x), ENCLayer) and not x.enc_is_projected]
     count = sum(any(id(p) in decaying for p in layer.free_weights()) for layer in layers)
     if count:
         warn(
-            f"ENC: add_shift changes nothing: no group of {type(optimizer).__name__} has a shift, so the weights of "
-            f"{count} ENC layers decay without it; build the groups with param_groups_enc(model, weight_decay)"
+            f"ENC: the weights of {count} ENC layers decay without the epsilon shift, because their groups in "
+            f"{type(optimizer).__name__} do not say how to shift it; build the groups with param_groups_enc(model, "
+            "weight_decay), in a config with optim_wrapper=dict(constructor='ENCOptimWrapperConstructor'); "
+            "shift_eps=0 there asks for plain decay"
         )
 
 
@@ -261,6 +266,7 @@ class _Shift:
 
 
 _stepping: weakref.WeakSet[_Shift] = weakref.WeakSet()
+_asked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whether they decay ENC weights without a shift
 
 
 def _shift_of(optimizer: Optimizer) -> _Shift:
@@ -284,7 +290,9 @@ def _restore(optimizer: Optimizer) -> None:
 
 
 def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """Step hook of all optimizers: if a group has a shift, install the hook that applies it, after all others."""
+    """Step hook of all optimizers: install the hook that applies the shift of their groups, after all others."""
+    if not torch.compiler.is_compiling():
+        warn_of_plain_decay(optimizer)
     shifts = any("shift_eps" in group for group in optimizer.param_groups)
     if shifts and ("_enc_shift" in vars(optimizer) or shifted_groups(optimizer)):
         _shift_of(optimizer).move_last(optimizer)

@@ -816,16 +816,27 @@ def test_optimizers_of_other_networks_are_left_alone():
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_groups_without_a_shift_for_enc_weights_are_pointed_out(recwarn):
+def test_weights_that_decay_without_a_shift_are_pointed_out_once(recwarn):
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
     plain = copy.deepcopy(model)
     to_enc(model)
-    with pytest.warns(UserWarning, match="changes nothing: .* the weights of 2 ENC layers decay without it"):
-        add_shift(optim.SGD(model.parameters(), lr=LR, weight_decay=0.1))
+    stock = [optim.SGD(model.parameters(), lr=LR, weight_decay=0.1), optim.AdamW(model.parameters())]
+    for optimizer in stock:
+        with pytest.warns(UserWarning, match="the weights of 2 ENC layers decay without the epsilon shift"):
+            add_shift(optimizer)
+    with pytest.warns(UserWarning, match="the weights of 2 ENC layers decay without the epsilon shift"):
+        optim.SGD(model.parameters(), lr=LR, weight_decay=0.1).step()
     recwarn.clear()
-    add_shift(optim.SGD(plain.parameters(), lr=LR, weight_decay=0.1))
-    add_shift(optim.SGD(model.parameters(), lr=LR))
-    add_shift(optim.SGD(param_groups_enc(model, 0.1, shift_eps=0), lr=LR))
+    for optimizer in stock:
+        optimizer.step()
+    for optimizer in (
+        optim.SGD(plain.parameters(), lr=LR, weight_decay=0.1),
+        optim.SGD(model.parameters(), lr=LR),
+        optim.SGD(param_groups_enc(model, 0.1, shift_eps=0), lr=LR),
+        optim.SGD(param_groups_enc(model, 0.1), lr=LR),
+    ):
+        add_shift(optimizer)
+        optimizer.step()
     assert not recwarn
 
 

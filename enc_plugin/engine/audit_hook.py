@@ -14,13 +14,15 @@ from torch import nn
 
 from ..convert import audit, enc_layers
 from ..measuring.untouched import unwrap
+from ..shift import warn_of_plain_decay
 from ..surgery.eligible import refuse_weights_read_elsewhere
 from ..surgery.projected import check_constrained, constrained_layers
 from ..surgery.recording import RecordError, record_forward
 from ..surgery.trace import Trace
 from ..table import first_few
-from .limits import warn_of_recomputation, warn_of_stock_decay
+from .limits import warn_of_recomputation
 from .scalars import Scalar, log_scalars
+from .wrappers import optim_wrappers
 
 DEVIATION_LIMIT = 1e-4  # rounding in float32 stays below 1e-6
 
@@ -57,7 +59,8 @@ class ENCAuditHook(Hook):
         check_constrained(model)
         self._report(runner, model)
         warn_of_recomputation(runner, model)
-        warn_of_stock_decay(runner, model)
+        for wrapper in optim_wrappers(runner):
+            warn_of_plain_decay(wrapper.optimizer, runner.logger.warning)
         self._is_checked = False
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:

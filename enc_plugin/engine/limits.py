@@ -13,11 +13,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..build import part_class
-from ..convert import enc_layers
 from ..installation import usable_cores
 from ..layers import RefusesRescaledRows
 from ..measuring.untouched import recomputed
-from .wrappers import optim_wrappers, param_schedulers
+from .wrappers import param_schedulers
 
 
 def refuse_sharding(model_wrapper: type | nn.Module | None) -> None:
@@ -151,16 +150,3 @@ def warn_of_recomputation(runner: Runner, model: nn.Module) -> None:
         f"validation; with norm_cfg=dict(type='BN', momentum={1 - (1 - momentum) ** 0.5:.4g}) there, two updates equal "
         f"one with {momentum:g}"
     )
-
-
-def warn_of_stock_decay(runner: Runner, model: nn.Module) -> None:
-    """Log a warning if ENC weights decay in groups that the ENC constructor has not built."""
-    free = {layer.enc_free_weight for _, layer in enc_layers(model)}
-    groups = [group for wrapper in optim_wrappers(runner) for group in wrapper.optimizer.param_groups]
-    stock = [p for g in groups if g.get("weight_decay") and "enc_variant" not in g for p in g["params"] if p in free]
-    if stock:
-        runner.logger.warning(
-            f"ENC: the weights of {len(stock)} ENC layers decay without the epsilon shift, and the optimizer's own "
-            "rules say whether biases decay; the paper's rules need constructor='ENCOptimWrapperConstructor' in "
-            "optim_wrapper"
-        )

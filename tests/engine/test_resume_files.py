@@ -43,9 +43,17 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def flip_header(path: Path) -> None:
+    """One bit of the compression method in the first entry of the zip directory."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 10] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "BadZipFile"),
     "a flipped bit": (flip, "the checksum of its record .* is wrong"),
+    "a flipped bit of a header": (flip_header, "NotImplementedError"),
     "empty": (lambda path: path.write_bytes(b""), "it is empty"),
     "zeros": (lambda path: path.write_bytes(b"\0" * 5000), "it starts with zeros"),
     "missing": (Path.unlink, "there is no such file"),

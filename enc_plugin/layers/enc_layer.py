@@ -148,7 +148,7 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
         if has_weight:
             errors = args[-1]  # torch raises these after all layers are loaded
             try:
-                check_normalizable(prefix[:-1], self.weight, self.enc_variant, self.enc_kept)
+                check_normalizable(prefix[:-1], self.enc_free_weight, self.enc_variant, self.enc_kept)
             except ValueError as error:
                 errors.append(str(error))
 

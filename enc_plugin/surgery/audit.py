@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check_model, check_type
+from ..layers import ENCLayer
 from ..table import format_table
 from .folded import FoldedAudit, audit_folded
 from .projected import Projected, constrained_layers
@@ -90,7 +91,12 @@ def audit(model: nn.Module, folded: bool = False, inputs: Tensor | None = None) 
             layer.enc_variant,
             float(layer.enc_alpha),
             layer.effective_weight.double().square().sum().item(),
-            layer.weight.double().square().sum().sqrt().item(),
+            _free_norm(layer),
         )
         for name, layer in constrained_layers(model)
     )
+
+
+def _free_norm(layer: ENCLayer | Projected) -> float:
+    weight = layer.enc_free_weight.double()
+    return (weight if layer.enc_kept is None else weight * layer.enc_kept).square().sum().sqrt().item()

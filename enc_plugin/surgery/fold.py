@@ -54,7 +54,7 @@ def fold(model: nn.Module, example: Tensor | tuple | dict | None = None) -> nn.M
         warnings.warn(f"fold changed nothing: {type(model).__name__} has no ENC layer", NoEffectWarning, stacklevel=2)
     for name, layer in enc_layers(model):
         if not layer.weight.is_meta:
-            check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
+            check_normalizable(name, layer.enc_free_weight, layer.enc_variant, layer.enc_kept)
     try:
         refuse_weights_read_elsewhere(model, record_forward(model, example))
     except RecordError as error:

@@ -82,7 +82,7 @@ def constrained_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer | Proje
 def check_constrained(model: nn.Module) -> None:
     """Raise ``ValueError``, naming the layer, if a weight of :func:`constrained_layers` cannot be normalised."""
     for name, layer in constrained_layers(model):
-        check_normalizable(name, layer.weight, layer.enc_variant, layer.enc_kept)
+        check_normalizable(name, layer.enc_free_weight, layer.enc_variant, layer.enc_kept)
 
 
 def unmark(model: nn.Module) -> None:

@@ -69,6 +69,20 @@ def test_a_pruned_layer_keeps_its_zeros_its_norm_and_the_equation_of_what_is_lef
     assert (folded[0].weight == 0).equal(layer.weight_mask == 0)
 
 
+def test_a_pruned_layer_is_audited_and_checked_by_what_is_trained_and_not_by_the_weight_of_its_last_forward_pass():
+    model = network()
+    layer = prune.l1_unstructured(model[0], "weight", 0.4)
+    with torch.no_grad():
+        layer.weight_orig.mul_(10)
+    assert audit(model)[0].free_norm == pytest.approx((layer.weight_orig * layer.weight_mask).norm().item(), rel=1e-6)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["0.weight_orig"].fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="layer '0': its weight holds NaN"):
+        model.load_state_dict(state)
+    with pytest.raises(ValueError, match="layer '0': its weight holds NaN"):
+        fold(model)
+
+
 def test_the_gradient_of_a_pruned_weight_is_that_of_finite_differences():
     torch.manual_seed(0)
     kept = (torch.rand(4, 9) > 0.2).double()

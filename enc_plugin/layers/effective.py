@@ -90,8 +90,8 @@ class EffectiveWeightLayer(nn.Module):
         return self._own_parameter("log_alpha") if self._enc_alpha is None else None
 
     def _own_parameter(self, key: str) -> nn.Parameter:
-        # getattr might find an attribute of a subclass.
-        return cast(nn.Parameter, self._parameters[key])
+        # getattr might find an attribute of a subclass. DataParallel's replicas keep parameters in __dict__.
+        return cast(nn.Parameter, self._parameters[key] if key in self._parameters else self.__dict__[key])
 
     @property
     def enc_settings(self) -> Settings:

@@ -165,7 +165,8 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
         return "enc_variant" in self.__dict__
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in PUBLIC and name != "norm" and self._normalises_rows() and lacks_attribute(self, name):
+        is_setting = name in PUBLIC and name != "norm" and self._normalises_rows() and lacks_attribute(self, name)
+        if is_setting and "_is_replica" not in self.__dict__:  # DataParallel sets log_alpha of its replicas
             raise AttributeError(
                 f"{name}: the settings of an ENC layer are fixed when it is created, got {value!r}; create a new "
                 f"{type(self).__name__}, or fold the model and convert it with other options"

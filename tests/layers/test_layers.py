@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmengine.registry import MODELS
 from torch import nn
+from torch.nn.utils import prune
 
 from enc_plugin import ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear
 from enc_plugin.layers import ENC_LAYERS
@@ -121,6 +122,17 @@ def test_layers_are_copied_and_pickled_whole(cls):
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), layer(x))
         assert twin.weight is not layer.weight
+
+
+@pytest.mark.parametrize("change", [lambda layer: None, lambda layer: prune.l1_unstructured(layer, "weight", 0.3)])
+def test_a_replica_of_data_parallel_computes_as_the_layer(change):
+    layer = ENCLinear(30, 4, alpha="learnable", dtype=torch.float64)
+    change(layer)
+    replica = layer._replicate_for_data_parallel()
+    for key, parameter in layer._parameters.items():  # as torch.nn.parallel.replicate does, which needs GPUs
+        setattr(replica, key, 1 * parameter)
+    x = torch.randn(3, 30, dtype=torch.float64)
+    torch.testing.assert_close(replica(x), layer(x))
 
 
 @pytest.mark.parametrize("cls", ENC_LAYERS.values())

@@ -42,7 +42,8 @@ class _ENCSubclass(ENCLayer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickle cannot import a class created at run time, so the class is created again from the stock class.
-        return _new_subclass_layer, (self.plain_class,), self.__dict__
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # Python 3.10 has no default
+        return _new_subclass_layer, (self.plain_class,), state
 
 
 class _ENCSubclassLinear(_ENCSubclass, LinearPostNorm):
@@ -75,10 +76,11 @@ def _derive_enc_class(plain_class: type[Any]) -> type[ENCLayer] | None:
     own = _ENCSubclassLinear if stock is nn.Linear else _ENCSubclass
     # Public names that the subclass defines keep the subclass's meaning.
     kept = {name: inspect.getattr_static(plain_class, name) for name in _YIELDING if hasattr(plain_class, name)}
-    # The bases of the subclass become direct bases too, for mmengine's initialisers (see stock.py).
+    # Its bases become direct bases too, for mmengine's initialisers (see stock.py). Python refuses Generic as one.
+    bases = (base for base in plain_class.__bases__ if issubclass(base, nn.Module))
     return type(
         f"ENC{plain_class.__name__}",
-        (own, plain_class, *plain_class.__bases__),
+        (own, plain_class, *bases),
         {
             **kept,
             "plain_class": plain_class,

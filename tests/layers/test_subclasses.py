@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from typing import Generic, TypeVar
 
 import mmcv.cnn.bricks.wrappers as wrappers
 import mmpretrain
@@ -74,6 +76,32 @@ def test_a_subclass_is_copied_pickled_and_given_a_post_norm(name):
         assert torch.equal(other(x), layer(x))
     torch.testing.assert_close(fold(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
     assert "variant='ws'" in repr(layer)
+
+
+T = TypeVar("T")
+
+
+class Locked(nn.Conv2d, Generic[T]):
+    """Has a type parameter, and an attribute that pickle does not take."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+def test_a_generic_subclass_with_a_state_of_its_own_is_converted_copied_pickled_and_folded():
+    layer, x = Locked(4, 6, 3), torch.randn(2, 4, 5, 5)
+    assert len(to_enc(layer, post_norm=False)) == 1
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), fold(layer)):
+        torch.testing.assert_close(other(x), layer(x))
+        assert not other.lock.locked()
 
 
 def test_each_subclass_has_one_enc_class_and_mmengine_still_initialises_it():

@@ -49,6 +49,8 @@ def labels_behind(op: Op, labels: dict[Value, Tensor]) -> list[Tensor] | None:
     if name in MOVES:
         return _replayed(op, name, labels)
     tracked = [value for value in op.inputs if value in labels]
+    if not op.outputs:  # such as item()
+        return None
     label, shape = labels[tracked[0]], op.outputs[0].shape
     if name in ("add", "sub", "mul", "div"):
         return _combined(op, name, labels)

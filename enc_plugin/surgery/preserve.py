@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from ..functional.weights import is_centered, num_rows
 from ..layers import ENCLayer, StockLayer, running_statistics
 from ..table import first_few
 from .example import with_values
+from .recorder import tensors_in
 from .restored import plain_forward, restored
 from .scale_paths import Scales
 from .trace import Trace
@@ -59,6 +59,8 @@ class Plan:
 
     def __init__(self, model: nn.Module, layers: dict[str, StockLayer], owns_norm: set[nn.Module], trace: Trace):
         self.model, self.layers = model, layers
+        if any(weight.is_meta for weight in model.parameters()):
+            raise ValueError("preserve: the weights are on the meta device, so the network has no function yet")
         self.example = with_values(trace.example, model)
         scales = Scales(trace, [layer for layer in layers.values() if layer not in owns_norm])
         self.readers = scales.readers
@@ -73,22 +75,28 @@ class Plan:
 
     def _run(self) -> Tensor:
         args, kwargs = self.example
-        with restored(self.model, all_hooks=True), torch.no_grad():  # a hook may change an output
-            leaves = tree_leaves(self.model(*args, **kwargs))
-        tensors = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-        return torch.cat([t.detach().double().flatten() for t in tensors])
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            with restored(self.model, all_hooks=True), torch.no_grad():  # a hook may change an output
+                tensors = tensors_in(self.model(*args, **kwargs))
+                return torch.cat([t.double().flatten() for t in tensors if t.is_floating_point()])
+        finally:
+            for buffer, values in buffers:
+                buffer.data.copy_(values)
 
     @torch.no_grad()
     def apply(self) -> Preservation:
         """Move the scales after the layers were converted, and measure the change of the outputs."""
         removed = {}
+        scaled = set()  # ids of biases, which layers with a tied weight may share
         for name, layer in self.layers.items():
             assert isinstance(layer, ENCLayer), "apply() must be called after the conversion"
             scale, removed[name] = _row_scale(layer)
             if layer.enc_norm is not None:
                 _fill_post_norm(layer.enc_norm, layer, scale)
             else:
-                if layer.bias is not None:
+                if layer.bias is not None and id(layer.bias) not in scaled:
+                    scaled.add(id(layer.bias))
                     layer.bias.copy_(layer.bias.double() * scale)
                 for norm, positions, channels in self.readers.get(layer, ()):
                     _absorb(norm, positions.to(scale.device), scale[channels.to(scale.device)])

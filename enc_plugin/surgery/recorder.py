@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
 
     def finish(self, outputs: Any, example: Arguments) -> Trace:
         """The trace of a pass on ``example`` that returned ``outputs``."""
-        values = [self._of(tensor) for tensor in _tensors_in(outputs)]
+        values = [self._of(tensor) for tensor in tensors_in(outputs)]
         return Trace(self.model, self.ops, self.calls, values, example, self._states, self._assigned)
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _first(self, arguments_or_outputs: Any) -> Value | None:
-        tensors = _tensors_in(arguments_or_outputs)
+        tensors = tensors_in(arguments_or_outputs)
         return self._of(tensors[0]) if tensors else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -198,7 +198,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [tensor for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
 
 
-def _tensors_in(outputs: Any) -> list[Tensor]:
+def tensors_in(outputs: Any) -> list[Tensor]:
     """The tensors in arguments or outputs of a module: in containers, and in attributes of objects."""
     leaves = [y for x in tree_leaves(outputs) for y in ([x] if isinstance(x, Tensor) else tree_leaves(_attributes(x)))]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -144,9 +145,16 @@ class Twice(nn.Module):
         return self.norm(self.a(x)) + self.norm(self.b(x))
 
 
+class Asks(nn.Sequential):
+    def forward(self, x):
+        x = self[0](x)
+        return self[1](x) if x[0, 0, 0, 0].item() < 1e9 else x
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (Asks(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), r"'0' \(its output goes into '_local_scalar_dense'\)"),
         (Residual(), r"'conv' \(its output goes into 'add'\)"),
         (Twice(), r"'a' \(its batch norm is used in several places\)"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.BatchNorm2d(4)), r"'0' \(its output goes into 'hardtanh'\)"),
@@ -165,6 +173,41 @@ def test_a_scale_that_cannot_be_moved_is_an_error_and_the_model_unchanged(model,
         to_enc(model, "wn", preserve=True)
     assert [type(module) for module in model.modules()] == classes
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_network_on_the_meta_device_has_no_function_to_keep():
+    model = small_net().to("meta")
+    with pytest.raises(ValueError, match="preserve: the weights are on the meta device"):
+        to_enc(model, "wn", preserve=True)
+    assert type(model[0]) is nn.Conv2d
+
+
+@dataclass
+class Result:
+    logits: torch.Tensor
+
+
+class TiedLayers(nn.Module):
+    """Two layers with one weight and one bias, a counter of forward passes, and an object as output."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return Result(self.norms[1](self.b(self.norms[0](self.a(x)))))
+
+
+def test_tied_biases_are_scaled_once_and_outputs_within_objects_are_compared():
+    model, x = trained(TiedLayers()), torch.randn(2, 3, 5, 5)
+    expected = copy.deepcopy(model)(x).logits
+    to_enc(model, "wn", preserve=x)
+    assert model.passes == 0
+    assert relative_error(model(x).logits, expected) < 1e-5
 
 
 def test_a_hook_that_changes_an_output_is_noticed():

@@ -274,14 +274,14 @@ def own_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | Non
     of_weights: list[Tensor | None] = []
     row = 0
     for weight, grad in zip(ctx.weights, grads, strict=True):
-        factor, row = ctx.scale[row], row + num_rows(weight, ctx.variant)
+        first, row = row, row + num_rows(weight, ctx.variant)
         if grad is None:
             of_weights.append(None)
             continue
         with torch.enable_grad():
-            # This alpha makes the factor of the rows 1. They are then multiplied by `factor`, which may be learnable.
+            # This alpha makes the factor of the rows 1. They are then multiplied by their own, which may be learnable.
             unit = enc_weight(weight, ctx.variant, float(_divisor(weight, ctx.variant)))
-            what = (unit * factor).to(grad.dtype)
+            what = (unit * ctx.scale[first]).to(grad.dtype)
         inputs = [x for x in (weight, ctx.scale) if x.requires_grad]
         found = dict(
             zip(map(id, inputs), torch.autograd.grad(what, inputs, grad, create_graph=create_graph), strict=True)

@@ -136,26 +136,30 @@ def _by_formula(w: Tensor, variant: str, alpha: float | Tensor) -> Tensor:
     The kernels that are fastest in eager mode cannot be fused: they need contiguous rows, but compiled convolutions
     use channels-last weights. ``lab/bench/compiled.py`` measures the difference.
     """
-    columns, rows = tuple(range(1, w.ndim)), num_rows(w, variant)
+    rows = num_rows(w, variant)
     if is_centered(variant):
-        # A layer is summed in two stages: a single float32 sum over millions of elements loses precision.
-        sums = w.sum(columns, keepdim=True)
-        w = w - (sums.sum(0, keepdim=True) if is_whole_layer(variant) else sums) / (w.numel() // rows)
-    scale = _scale(w, alpha, rows, (rows, *(1 for _ in columns)))
+        w = w - _sums(w, variant) / (w.numel() // rows)
+    scale = _scale(w, alpha, rows, (rows, *(1 for _ in w.shape[1:])))
     return w * (scale / _norms(w, scale))
 
 
 def _of_kept(w: Tensor, variant: str, alpha: float | Tensor, kept: Tensor) -> Tensor:
     """:func:`enc_weight` of a pruned weight."""
-    rows = num_rows(w, variant)
-    kept = kept.reshape(rows, -1).to(w.dtype)
-    w, count = w.reshape(rows, -1) * kept, kept.sum(1, keepdim=True)
+    kept = kept.to(w.dtype)
+    w, count = w * kept, _sums(kept, variant)
     if is_centered(variant):
-        w = (w - w.sum(1, keepdim=True) / count.clamp(min=1)) * kept
+        w = (w - _sums(w, variant) / count.clamp(min=1)) * kept
     # A fully pruned row stays 0. It is not divided by 0, because that would make its gradient NaN.
-    norms = torch.where(count > 0, torch.linalg.vector_norm(w, dim=1, keepdim=True), 1)
-    scale = _scale(w, alpha, 1, (1, 1)) / (count > 0).sum().sqrt()
+    norms = torch.where(count > 0, _norms(w, count), 1)
+    scale = _scale(w, alpha, 1, (1,) * w.ndim) / (count > 0).sum().to(w.dtype).sqrt()
     return w * (scale / norms)
+
+
+def _sums(w: Tensor, variant: str) -> Tensor:
+    """Sums of the rows, ``(m, 1, ...)``; for the whole-layer variants the sum of the layer, ``(1, 1, ...)``."""
+    sums = w.sum(tuple(range(1, w.ndim)), keepdim=True)
+    # A layer is summed in two stages: a single float32 sum over millions of elements loses precision.
+    return sums.sum(0, keepdim=True) if is_whole_layer(variant) else sums
 
 
 @torch.no_grad()
@@ -173,21 +177,19 @@ def imprecise_rows(weight: Tensor, variant: str, kept: Tensor | None = None) -> 
         finite or has an error of more than 1 %.
     """
     rows = num_rows(weight, variant)
-    v = weight.double().reshape(rows, -1)
-    kept = None if kept is None else kept.reshape(rows, -1)
-    v = v if kept is None else v * kept
-    v = v / v.abs().amax(1, keepdim=True)
-    exact = enc_weight(v, variant, 1.0, kept)
     w = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
-    error = enc_weight(w.reshape(rows, -1), variant, 1.0, kept).double() - exact
-    precise = error.norm(dim=1) <= 0.01 * exact.norm(dim=1)  # false for NaN
+    v = weight.double() if kept is None else weight.double() * kept
+    v = v / v.abs().reshape(rows, -1).amax(1).reshape(-1, *(1 for _ in v.shape[1:]))
+    found, exact = (enc_weight(x, variant, 1.0, kept).double().reshape(rows, -1) for x in (w, v))
+    precise = (found - exact).norm(dim=1) <= 0.01 * exact.norm(dim=1)  # false for NaN
     if is_centered(variant):
         # A float64 weight has no reference of higher precision, so its deviations from the mean must exceed rounding.
-        mean = v.mean(1, keepdim=True) if kept is None else v.sum(1, keepdim=True) / kept.sum(1, keepdim=True)
-        spread = (v - mean if kept is None else (v - mean) * kept).norm(dim=1)
-        precise &= spread > 64 * torch.finfo(w.dtype).eps * v.norm(dim=1)
+        deviations = v - _sums(v, variant) / (v.numel() // rows if kept is None else _sums(kept, variant))
+        deviations = deviations if kept is None else deviations * kept
+        spread, size = (x.reshape(rows, -1).norm(dim=1) for x in (deviations, v))
+        precise &= spread > 64 * torch.finfo(w.dtype).eps * size
     if kept is not None:
-        precise |= ~kept.bool().any(1)  # fully pruned rows are zero on purpose
+        precise |= ~kept.reshape(rows, -1).bool().any(1)  # fully pruned rows are zero on purpose
     return ~precise
 
 

@@ -108,14 +108,18 @@ def test_outputs_without_a_common_layer_have_a_backward_pass_each():
     torch.testing.assert_close(weights[5].grad, torch.autograd.grad(enc_weight(weights[5]).pow(3).sum(), weights[5])[0])
 
 
-def test_a_batch_of_gradients_is_mapped_over():
-    weights = free_weights()
-    directions = torch.randn(5, *weights[0].shape, dtype=torch.float64)
-    batched = [
-        torch.autograd.grad(what, weights[0], directions, is_grads_batched=True)[0]
-        for what in (enc_weights(weights, "ws", [1.0] * 7)[0], enc_weight(weights[0]))
-    ]
-    torch.testing.assert_close(*batched)
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_batch_of_gradients_is_mapped_over_also_of_a_learnable_alpha(mapped):
+    inputs = [free_weights()[0], torch.tensor(2.0, dtype=torch.float64, requires_grad=True)]
+    directions = torch.randn(5, *inputs[0].shape, dtype=torch.float64)
+
+    def gradients(what: Tensor) -> tuple[Tensor, ...]:
+        if mapped:
+            return torch.func.vmap(lambda d: torch.autograd.grad(what, inputs, d, retain_graph=True))(directions)
+        return torch.autograd.grad(what, inputs, directions, is_grads_batched=True)
+
+    (together,), alone = enc_weights(inputs[:1], "ws", inputs[1:]), enc_weight(inputs[0], "ws", inputs[1])
+    torch.testing.assert_close(gradients(together), gradients(alone))
 
 
 def test_a_weight_that_changed_before_the_backward_pass_is_an_error():

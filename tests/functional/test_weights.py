@@ -106,6 +106,13 @@ def test_scale_of_the_free_weight_does_not_matter(variant):
 
 
 @pytest.mark.parametrize("variant", ALL)
+def test_a_mask_that_keeps_all_changes_nothing_in_float64(variant):
+    weight = random_weight((3, 5), 2)
+    found = enc_weight(weight, variant, 2.5, torch.ones(3, 5))
+    torch.testing.assert_close(found, enc_weight(weight, variant, 2.5), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("variant", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_computed_in_float32(variant, dtype):
     weight = random_weight((8, 16, 3, 3), 3).to(dtype)
@@ -210,17 +217,18 @@ def test_compiled_holds_the_norm_at_any_scale(variant, scale):
     assert torch.autograd.grad(what, weight, torch.ones_like(what))[0].isfinite().all()
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("variant", ALL)
-def test_the_largest_layers_are_as_exact_as_small_ones(variant, compiled):
+@pytest.mark.parametrize("way", ["eager", "compiled", "pruned"])
+@pytest.mark.parametrize("variant", ["fro", "centered_fro"])
+def test_the_largest_layers_are_as_exact_as_small_ones(variant, way):
     generator = torch.Generator().manual_seed(0)
     weight, upstream = (torch.randn(2048, 2048, generator=generator) for _ in range(2))
+    kept = weight > -1 if way == "pruned" else None
     free = weight.clone().requires_grad_()
-    what = (compiled_enc_weight() if compiled else enc_weight)(free, variant)
+    what = (compiled_enc_weight() if way == "compiled" else enc_weight)(free, variant, 1.0, kept)
     assert what.double().square().sum().item() == pytest.approx(1.0, rel=2e-6)
     (grad,) = torch.autograd.grad(what, free, upstream)
     exact = weight.double().requires_grad_()
-    (expected,) = torch.autograd.grad(enc_weight(exact, variant), exact, upstream.double())
+    (expected,) = torch.autograd.grad(enc_weight(exact, variant, 1.0, kept), exact, upstream.double())
     assert ((grad - expected).norm() / expected.norm()).item() < 1e-5
 
 

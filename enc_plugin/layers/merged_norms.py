@@ -58,7 +58,8 @@ def rows_are_rescaled(old: Tensor | None, new: Tensor) -> bool:
         return False
     tolerance = max(1e-5, 4 * torch.finfo(old.dtype).eps)  # rounding error of rescaled rows
     w, v = old.double().flatten(1), new.double().flatten(1)
-    factor = (w * v).sum(1, keepdim=True) / w.square().sum(1, keepdim=True)
+    sq_norms = w.square().sum(1, keepdim=True)
+    factor = torch.where(sq_norms > 0, (w * v).sum(1, keepdim=True) / sq_norms, 1)
     is_multiple = (v - factor * w).norm() <= tolerance * v.norm()
     return bool(is_multiple and (factor - 1).abs().max() > tolerance / 10)
 

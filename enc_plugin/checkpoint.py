@@ -116,9 +116,9 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> tuple[dict[str, to
         )
     if isinstance(state_dict, nn.Module):
         state_dict = state_dict.state_dict()
-    if not isinstance(state_dict, Mapping) or not state_dict:
+    if not isinstance(state_dict, Mapping) or not state_dict or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(f"checkpoint: {path} holds no state dict (found {type(state_dict).__name__})")
-    others = [k for k, v in state_dict.items() if not (isinstance(v, torch.Tensor) or str(k).endswith(KEY))]
+    others = [k for k, v in state_dict.items() if not (isinstance(v, torch.Tensor) or k.endswith(KEY))]
     if others:
         raise ValueError(f"checkpoint: the state dict of {path} holds more than tensors: {others[0]!r}, ...")
     for prefix in ("module.", "_orig_mod.", "module."):  # DDP and torch.compile can be nested in either order

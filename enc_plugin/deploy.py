@@ -26,6 +26,7 @@ from .build import KEPT_META, build_dataset, build_model, evaluation_split, load
 from .checkpoint import read_checkpoint
 from .checkpoint_files import file_sha256, replacing
 from .functional.checks import check_integer, check_number
+from .functional.precision import full_float32
 from .layers import ENC_LAYERS, enc_layers
 from .layers.origin import saved_settings
 from .measuring.spread import spread
@@ -90,7 +91,7 @@ def fold_checkpoint(
         checkpoint: As for :func:`enc_plugin.checkpoint.read_checkpoint`.
         out: File to write; an existing one is replaced.
         safetensors: Write safetensors (``out`` ends in ``.safetensors``) instead of an mmengine checkpoint.
-        images: Image files for the check; None: samples of the config's test (else validation) dataset.
+        images: Image files for the check; none: samples of the config's test (else validation) dataset.
         num_samples: Number of samples of the dataset, evenly spaced.
         tolerance: Largest relative difference of the outputs that is accepted.
         trust: Load arbitrary objects from the checkpoint, which can run any code that it contains.
@@ -200,7 +201,7 @@ def _samples(config: Config, images: Sequence[str] | None, num_samples: int) -> 
     """Real samples from the test pipeline, each ``dict(inputs=..., data_samples=...)``."""
     split = evaluation_split(config)
     settings = config[f"{split}_dataloader"].dataset
-    if images is not None:
+    if images:
         pipeline = list(settings.pipeline)
         if not any("LoadImage" in str(step.get("type")) for step in pipeline):
             pipeline.insert(0, {"type": "LoadImageFromFile"})
@@ -226,6 +227,7 @@ def _check_readers(model: nn.Module, batch: dict) -> None:
 
 
 @torch.no_grad()
+@full_float32()
 def _output_error(model: nn.Module, stock: nn.Module, batch: dict) -> float:
     """Maximum of ``||stock - ENC|| / ||ENC||`` over the samples; Inf if an output is not finite."""
     outputs = []

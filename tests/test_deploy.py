@@ -183,6 +183,7 @@ def test_given_images_replace_the_dataset(trained, tmp_path):
         images.append(str(tmp_path / f"{i}.png"))
         Image.effect_noise((8, 8), 60 + i).convert("RGB").save(images[-1])
     assert fold_checkpoint(cfg, trained[0], tmp_path / "out.pth", images=images).samples == 3
+    assert fold_checkpoint(CONFIG, trained[0], tmp_path / "out.pth", images=[]).samples == 8
     with pytest.raises(FileNotFoundError, match="images: there is no file gone.png"):
         fold_checkpoint(cfg, trained[0], tmp_path / "out.pth", images=["gone.png"])
 
@@ -237,6 +238,11 @@ def malicious_legacy(source, tmp_path):
 
 def no_state_dict(source, tmp_path):
     torch.save([torch.ones(2)], tmp_path / "bad.pth")
+    return tmp_path / "bad.pth"
+
+
+def numbered_tensors(source, tmp_path):
+    torch.save({0: torch.ones(2)}, tmp_path / "bad.pth")
     return tmp_path / "bad.pth"
 
 
@@ -301,6 +307,7 @@ def gone(source, tmp_path):
         (malicious, "holds more than tensors and plain values.*not loaded.*--unsafe-load"),
         (malicious_legacy, "holds more than tensors and plain values.*not loaded.*--unsafe-load"),
         (no_state_dict, "holds no state dict"),
+        (numbered_tensors, "holds no state dict"),
         (not_tensors, "holds more than tensors: 'meta'"),
         (missing_key, "does not fit the config: .*Missing key.*backbone.layer1.0.conv1.weight"),
         (surplus_key, "does not fit the config: .*Unexpected key.*surplus"),
@@ -353,6 +360,11 @@ def test_a_difference_that_is_rounding_is_told_from_a_wrong_fold(trained, tmp_pa
     with pytest.raises(ValueError, match=r"in float64 they differ by \de-1\d, .* rounding; use a larger tolerance"):
         fold_checkpoint(CONFIG, trained[0], tmp_path / "stock.pth", tolerance=0)
     assert not (tmp_path / "stock.pth").exists()
+
+
+def test_outputs_are_compared_in_full_precision_whatever_is_set_around_the_call(trained, tmp_path):
+    with torch.autocast("cpu"):
+        assert fold_checkpoint(CONFIG, trained[0], tmp_path / "stock.pth").error < 1e-5
 
 
 def test_a_write_that_breaks_off_leaves_no_file(trained, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from enc_plugin import ENCConv2d, ENCLinear, to_enc
+from enc_plugin.engine.diagnosis import find_cause
 from enc_plugin.engine.preflight import check_work_dir
 
 
@@ -55,17 +57,17 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("what", CAUSES)
-def test_a_run_that_diverges_after_three_epochs_stops_and_names_layer_and_checkpoint(tmp_path, what):
-    cfg = digits_config(tmp_path, epochs=6, custom_hooks=[dict(type="_Poison", what=what, epoch=4)])
+def test_a_run_that_diverges_after_an_epoch_stops_and_names_layer_and_checkpoint(tmp_path, what):
+    cfg = digits_config(tmp_path, epochs=2, custom_hooks=[dict(type="_Poison", what=what, epoch=2)])
     with pytest.raises(FloatingPointError) as stopped:
         train(cfg)
     message = str(stopped.value)
-    assert "in epoch 4, iteration 10" in message
+    assert "in epoch 2, iteration 4" in message
     assert CAUSES[what] in message
-    assert f"the last checkpoint is {tmp_path / 'epoch_3.pth'}" in message
-    saved = torch.load(tmp_path / "epoch_3.pth", weights_only=True)["state_dict"]
+    assert f"the last checkpoint is {tmp_path / 'epoch_1.pth'}" in message
+    saved = torch.load(tmp_path / "epoch_1.pth", weights_only=True)["state_dict"]
     assert all(value.isfinite().all() for value in saved.values())
-    assert not (tmp_path / "epoch_4.pth").exists()
+    assert not (tmp_path / "epoch_2.pth").exists()
 
 
 def test_the_optimizer_never_uses_a_gradient_that_is_not_finite(tmp_path):
@@ -89,10 +91,36 @@ def test_the_guard_leaves_no_trace_and_can_be_turned_off(tmp_path):
     assert train(cfg).epoch == 1
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    """The last step of an epoch overflows: no gradient tells of it any more."""
+_IMAGES = torch.zeros(3, 1, 2, 2).index_fill_(0, torch.tensor([1]), float("nan"))
+_FILES = [dict(img_path=f"{name}.png") for name in "abc"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "named"),
+    [
+        (dict(inputs=_IMAGES, data_samples=_FILES), "b.png"),
+        (dict(inputs=[*_IMAGES], data_samples=_FILES), "b.png"),
+        (dict(inputs=[_IMAGES, _IMAGES.nan_to_num()], data_samples=_FILES), "b.png"),
+        (dict(inputs=[[*_IMAGES], [*_IMAGES]], data_samples=_FILES), "b.png"),
+        (dict(inputs=_IMAGES, labels=torch.zeros(3)), "number 1 of the batch"),
+    ],
+    ids=["stacked", "a list", "stacked views", "views", "without data_samples"],
+)
+def test_the_picture_that_is_not_finite_is_named_in_each_form_of_a_batch(batch, named):
+    found = find_cause(SimpleNamespace(model=nn.Identity()), batch)
+    assert found == f"the batch holds NaN or Inf ({named})"
+
+
+@pytest.mark.parametrize("saved", ["after an epoch", "after the last iteration", "as the best"])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, saved):
+    """The step before the checkpoint overflows: no gradient tells of it any more."""
     cfg = digits_config(tmp_path, epochs=1, custom_hooks=[dict(type="_OverflowLast")])
-    with pytest.raises(FloatingPointError, match="a weight or a running statistic is NaN or infinite in epoch 1"):
+    if saved != "after an epoch":
+        last, validated = (4, 3) if saved == "as the best" else (3, 9)
+        cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=last, val_interval=validated)
+        cfg.param_scheduler = None
+        cfg.default_hooks.checkpoint.update(by_epoch=False, interval=9, save_best="accuracy/top1")
+    with pytest.raises(FloatingPointError, match="a weight or a running statistic is NaN .* in epoch 1, iteration 3;"):
         train(cfg)
     assert not list(tmp_path.glob("*.pth"))
 

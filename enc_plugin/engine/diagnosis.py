@@ -88,9 +88,12 @@ def _first_overflow(runner: Runner, model: nn.Module, batch: Any) -> str | None:
 
 
 def _bad_samples(batch: Mapping) -> str:
-    names = [
-        str(sample.get("img_path") or f"number {i} of the batch")
-        for i, (x, sample) in enumerate(zip(batch["inputs"], batch["data_samples"], strict=False))
-        if not x.isfinite().all()
-    ]
-    return f" ({', '.join(names[:3])})" if names else ""
+    """Files of the images that are not finite, or their numbers in the batch; empty if there are no images."""
+    inputs, samples = batch["inputs"], batch.get("data_samples") or ()
+    if not isinstance(inputs, (Tensor, list)):
+        return ""
+    is_image = isinstance(inputs[0], Tensor) and inputs[0].dim() < 4  # otherwise inputs are views of all samples
+    views = [inputs] if is_image else inputs
+    bad = sorted({i for view in views for i, image in enumerate(view) if not image.isfinite().all()})
+    names = [str(i < len(samples) and samples[i].get("img_path") or f"number {i} of the batch") for i in bad[:3]]
+    return f" ({', '.join(names)})"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
 from torch import Tensor
@@ -61,6 +61,7 @@ class ENCGuardHook(Hook):
         self.finite = finite
         self.batch: Any = None  # the last one
         self.first_iter = 0
+        self._step = ""  # epoch and iteration of the batch
         self._checked: list[Dataset] = []
         self._nan_at_start: set[str] = set()
         self._unread: list[UnreadStep] = []  # steps of this iteration
@@ -108,11 +109,12 @@ class ENCGuardHook(Hook):
             self._check_data(runner, "test", runner.test_loop)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Keep the batch, to search it for the cause of an error."""
+        """Keep the batch and its place in the run, for the message of an error."""
         self.batch = data_batch
+        self._step = f"epoch {runner.epoch + 1}, iteration {runner.iter + 1}"
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
-        """Stop if the loss is not finite, or if weights that are about to be saved are not."""
+        """Stop if a gradient or the loss is not finite."""
         if not self.finite:
             return
         # mmengine has just read the loss to log it, so the device is idle and these reads do not wait.
@@ -124,14 +126,15 @@ class ENCGuardHook(Hook):
         loss = (outputs or {}).get("loss")
         if isinstance(loss, Tensor) and not math.isfinite(loss.item()):
             self._stop(runner, "the loss")
-        savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
-        if any(hook.every_n_train_iters(runner, hook.interval) for hook in savers):
-            self._check_weights(runner)
 
-    def after_train_epoch(self, runner: Runner) -> None:
-        """Stop if weights that are about to be saved are not finite."""
-        if self.finite:
-            self._check_weights(runner)
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Stop if what training has changed is not finite; nothing is written then."""
+        if not self.finite or self.batch is None:
+            return
+        model = unwrap(runner.model)
+        became_nan = any(t.isnan().any() for name, t in constants(model) if name not in self._nan_at_start)
+        if became_nan or not are_finite(tensor for _, tensor in trained(model)):
+            self._stop(runner, "a weight or a running statistic")
 
     def _check_data(self, runner: Runner, split: str, loop: BaseLoop) -> None:
         """Check labels, two samples and metrics of a split, once for each dataset."""
@@ -163,17 +166,11 @@ class ENCGuardHook(Hook):
         elif not are_finite(p.grad for p in parameters):
             self._stop(runner, "a gradient")
 
-    def _check_weights(self, runner: Runner) -> None:
-        model = unwrap(runner.model)
-        became_nan = any(t.isnan().any() for name, t in constants(model) if name not in self._nan_at_start)
-        if became_nan or not are_finite(tensor for _, tensor in trained(model)):
-            self._stop(runner, "a weight or a running statistic")
-
     def _stop(self, runner: Runner, what: str) -> None:
         last = find_latest_checkpoint(runner.work_dir)
         way_out = "no checkpoint has been written yet" if last is None else f"the last checkpoint is {last} (--resume)"
         raise FloatingPointError(
-            f"training: {what} is NaN or infinite in epoch {runner.epoch + 1}, iteration {runner.iter + 1}; "
+            f"training: {what} is NaN or infinite in {self._step}; "
             f"{find_cause(runner, self.batch)}. This step was not saved, {way_out}. Usual causes: a high learning rate "
             "(lr, warm-up), no gradient clipping (optim_wrapper=dict(clip_grad=dict(max_norm=...))), damaged images or "
             "labels. To train on regardless: default_hooks=dict(enc_guard=None)"

@@ -115,12 +115,15 @@ def read_checkpoints(arguments: list[str], options: dict | None) -> list[tuple]:
     """
     from enc_plugin.build import load_config
 
+    def is_config(argument: str) -> bool:
+        return argument.endswith(".py") or "::" in argument
+
     pairs, config = [], None
     for place, argument in enumerate(arguments):
-        if config is not None and not argument.endswith(".py") and "::" not in argument:
+        if config is not None and not is_config(argument):
             pairs.append((config, argument))
             continue
-        if place + 1 == len(arguments) or arguments[place + 1].endswith(".py"):
+        if place + 1 == len(arguments) or is_config(arguments[place + 1]):
             raise ValueError(f"checkpoints: expected CONFIG CHECKPOINT ..., got no checkpoint for {argument}")
         config = load_config(argument, options)
     return pairs

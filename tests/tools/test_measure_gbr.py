@@ -91,7 +91,13 @@ def test_checkpoints_of_several_configs_each_have_their_line(finished, tmp_path,
     report = measure_checkpoints(pairs, num_samples=10, plot=tmp_path / "gbr.png")
     assert [record["config"] for record in report.records] == [configs[0], configs[0], configs[1]]
     assert report.records[1]["gbr"] == report.records[2]["gbr"]
-    for arguments in ([configs[0]], [configs[0], configs[1], one], [configs[0], one, configs[1]]):
+    named = "mmpretrain::resnet/resnet18_8xb16_cifar10"
+    for arguments in (
+        [configs[0]],
+        [configs[0], configs[1], one],
+        [configs[0], one, configs[1]],
+        [configs[0], named, one],
+    ):
         with pytest.raises(ValueError, match="expected CONFIG CHECKPOINT ..., got no checkpoint for"):
             read_checkpoints(arguments, None)
 

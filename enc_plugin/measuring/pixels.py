@@ -93,19 +93,20 @@ class PixelSpan:
 
 
 def preprocess(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Apply the model's ``data_preprocessor`` (mean, std, channel order) to ``pixels``.
+    """Apply the model's ``data_preprocessor`` (mean, std, channel order) to ``pixels``, in the dtype of its weights.
 
     Raises:
         ValueError: If it does not take a single batch of images, as that of self-supervised models.
     """
     try:
-        return model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
+        inputs = model.data_preprocessor({"inputs": pixels}, training=False)["inputs"]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         kind = type(model.data_preprocessor).__name__
         raise ValueError(
             f"model: expected a classifier of single images, but the {kind} of {type(model).__name__} does not take a "
             f"batch of them ({describe(error)})"
         ) from error
+    return inputs.to(next(model.parameters()).dtype)
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:

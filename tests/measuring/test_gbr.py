@@ -128,6 +128,16 @@ def test_a_network_in_half_precision_is_measured_as_a_copy_in_float32(dtype):
         measure(copy.deepcopy(model).float())
 
 
+@pytest.mark.parametrize("options", [NORMALISED, {}], ids=["normalised", "not normalised"])
+def test_a_network_in_double_precision_has_the_gbr_and_the_robustness_of_its_float32_copy(options):
+    model, data = classifier(HEADS["softmax"][0], **options), Noise()
+    samples = FixedSamples(data, [], range(5), 5)
+    for space in ("normalized", "pixel"):
+        single, double = (measure_gbr(net, samples, space=space) for net in (model, copy.deepcopy(model).double()))
+        torch.testing.assert_close(double.values, single.values, rtol=1e-3, atol=0)
+    assert measure_robustness(model.double(), data, [1]).num_samples == 5
+
+
 def test_a_head_without_scores_is_refused_by_name():
     class Bare(nn.Module):
         def __init__(self):

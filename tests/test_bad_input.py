@@ -7,7 +7,6 @@ result; anything else has to end in a ``ValueError`` or ``TypeError`` that names
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -192,11 +191,6 @@ def _optimizer() -> torch.optim.Optimizer:
     model = network()
     to_enc(model)
     return torch.optim.SGD(param_groups_enc(model), lr=0.1)
-
-
-@functools.cache
-def _digits() -> Any:
-    return DATASETS.build(dict(type="Digits"))
 
 
 def _preserved(**options: Any) -> Any:
@@ -522,7 +516,7 @@ PARTS = {
         lambda chosen, **call: chosen == sorted(set(chosen)) and len(chosen) == min(5, call["num_samples"] or 5),
     ),
     "FixedSamples": Row(
-        lambda **call: FixedSamples(_digits(), [], range(4), **call),
+        lambda **call: FixedSamples(_Digits(), [], range(4), **call),
         lambda: dict(batch_size=2),
         dict(batch_size=integer(1)),
         lambda samples, **_: len(samples) == 4,

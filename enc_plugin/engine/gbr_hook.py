@@ -228,7 +228,7 @@ class GBRHook(ValidatedNetworkHook):
         device = next(unwrap(runner.model).parameters()).device
         batch_size = self.batch_size or pick_batch_size(device, runner.train_dataloader.batch_size)
         chosen = stored_choice(runner, self.num_samples, self.seed)
-        samples = FixedSamples(dataset, pipeline, chosen, batch_size, own_loading=not loads).read()
+        samples = FixedSamples(dataset, pipeline, chosen, batch_size, own_loading=not loads)
         if samples.left_out:
             runner.logger.warning(
                 f"GBR: {len(samples.left_out)} of the chosen samples cannot be read and are left out, because the "

@@ -25,7 +25,7 @@ class FixedSamples:
 
     The steps of the dataset's pipeline load a sample, up to the step that produces the image. Then the steps of
     ``pipeline`` run, except those that load. Each rank reads and keeps the batches that it will measure. The batches do
-    not depend on the number of ranks.
+    not depend on the number of ranks. Samples that cannot be read are left out. All ranks must build the samples.
 
     Args:
         dataset: Dataset of mmengine or mmpretrain, inside of any wrappers (repeated, concatenated, balanced, folds,
@@ -37,6 +37,7 @@ class FixedSamples:
 
     Raises:
         TypeError: If the dataset cannot return a sample without augmentation.
+        ValueError: If samples cannot be read and fewer than two are left.
     """
 
     def __init__(
@@ -44,7 +45,6 @@ class FixedSamples:
     ):
         self.dataset = dataset
         self.batches = in_batches(indices, batch_size)
-        self.left_out: list[int] = []
         self._steps = Compose(_own_copy(Compose(list(pipeline)).transforms))
         self._own_loading = own_loading
         self._kept: dict[int, Compose] = {}  # id of the innermost dataset -> steps after loading
@@ -52,37 +52,23 @@ class FixedSamples:
         if self._packed and len(indices):
             _check_packed(dataset, indices[0])
         self._read: dict[int, tuple[Tensor, Tensor | None]] = {}
+        bad = on_all_ranks(lambda: [index for number in self.own for index in self._read_batch(number)])
+        missing = {*joined(bad)}
+        self.left_out = sorted(missing)
+        self.batches = [[index for index in batch if index not in missing] for batch in self.batches]
+        if missing and len(self) < 2:
+            raise ValueError(
+                f"dataset: {len(missing)} of {len(indices)} chosen samples cannot be read, but a standard error needs "
+                "at least two; check the paths of the dataset"
+            )
 
     def __len__(self) -> int:
         return sum(map(len, self.batches))
 
     @property
-    def indices(self) -> list[int]:
-        """Indices of the samples, in the order of the batches."""
-        return [index for batch in self.batches for index in batch]
-
-    @property
     def own(self) -> range:
         """Numbers of the batches that this rank measures."""
         return own_share(len(self.batches))
-
-    def read(self) -> FixedSamples:
-        """Read this rank's batches now, and leave out samples that cannot be read. All ranks must call it.
-
-        Raises:
-            ValueError: If fewer than two samples are left.
-        """
-        bad = on_all_ranks(lambda: [index for number in self.own for index in self._read_batch(number)])
-        missing = {*joined(bad)}
-        if missing:
-            self.left_out += sorted(missing)
-            self.batches = [[index for index in batch if index not in missing] for batch in self.batches]
-            if len(self) < 2:
-                raise ValueError(
-                    f"dataset: {len(missing)} of {len(missing) + len(self)} chosen samples cannot be read, but a "
-                    "standard error needs at least two; check the paths of the dataset"
-                )
-        return self
 
     def _read_batch(self, number: int) -> list[int]:
         """Read and keep a batch, and return the indices of the samples that cannot be read."""
@@ -92,9 +78,7 @@ class FixedSamples:
         return [index for index, sample in samples.items() if sample is None]
 
     def batch(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """Pixels ``(N, C, H, W)`` as returned by the pipeline, and labels ``(N,)`` or None."""
-        if number not in self._read:
-            self._read[number] = stack([self._sample(index) for index in self.batches[number]])
+        """Pixels ``(N, C, H, W)`` of one of :attr:`own`, as the pipeline returns them, and labels ``(N,)`` or None."""
         return self._read[number]
 
     def check_pixels(self) -> None:

@@ -205,7 +205,7 @@ def _samples(config: Config, num_samples: int | None, batch_size: int, seed: int
         raise ValueError("config: neither val_dataloader nor test_dataloader has a pipeline to read the samples with")
     dataset = build_dataset(config, "train")
     with DefaultScope.overwrite_default_scope("mmpretrain"):
-        samples = FixedSamples(dataset, pipeline, choose_samples(dataset, num_samples, seed), batch_size).read()
+        samples = FixedSamples(dataset, pipeline, choose_samples(dataset, num_samples, seed), batch_size)
         if space == "pixel":
             samples.check_pixels()
     return samples

@@ -31,7 +31,7 @@ class Readings:
         (self._fgsm,) = (hook for hook in cfg.custom_hooks if hook["type"] == "FGSMHook")
         batch = self._large or pick_batch_size(device, cfg.train_dataloader.batch_size)
         chosen = [choose_samples(len(training.train), h["num_samples"], h.get("seed", 0)) for h in self._gbr_hooks]
-        self._samples = [FixedSamples(training.train, [], indices, batch).read() for indices in chosen]
+        self._samples = [FixedSamples(training.train, [], indices, batch) for indices in chosen]
         self._measure_gbr()
 
     def after_epoch(self, loss: float) -> None:

@@ -65,10 +65,13 @@ class ENCAuditHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Check on the first batch which layers run and what reads their weights, in all processes alike."""
-        model = unwrap(runner.model)
-        if self._is_checked or not (layers := dict(enc_layers(model))):
+        if self._is_checked:
             return
         self._is_checked = True
+        model = unwrap(runner.model)
+        layers = dict(enc_layers(model))
+        if not layers:
+            return
         traces = _traces(model, data_batch)
         for trace in traces:
             refuse_weights_read_elsewhere(model, trace)

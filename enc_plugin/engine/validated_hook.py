@@ -27,6 +27,8 @@ class ValidatedNetworkHook(Hook):
     Subclasses define :meth:`due` and :meth:`measure`.
     """
 
+    _advice = "keep one of them"  # if two hooks log under the same names
+
     def __init__(self) -> None:
         self._first = _FirstHook(self)
         self._pending: int | None = None  # step of the next measurement
@@ -65,8 +67,6 @@ class ValidatedNetworkHook(Hook):
                     f"names ({', '.join(sorted(double))}); {self._advice}"
                 )
         self._move_first(runner)
-
-    _advice = "keep one of them"
 
     def before_val(self, runner: Runner) -> None:
         """Move before hooks that were registered after training began."""

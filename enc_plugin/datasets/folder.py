@@ -14,7 +14,9 @@ class ImageFolder(CustomDataset):
 
     Args:
         data_root: Folder that contains the splits.
-        split: Folder below it, such as ``'train'`` or ``'val'``.
+        split: Folder below it, such as ``'train'`` or ``'val'``; None: ``data_prefix``, or else ``'train'``.
+        data_prefix: As ``split``: some stock configs of ImageNet give the folder so.
+        ann_file: Not read, because the folders tell the classes; for stock configs that name one.
         **kwargs: As for mmpretrain's ``CustomDataset``: ``pipeline``, ``indices``, ...
 
     Raises:
@@ -22,7 +24,8 @@ class ImageFolder(CustomDataset):
         ValueError: If its class folders differ from those of ``<data_root>/train``, so that labels would differ.
     """
 
-    def __init__(self, data_root: str, split: str = "train", **kwargs):
+    def __init__(self, data_root: str, split: str | None = None, data_prefix: str = "", ann_file: str = "", **kwargs):
+        split = split or data_prefix or "train"
         folder, train = Path(data_root, split), Path(data_root, "train")
         if not folder.is_dir():
             raise FileNotFoundError(f"data_root: there is no folder {folder} with a sub-folder for each class")

@@ -33,7 +33,7 @@ from .guard_hook import ENCGuardHook
 from .limits import check_distributed, refuse_merged_norms, refuse_strategy
 from .loadable import make_loadable, without_functions
 from .loaded import check_loaded
-from .preflight import check_loop, check_work_dir, why_step_fails
+from .preflight import check_loop, check_schedules, check_work_dir, why_step_fails
 from .resume import find_checkpoint, take_seed
 from .rng_hook import RNGStateHook
 from .worker_seeds import seed_workers_by_epoch
@@ -127,6 +127,11 @@ class ENCRunner(Runner):
     def build_optim_wrapper(self, optim_wrapper):
         """Build the optimizer wrapper as mmengine does; mixed precision works without CUDA too."""
         return super().build_optim_wrapper(without_cuda(optim_wrapper, self.logger))
+
+    def build_param_scheduler(self, scheduler):
+        """Build the schedules as mmengine does; one that begins when training ends is an error that names it."""
+        check_schedules(scheduler, self.cfg.get("train_cfg"))
+        return super().build_param_scheduler(scheduler)
 
     def train(self) -> nn.Module:
         """Train as mmengine does; a resumed run starts from the newest undamaged checkpoint, with its seed.

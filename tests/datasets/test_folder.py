@@ -33,6 +33,11 @@ def test_splits_have_the_folders_pictures_and_classes(pictures):
     assert [val.get_data_info(i)["gt_label"] for i in range(2)] == [0, 1]
 
 
+def test_a_stock_config_may_name_the_folder_by_its_prefix_and_a_file_of_labels(pictures):
+    stock = dict(type="ImageNet", data_root="data/imagenet", ann_file="meta/val.txt", data_prefix="val")
+    assert len(DATASETS.build(stock | dict(type="ImageFolder", data_root=str(pictures)))) == 2
+
+
 def test_other_classes_than_those_of_training_are_refused(pictures):
     (pictures / "val" / "cat").rename(pictures / "val" / "horse")
     with pytest.raises(ValueError, match="different classes: only one has cat, horse"):

@@ -37,6 +37,10 @@ REFUSED = {
         "65 samples in batches of 64 leave a batch of one",
     ),
     "an interval of 0": ('custom_hooks = [dict(type="GBRHook", interval=0)]', "interval: expected at least 1, got 0"),
+    "a schedule after a warmup as long as the run": (
+        'train_cfg = dict(max_epochs=5)\nparam_scheduler = [dict(type="CosineAnnealingLR", begin=5)]',
+        "param_scheduler: CosineAnnealingLR begins after 5 epochs, but training ends after 5 (train_cfg.max_epochs); let",
+    ),
     "a schedule of decay that reaches biases": (
         'param_scheduler = [dict(type="PolyParamScheduler", param_name="weight_decay", eta_min=1e-3)]',
         "PolyParamScheduler takes the weight decay of all parameters to eta_min=0.001, also of 11 tensors that do not",

@@ -115,6 +115,12 @@ def test_samples_without_gradient_are_counted():
     assert found.zero_grad == 3 / 9
 
 
+def test_networks_that_squeeze_a_batch_of_one_are_attacked_as_others():
+    flat, squeezing = Stub(lambda x: x.flatten(1)[:, :10]), Stub(lambda x: x.flatten(1)[:, :10].squeeze())
+    found, expected = (measure_robustness(model, Noise(), [1, 16], batch_size=7) for model in (squeezing, flat))
+    assert (found.clean, found.fgsm) == (expected.clean, expected.fgsm)
+
+
 def test_samples_are_spread_over_a_sorted_dataset():
     assert spread(10, 5) == [0, 2, 4, 6, 8]
     assert spread(3, None) == spread(3, 7) == [0, 1, 2]

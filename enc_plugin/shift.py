@@ -10,6 +10,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -179,11 +180,6 @@ class _Shift:
                 )
         return kind or GRADIENT
 
-    def move_last(self, optimizer: Optimizer) -> None:
-        """Move the shift behind the other step pre-hooks; register it if it is lost."""
-        if not move_pre_hook_last(optimizer, self.hook):
-            self.hook = optimizer.register_step_pre_hook(self.before_step).id
-
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Shift the groups now, or after each call of the closure if the step has one."""
         groups = [(self.kind(optimizer, index, group), group) for index, group in shifted_groups(optimizer)]
@@ -191,12 +187,13 @@ class _Shift:
             return None
         start_momentum(optimizer)
         frame = calling_frame()
-        outer = self.enclosing(frame, groups)
+        own = [group for _, group in groups]
+        outer = self.enclosing(frame, own)
         if outer is not None:
             if outer.shifted:
                 return None
             outer.delegated = True
-        step = self.step = _Step(frame, [group for _, group in groups])
+        step = self.step = _Step(frame, own)
         if frame is not None:
             _stepping.add(self)
         self.restore(optimizer)  # in case the previous step raised
@@ -216,13 +213,12 @@ class _Shift:
             return args, {**kwargs, "closure": shifted_closure}
         return (args[0], shifted_closure, *args[2:]), kwargs
 
-    def enclosing(self, frame: Any, groups: list[tuple[str, dict[str, Any]]]) -> _Step | None:
+    def enclosing(self, frame: FrameType | None, groups: list[dict[str, Any]]) -> _Step | None:
         """Outer call of ``step`` that encloses this one: a wrapper's, or one that calls ``super().step()``."""
         if frame is None:  # torch.compile has no Python frames
             return self.step
         steps = [shift.step for shift in list(_stepping) if shift.step is not None]
-        own = [group for _, group in groups]
-        return next((step for step in steps if step.shares(own) and step.runs(frame)), None)
+        return next((step for step in steps if step.shares(groups) and step.runs(frame)), None)
 
     def shift(self, optimizer: Optimizer, groups: list[tuple[str, dict[str, Any]]], step: _Step) -> None:
         """Shift ``groups``. The kind WEIGHT changes weights, so it acts only once if the closure runs several times."""
@@ -258,12 +254,6 @@ class _Shift:
             with torch.set_grad_enabled(_is_differentiable(optimizer)):
                 restore(self.offsets)
 
-    def before_loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-        """Keep the shift of the groups when a state dict with a different one is loaded, and warn."""
-        self.kinds.clear()
-        groups = keep_shift(optimizer.param_groups, state["param_groups"], self.warn)
-        return None if groups is None else {**state, "param_groups": groups}
-
 
 _stepping: weakref.WeakSet[_Shift] = weakref.WeakSet()
 _asked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whether they decay ENC weights without a shift
@@ -278,8 +268,11 @@ def _shift_of(optimizer: Optimizer) -> _Shift:
 
 
 def _see_loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Load hook of optimizers that have a shift, and of their copies."""
-    return _shift_of(optimizer).before_loading(optimizer, state)
+    """Load hook: groups keep their own shift, and warn if that of the loaded state differs."""
+    shift = _shift_of(optimizer)
+    shift.kinds.clear()
+    groups = keep_shift(optimizer.param_groups, state["param_groups"], shift.warn)
+    return None if groups is None else {**state, "param_groups": groups}
 
 
 def _restore(optimizer: Optimizer) -> None:
@@ -295,7 +288,7 @@ def _see_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         warn_of_plain_decay(optimizer)
     shifts = any("shift_eps" in group for group in optimizer.param_groups)
     if shifts and ("_enc_shift" in vars(optimizer) or shifted_groups(optimizer)):
-        _shift_of(optimizer).move_last(optimizer)
+        move_pre_hook_last(optimizer, _shift_of(optimizer).hook)
 
 
 register_carried_hook(_see_loading, _restore)

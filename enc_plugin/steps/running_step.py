@@ -45,12 +45,10 @@ def register_first_post_hook(optimizer: Optimizer, hook: Callable[[Optimizer, tu
     hooks.move_to_end(optimizer.register_step_post_hook(hook).id, last=False)
 
 
-def move_pre_hook_last(optimizer: Optimizer, key: int) -> bool:
-    """Move a step pre-hook behind the others, which may clip or rescale gradients; False if it is not there."""
-    hooks: Any = optimizer._optimizer_step_pre_hooks
-    if key in hooks:
-        hooks.move_to_end(key)
-    return key in hooks
+def move_pre_hook_last(optimizer: Optimizer, key: int) -> None:
+    """Move a step pre-hook behind the others, which may clip or rescale gradients."""
+    hooks: Any = optimizer._optimizer_step_pre_hooks  # an OrderedDict
+    hooks.move_to_end(key)
 
 
 Decays = list[tuple[dict[str, Any], float | Tensor]]  # groups, and the decay that they have outside of the step

@@ -65,16 +65,16 @@ def direction_of_rows(weight: Tensor, variant: str) -> Tensor:
 def shifted_l2_grad(weight: Tensor, variant: str, eps: float) -> Tensor:
     r"""Gradient of the eps-shifted L2 regularizer for lambda = 1.
 
-    ==========================  ====================================  ===========================================
-    variant                     gradient, row j                       of the regularizer
-    ==========================  ====================================  ===========================================
-    ``'fro'``, ``'wn'``         :math:`(1-\epsilon/\lVert W_j\rVert)  :math:`\tfrac12\sum_j
-                                W_j`                                  (\lVert W_j\rVert - \epsilon)^2`
-    ``'ws'``, ``'centered_fro'``  :math:`(1-\epsilon/\mathrm{std}_j)  :math:`\tfrac n2\sum_j [(\mathrm{std}_j
-                                (W_j-\bar W_j) + \bar W_j`           - \epsilon)^2 + \bar W_j^2]`
-    ==========================  ====================================  ===========================================
+    For ``'fro'`` and ``'wn'``, row j of the gradient and the regularizer are
 
-    Both equal :math:`W - \epsilon\, U` with U the :func:`shift_direction`; ``eps = 0`` is plain weight decay.
+    .. math:: (1 - \epsilon / \lVert W_j \rVert)\, W_j, \qquad \tfrac12 \sum_j (\lVert W_j \rVert - \epsilon)^2
+
+    and for ``'ws'`` and ``'centered_fro'``
+
+    .. math:: (1 - \epsilon / \mathrm{std}_j)(W_j - \bar W_j) + \bar W_j, \qquad
+        \tfrac n2 \sum_j [(\mathrm{std}_j - \epsilon)^2 + \bar W_j^2]
+
+    Both gradients equal :math:`W - \epsilon\, U` with U the :func:`shift_direction`; ``eps = 0`` is plain weight decay.
 
     Args:
         weight: Free weight W, as in :func:`enc_weight`.

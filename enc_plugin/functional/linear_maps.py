@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,7 +139,7 @@ def map_spectral_norm(
         >>> round(map_spectral_norm(lambda x: x @ torch.diag(torch.tensor([3.0, 4.0])) + 1, torch.zeros(1, 2)), 4)
         4.0
     """
-    check_type("like", like, Tensor, "a floating point tensor")
+    check_floating_tensor("like", like)
     check_integer("max_iterations", max_iterations, 1)
     generator = torch.Generator(like.device).manual_seed(0)  # does not change the global random state
     x = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device).requires_grad_()
@@ -157,7 +156,7 @@ def map_spectral_norm(
         y = function(x) - offset
         (back,) = torch.autograd.grad(y, x, y.detach())  # A^T A x
         before = norm
-        norm = math.sqrt((back.double() * x.detach().double()).sum().item() / x.double().square().sum().item())
+        norm = (y.double().norm() / x.double().norm()).item()
         if norm == 0 or abs(norm - before) <= tolerance * norm:
             break
         x = (back / back.norm()).detach().requires_grad_()

@@ -93,14 +93,14 @@ def equilibrium_angle(
 
     .. math:: \theta^2 = 2 \eta \lambda\, \frac{\sum_k c_k^2}{\sum_k c_k}
 
-    =================  ======================================  ==============================================
-    optimizer          :math:`c_k`                             :math:`\theta^2`
-    =================  ======================================  ==============================================
-    SGD                1, then 0                               :math:`2\eta\lambda`
-    SGD, momentum      :math:`(1 - d) \mu^k`                   :math:`2\eta\lambda (1 - d) / (1 + \mu)`
-    SGD, Nesterov      :math:`1 + \mu`, then :math:`\mu^{k+1}` by the sums
-    AdamW              :math:`(1 - \beta_1) \beta_1^k`         :math:`2\eta\lambda (1 - \beta_1) / (1 + \beta_1)`
-    =================  ======================================  ==============================================
+    =================  ========================================  ==================================================
+    optimizer          :math:`c_k`                               :math:`\theta^2`
+    =================  ========================================  ==================================================
+    SGD                1, then 0                                 :math:`2\eta\lambda`
+    SGD, momentum      :math:`(1 - d) \mu^k`                     :math:`2\eta\lambda (1 - d) / (1 + \mu)`
+    SGD, Nesterov      :math:`1 + \mu`, then :math:`\mu^{k+1}`   by the sums
+    AdamW              :math:`(1 - \beta_1) \beta_1^k`           :math:`2\eta\lambda (1 - \beta_1) / (1 + \beta_1)`
+    =================  ========================================  ==================================================
 
     with dampening d. AdamW rescales gradients to a size that does not depend on W, which does not change the balance;
     pass ``momentum=beta1, dampening=beta1``. SGD with momentum and AdamW are in arXiv 2305.17212.

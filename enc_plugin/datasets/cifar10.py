@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mmcv
+import numpy as np
 from mmengine.registry import DATASETS
 from mmpretrain.datasets import BaseDataset
 
@@ -30,7 +31,7 @@ class CIFAR10Folder(BaseDataset):
         **kwargs: As for mmpretrain's ``BaseDataset``: ``pipeline``, ``indices``, ``test_mode``, ...
 
     Raises:
-        ValueError: If ``split`` is unknown, or a class has fewer than ``per_class`` images.
+        ValueError: If ``split`` is unknown, a class has fewer than ``per_class`` images, or a file cannot be decoded.
         FileNotFoundError: If a class folder is missing or empty; says which command creates it.
     """
 
@@ -60,9 +61,16 @@ class CIFAR10Folder(BaseDataset):
                         f"per_class: expected at most {len(files)} (images in {folder}), got {self.per_class}"
                     )
                 files = [files[i] for i in spread(len(files), self.per_class)]
-            samples += [{"img": mmcv.imread(str(path)), "gt_label": label} for path in files]
+            samples += [{"img": _read(path), "gt_label": label} for path in files]
         return samples
 
     def extra_repr(self) -> list[str]:
         """Folder and split, for the dataset's summary."""
         return [f"Root: \t{self.data_root}", f"Split: \t{self.split}"]
+
+
+def _read(path: Path) -> np.ndarray:
+    image = mmcv.imread(str(path))
+    if image is None:  # what OpenCV returns for a damaged file
+        raise ValueError(f"data_root: {path} cannot be decoded; unpack the archive again")
+    return image

@@ -129,9 +129,12 @@ def _keep_plain_function(model: ENCImageClassifier, incompatible_keys=None) -> N
 @contextmanager
 def _in_eval_mode(model: ImageClassifier) -> Iterator[None]:
     """Context in which ``eval()`` was called, without which LeViT and EfficientFormer do not run in eval mode."""
+    modes = [(module, module.training) for module in model.modules()]
     was_training = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train(was_training)  # undoes what networks prepare in eval()
+        for module, mode in modes:
+            module.training = mode

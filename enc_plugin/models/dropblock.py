@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import drop_block2d
 
 from ..functional.checks import check_integer, check_number
+from ..functional.precision import at_least_float32
 from .backbones import ResNetCIFAR6n
 
 
@@ -46,9 +47,9 @@ class DropBlock(nn.Module):
             return input
         side = min(self.block_size, *input.shape[-2:])
         side -= 1 - side % 2
-        # In float32, because drop_block2d sums the mask, which overflows in half precision.
-        out = drop_block2d(input.float(), self.progress * self.drop_prob, side)
-        return out.to(input.dtype)
+        # Not in half precision, where the sum of drop_block2d's mask overflows.
+        x = input.to(at_least_float32(input.dtype))
+        return drop_block2d(x, self.progress * self.drop_prob, side).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Probability and block size."""

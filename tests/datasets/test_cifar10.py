@@ -101,3 +101,10 @@ def test_a_balanced_part_of_the_pictures_can_be_taken(small, tmp_path):
     assert np.array_equal(part[1]["img"], picture(20))  # evenly spaced: files 0 and 2 of five
     with pytest.raises(ValueError, match="per_class: expected at most 5 .*, got 6"):
         CIFAR10Folder(str(out), "train", per_class=6)
+
+
+def test_a_damaged_picture_is_named(small, tmp_path):
+    out = prepare_cifar10(make_zip(tmp_path / "archive"), tmp_path / "cifar10")
+    (out / "test" / "cat" / "0000.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"test/cat/0000\.png cannot be decoded"):
+        CIFAR10Folder(str(out), "test")

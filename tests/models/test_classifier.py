@@ -30,8 +30,10 @@ def test_a_network_that_prepares_for_eval_mode_is_recorded_and_preserved():
         warnings.filterwarnings("error", "to_enc could not run the network")
         model = build("ENCImageClassifier", enc=dict(variant="wn", preserve=True))
         assert all(module.training for module in model.modules())
+        model.head.eval()
+        modes = [module.training for module in model.modules()]
         model.load_state_dict(plain.state_dict(), strict=False)
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     inputs = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         expected, found = plain.eval()(inputs), model.eval()(inputs)

@@ -30,7 +30,7 @@ def test_what_is_dropped_are_whole_blocks_of_single_channels():
 
 
 def test_evaluation_and_zero_progress_drop_nothing():
-    x = torch.randn(2, 3, 7, 7)
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
     layer = DropBlock(0.5)
     assert layer.eval()(x) is x
     layer.train().progress = 0.0

@@ -293,6 +293,8 @@ def _advice(error: Exception) -> str:
     text = str(error)
     if "Duplicate key" in text:
         return "two files in `_base_` may not set the same key: keep it in one of them, or set it in the config itself"
+    if "lazy_import" in text:
+        return "`_base_` takes only configs without imports and read_base(), which can only be imported by read_base()"
     if isinstance(error, ImportError) or "import" in text.lower():
         return "install the modules of custom_imports, or run from the folder that holds them"
     if isinstance(error, FileNotFoundError):

@@ -41,6 +41,10 @@ BAD_CONFIGS = {
     "unfinished": ("model = dict(type=unknown)\n", "cannot be read .NameError.*unknown.*"),
     "base": ('_base_ = "gone.py"\n', "cannot be read .*gone.py.*; check the paths in `_base_`"),
     "imports": ('custom_imports = dict(imports=["no_such"])\n', "no_such.*; install the modules of custom_imports"),
+    "a base of another kind": (
+        '_base_ = "mmpretrain::replknet/replknet-31B_32xb64_in1k.py"\n',  # imports mmpretrain, for a main() of its own
+        "cannot be read .*; `_base_` takes only configs without imports",
+    ),
     "type": (
         'model = dict(type="ImageClasifier")\n',
         "KeyError: ImageClasifier is not in the .* registry",

@@ -60,9 +60,14 @@ class ENCOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        # mmpretrain's Twins configs misspell _delete_, which mmengine's constructor ignores.
+        self.paramwise_cfg = {key: value for key, value in self.paramwise_cfg.items() if key != "_delete"}
         for option in self.paramwise_cfg:
             if option not in _OPTIONS:
-                raise ValueError(f"paramwise_cfg: unknown option {option!r}; expected any of {', '.join(_OPTIONS)}")
+                raise ValueError(
+                    f"paramwise_cfg: unknown option {option!r}; expected any of {', '.join(_OPTIONS)}; drop one "
+                    "that the config inherits for another constructor with paramwise_cfg=dict(_delete_=True, ...)"
+                )
         self._rules()  # raises for bad options now, before the model is built
         # Settings that the config leaves out have the optimizer's defaults: AdamW's weight decay is 0.01.
         defaults = inspect.signature(self._optimizer_class()).parameters

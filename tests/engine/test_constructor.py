@@ -140,6 +140,7 @@ def test_decay_that_the_config_leaves_out_is_the_optimizers_default_and_spares_b
     [
         (dict(custom_keys={"backbone": dict(lr_mult=0.1)}), "custom_keys: 'backbone' matches no parameter.*'0.weight'"),
         (dict(bias_decay=0.0), "paramwise_cfg: unknown option 'bias_decay'; expected any of custom_keys"),
+        (dict(layer_decay_rate=0.65), "drop one that the config inherits for another constructor with .*_delete_=True"),
         (dict(shift_eps=-1.0), "shift_eps: expected a finite number >= 0"),
         (dict(custom_keys={"0": dict(shift_eps=float("nan"))}), "eps: expected a finite number"),
     ],
@@ -147,6 +148,13 @@ def test_decay_that_the_config_leaves_out_is_the_optimizers_default_and_spares_b
 def test_bad_options_are_named(paramwise_cfg, message):
     with pytest.raises(ValueError, match=message):
         build(net(), paramwise_cfg=paramwise_cfg)
+
+
+def test_the_misspelt_option_of_stock_twins_configs_is_ignored_as_by_mmengine():
+    cfg = Config.fromfile(config_file("mmpretrain::twins/twins-svt-base_8xb128_in1k.py")).optim_wrapper
+    assert "_delete" in cfg.paramwise_cfg
+    model = net().append(nn.LayerNorm(3))
+    assert group_of(build(model, cfg.optimizer, cfg.paramwise_cfg), model[-1].weight)["weight_decay"] == 0
 
 
 def test_exemptions_from_decay_that_stock_configs_inherit_in_vain_are_warned_of(warnings):

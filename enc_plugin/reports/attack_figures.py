@@ -52,7 +52,8 @@ def draw_pictures(
 ) -> None:
     """Draw clean images, the same images under FGSM, and the amplified difference, with the predictions, as a PNG.
 
-    The samples are spread evenly over the dataset; they are not chosen by the result.
+    The samples are spread evenly over the dataset; they are not chosen by the result. Those that cannot be read are
+    left out.
 
     Args:
         model: Classifier of mmpretrain.
@@ -67,6 +68,7 @@ def draw_pictures(
     classes = dict(getattr(dataset, "metainfo", None) or {}).get("classes")
     with untouched(classify):
         samples = [sample for i in spread(len(dataset), count) if (sample := source[i]) is not None]
+        samples = samples or [next(sample for sample in map(source.__getitem__, range(len(source))) if sample)]
         alike = len({sample["inputs"].shape for sample in samples}) == 1
         batches = [samples] if alike else [[sample] for sample in samples]
         columns = [column for batch in batches for column in _columns(classify, batch, float(eps), device)]

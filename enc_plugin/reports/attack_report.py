@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from ..build import build_dataset, evaluation_split, load_config, load_model, pick_device
 from ..checkpoint_files import file_sha256
+from ..functional.checks import check_integer
 from ..measuring.intervals import wilson_interval
 from ..measuring.robustness import Robustness, check_pixel_eps, measure_robustness
 from ..refused import require_file
@@ -154,6 +155,7 @@ def attack_checkpoints(
             is out of range.
     """
     eps = check_pixel_eps(eps)
+    check_integer("pictures", pictures, 0)
     configs = [load_config(config) for config, _ in checkpoints]
     for _, checkpoint in checkpoints:
         require_file("checkpoint", checkpoint)

@@ -124,7 +124,7 @@ def test_warnings_name_their_checkpoint():
     assert "WARNING: mine: 50.0% of the samples have an all-zero gradient" in str(report)
 
 
-def test_pictures_of_different_sizes_are_drawn(tmp_path):
+def test_pictures_of_different_sizes_are_drawn_and_those_that_cannot_be_read_are_not(tmp_path):
     preprocessor = dict(type="mmpretrain.ClsDataPreprocessor", mean=[120.0] * 3, std=[60.0] * 3)
     model = MODELS.build(
         dict(type="mmpretrain.TimmClassifier", model_name="test_resnet", num_classes=4, data_preprocessor=preprocessor)
@@ -135,6 +135,8 @@ def test_pictures_of_different_sizes_are_drawn(tmp_path):
     assert measure_robustness(model, data, [4], batch_size=1).num_samples == 3
     draw_pictures(model, data, 4, tmp_path / "pictures.png")
     assert imread(tmp_path / "pictures.png").std() > 0
+    draw_pictures(model, [None, *data], 4, tmp_path / "one.png", count=1)  # the first cannot be read
+    assert imread(tmp_path / "one.png").std() > 0
 
 
 def test_bgr_pixels_are_drawn_as_rgb():

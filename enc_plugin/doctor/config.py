@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -143,8 +144,8 @@ def _forward(examined: _Examined) -> Iterator[Result]:
     except Exception as error:
         yield BROKEN, describe(error), why_step_fails(model, batch)
         return
-    total = sum(value.sum().item() for key, value in losses.items() if "loss" in key)
-    if total != total or abs(total) == float("inf"):
+    total = model.parse_losses(losses)[0].item()
+    if not math.isfinite(total):
         yield BROKEN, f"{source}: the loss is {total}", "check the data_preprocessor's mean and std"
         return
     yield OK, f"{source}, on {examined.device}: loss {total:.4g}"

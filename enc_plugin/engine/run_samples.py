@@ -9,6 +9,7 @@ from pathlib import Path
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.runner import BaseLoop, Runner
 
+from ..checkpoint_files import replacing
 from ..measuring.pipelines import find_pipeline
 from ..measuring.samples import choose_samples
 
@@ -37,7 +38,8 @@ def stored_choice(runner: Runner, num_samples: int | None, seed: int) -> list[in
                     "new samples are chosen, so the curve does not continue that of the earlier run"
                 )
             shared = [choose_samples(dataset, num_samples, seed)]
-            path.write_text(json.dumps({**settings, "indices": shared[0]}) + "\n")
+            with replacing(path) as partial:
+                partial.write_text(json.dumps({**settings, "indices": shared[0]}) + "\n")
     broadcast_object_list(shared)
     return shared[0]
 

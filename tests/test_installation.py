@@ -1,27 +1,40 @@
-"""What the environment check says about real broken environments: module search paths made by hand."""
+"""What the environment check says about broken environments: modules that are hidden, or report another version."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import re
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT
 
-# A process of its own in which some installed modules are hidden, or report another version.
-SCRIPT = """
-import importlib.metadata, importlib.util, sys
-hidden, versions = {hidden!r}, {versions!r}
-find_spec, version = importlib.util.find_spec, importlib.metadata.version
-importlib.util.find_spec = lambda name, *a: None if name in hidden else find_spec(name, *a)
-def version_of(name):
-    if name in versions and versions[name] is None:
-        raise importlib.metadata.PackageNotFoundError(name)
-    return versions.get(name) or version(name)
-importlib.metadata.version = version_of
-import enc_plugin
-"""
+from enc_plugin.installation import check_stack
+
 FORKS = ("onedl-mmengine", "onedl-mmcv", "onedl-mmpretrain")
+
+
+@pytest.fixture
+def altered(monkeypatch):
+    """Hides modules, and lets distributions report another version, or None: none is installed."""
+
+    def alter(hidden: list[str], versions: dict[str, str | None]) -> None:
+        find_spec, version = importlib.util.find_spec, importlib.metadata.version
+        versions = dict.fromkeys(FORKS) | versions
+
+        def version_of(name: str) -> str:
+            if name in versions and versions[name] is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions.get(name) or version(name)
+
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *a: None if name in hidden else find_spec(name, *a)
+        )
+        monkeypatch.setattr(importlib.metadata, "version", version_of)
+
+    return alter
 
 
 @pytest.mark.parametrize(
@@ -43,15 +56,25 @@ FORKS = ("onedl-mmengine", "onedl-mmcv", "onedl-mmpretrain")
         ),
     ],
 )
-def test_a_broken_environment_says_what_to_install(hidden, versions, message):
-    script = SCRIPT.format(hidden=hidden, versions=dict.fromkeys(FORKS) | versions)
+def test_a_broken_environment_says_what_to_install(altered, hidden, versions, message):
+    altered(hidden, versions)
+    with pytest.raises(ImportError, match=re.escape(message)):
+        check_stack()
+
+
+def test_a_package_beside_its_fork_is_warned_of(altered):
+    altered([], {"mmengine": "0.10.7", "onedl-mmengine": "0.10.12"})
+    with pytest.warns(UserWarning, match="both mmengine and its fork onedl-mmengine are installed"):
+        check_stack()
+
+
+def test_the_package_is_not_imported_in_a_broken_environment():
+    script = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "mmcv" else find_spec(name, *a)
+import enc_plugin
+"""
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert message in done.stderr.splitlines()[-1]
-
-
-def test_a_package_beside_its_fork_is_warned_of():
-    script = SCRIPT.format(hidden=[], versions={"mmengine": "0.10.7", "onedl-mmengine": "0.10.12"})
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "both mmengine and its fork onedl-mmengine are installed" in done.stderr
+    assert "pip install 'enc-plugin[" in done.stderr.splitlines()[-1]

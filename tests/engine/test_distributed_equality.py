@@ -37,20 +37,21 @@ def config(work_dir, processes: int, **changes):
     )
 
 
-def run(work_dir, processes: int, clip: float | None = None):
+def run(work_dir, processes: int, **changes) -> dict[str, torch.Tensor]:
+    """The weights after those steps."""
+    cfg = config(work_dir, processes, **changes)
+    train(cfg) if processes == 1 else train_on_processes(cfg, processes)
+    return torch.load(work_dir / "epoch_1.pth")["state_dict"]
+
+
+def measured(work_dir, processes: int):
     """The weights after those steps, and all that is logged."""
     hooks = [
         dict(type="GBRHook", num_samples=24, batch_size=8, projections=None),
         dict(type="FGSMHook", eps=[2, 8]),
         dict(type="ENCMonitorHook", interval=5, per_layer=True),
     ]
-    clipping = None if clip is None else dict(max_norm=clip)
-    cfg = config(work_dir, processes, custom_hooks=hooks, optim_wrapper__clip_grad=clipping)
-    if processes == 1:
-        train(cfg)
-    else:
-        train_on_processes(cfg, processes)
-    return torch.load(work_dir / "epoch_1.pth")["state_dict"], logged(work_dir)
+    return run(work_dir, processes, custom_hooks=hooks), logged(work_dir)
 
 
 def logged(work_dir) -> dict[tuple[str, int], float]:
@@ -74,7 +75,7 @@ def untrained(work_dir):
 def runs(tmp_path_factory):
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("equality")
-    return [run(directory / str(processes), processes) for processes in (1, 2)]
+    return [measured(directory / str(processes), processes) for processes in (1, 2)]
 
 
 @pytest.mark.timeout(900)
@@ -109,7 +110,8 @@ def test_gbr_fgsm_and_monitor_log_the_same_values(runs):
 @pytest.mark.timeout(900)
 def test_the_epsilon_shift_alone_is_the_same_and_the_formulas(tmp_path):
     """Gradients clipped away: what twenty steps with momentum leave is the shifted decay."""
-    results = [run(tmp_path / str(processes), processes, clip=1e-12)[0] for processes in (1, 2)]
+    clip = dict(optim_wrapper__clip_grad=dict(max_norm=1e-12))
+    results = [run(tmp_path / str(processes), processes, **clip) for processes in (1, 2)]
     model = untrained(tmp_path / "start")
     for name, layer in enc_layers(model):
         with_shift, without = (decayed(layer.weight.detach().double(), shift) for shift in (SHIFT, 0.0))
@@ -121,16 +123,11 @@ def test_the_epsilon_shift_alone_is_the_same_and_the_formulas(tmp_path):
 
 @pytest.mark.timeout(900)
 def test_projected_weights_are_the_same_in_both_modes(tmp_path):
-    found = []
-    for processes in (1, 2):
-        cfg = config(
-            tmp_path / str(processes),
-            processes,
-            model__enc=dict(how="project", post_norm=False, alpha=16.0),
-            optim_wrapper__paramwise_cfg=dict(projection="retract", custom_keys={"layer2": dict(projection="rotate")}),
-        )
-        train(cfg) if processes == 1 else train_on_processes(cfg, processes)
-        found.append(torch.load(tmp_path / str(processes) / "epoch_1.pth")["state_dict"])
+    changes = dict(
+        model__enc=dict(how="project", post_norm=False, alpha=16.0),
+        optim_wrapper__paramwise_cfg=dict(projection="retract", custom_keys={"layer2": dict(projection="rotate")}),
+    )
+    found = [run(tmp_path / str(processes), processes, **changes) for processes in (1, 2)]
     model = untrained(tmp_path / "start")
     for name, layer in enc_layers(model):
         one, two = (state[f"{name}.weight"] for state in found)

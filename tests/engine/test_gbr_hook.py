@@ -146,11 +146,11 @@ def test_nan_is_logged_with_a_warning_and_training_goes_on(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_one_two_and_three_processes_log_the_same_values(exact_run, tmp_path):
+def test_one_and_three_processes_log_the_same_values(exact_run, tmp_path):
     """Measured on a trained checkpoint before the first step, so that all have the same weights."""
     _, exact_dir = exact_run
     values = {}
-    for processes in (1, 2, 3):
+    for processes in (1, 3):
         work_dir = tmp_path / str(processes)
         hooks = [
             dict(type="GBRHook", num_samples=48, batch_size=10, projections=None),
@@ -159,7 +159,7 @@ def test_one_two_and_three_processes_log_the_same_values(exact_run, tmp_path):
         load_from = str(exact_dir / "epoch_2.pth")
         cfg = digits_config(work_dir, custom_hooks=hooks, load_from=load_from, train_dataloader__batch_size=16)
         cfg.default_hooks.logger.interval = 1
-        if processes == 2:  # a run less: the loss term trains on several processes as well
+        if processes == 3:  # a run less: the loss term trains on several processes as well
             cfg.model.gbr_penalty = dict(weight=1e-4)
         if processes == 1:
             train(cfg)
@@ -168,9 +168,8 @@ def test_one_two_and_three_processes_log_the_same_values(exact_run, tmp_path):
         keys = ("gbr/logits", "gbr/logits_sem", "gbr/probs", "gbr/probs_sem")
         values[processes] = [logged(work_dir, key)[0] for key in keys]
         assert math.isfinite(logged(work_dir)[1])
-        assert any("loss_gbr" in line for line in scalars(work_dir)) == (processes == 2)
+        assert any("loss_gbr" in line for line in scalars(work_dir)) == (processes == 3)
     assert values[1][0] == pytest.approx(logged(exact_dir)[2], rel=1e-5)
-    assert values[2] == pytest.approx(values[1], rel=1e-6)
     assert values[3] == pytest.approx(values[1], rel=1e-6)
 
 

@@ -12,8 +12,8 @@ from .functional.checks import check_auto, check_model, check_type
 from .functional.weights import check_alpha_option, check_variant, is_centered
 from .layers import ENCLayer, enc_class, enc_layers
 from .packed import pack_weights
-from .surgery.audit import Audit, AuditRow, audit
-from .surgery.conversion_report import ConversionReport, ConvertedLayer, NoEffectWarning, warn_of_doubts
+from .surgery.audit import audit
+from .surgery.conversion_report import ConversionReport, ConvertedLayer, warn_of_doubts
 from .surgery.eligible import Evidence
 from .surgery.fold import fold, guard_fusers
 from .surgery.late_surgery import watch_optimizers
@@ -24,17 +24,7 @@ from .surgery.recording import RecordError
 from .surgery.selection import Selection, refuse_unfit, select_layers
 from .surgery.startup_average import average_from_start
 
-__all__ = [
-    "Audit",
-    "AuditRow",
-    "ConversionReport",
-    "ConvertedLayer",
-    "NoEffectWarning",
-    "audit",
-    "enc_layers",
-    "fold",
-    "to_enc",
-]
+__all__ = ["audit", "enc_layers", "fold", "to_enc"]
 
 
 def to_enc(

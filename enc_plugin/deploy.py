@@ -137,16 +137,7 @@ def fold_checkpoint(
     kinds = {f"{layer.enc_variant}, alpha {layer.enc_settings['alpha']}" for layer in layers}
     digest = file_sha256(checkpoint)
     report = FoldReport(str(out), len(layers), sorted(kinds), len(batch["inputs"]), error, checkpoint.name, digest)
-    kept = (*KEPT_META, "dataset_meta", "mmengine_version")
-    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in kept}
-    meta["cfg"] = stock_cfg.pretty_text
-    meta["enc_fold"] = asdict(report) | {
-        "out": out.name,
-        "enc_plugin": __version__,
-        "torch": str(torch.__version__),  # without str(), safe loading refuses its class
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    _write(out, folded, meta, safetensors)
+    _write(out, folded, _meta(rest, stock_cfg, report), safetensors)
     return report
 
 
@@ -250,6 +241,19 @@ def _explain_error(model: nn.Module, batch: dict) -> str:
             "larger tolerance to accept that"
         )
     return f"in float64 they differ by {error:.0e}, so the fold is wrong"
+
+
+def _meta(rest: dict, stock_cfg: Config, report: FoldReport) -> dict:
+    """Entry ``meta`` of the file: parts of the checkpoint's own, the stock config and the report."""
+    kept = (*KEPT_META, "dataset_meta", "mmengine_version")
+    meta = {key: value for key, value in dict(rest.get("meta") or {}).items() if key in kept}
+    fold_meta = {
+        "out": Path(report.out).name,
+        "enc_plugin": __version__,
+        "torch": str(torch.__version__),  # without str(), safe loading refuses its class
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    return meta | {"cfg": stock_cfg.pretty_text, "enc_fold": asdict(report) | fold_meta}
 
 
 def _write(out: Path, state_dict: dict[str, Tensor], meta: dict, safetensors: bool) -> None:

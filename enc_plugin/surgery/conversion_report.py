@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -31,7 +31,7 @@ class ConvertedLayer:
     variant: str
     alpha: float | str
     post_norm: bool
-    adds_bias: bool = False
+    adds_bias: bool
 
     @classmethod
     def of(cls, name: str, layer: ENCLayer) -> ConvertedLayer:
@@ -54,12 +54,12 @@ class ConversionReport:
         frozen: Names of the layers that were frozen when they were converted.
     """
 
-    layers: list[ConvertedLayer] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    preserved: Preservation | None = None
-    without_norm: list[str] = field(default_factory=list)
-    guessed: dict[str, str] = field(default_factory=dict)
-    frozen: list[str] = field(default_factory=list)
+    layers: list[ConvertedLayer]
+    skipped: dict[str, str]
+    preserved: Preservation | None
+    without_norm: list[str]
+    guessed: dict[str, str]
+    frozen: list[str]
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -139,9 +139,9 @@ class Evidence:
         found = []
         has_norms = any("norm" in type(module).__name__.lower() for module in self.model.modules())
         for name, layer in self._layers.items():
-            trace = self._trace_of(layer)
             if layer in owns_norm:
                 continue
+            trace = self._trace_of(layer)
             if not has_norms or (trace is not None and not fate(trace, layer, norms_due=owns_norm).undone):
                 found.append(name)
         return found

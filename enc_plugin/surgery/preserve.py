@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Preservation:
     """
 
     output_change: float
-    removed_mean: dict[str, float] = field(default_factory=dict)
+    removed_mean: dict[str, float]
 
     def __str__(self) -> str:
         text = f"preserve: the outputs change by {self.output_change:.1e} (relative, eval mode, on the example)"

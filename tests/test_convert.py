@@ -422,7 +422,8 @@ def test_a_classifier_in_front_of_the_last_pooling_gets_a_norm():
 
 
 def test_a_network_without_norms_is_warned_of_with_count_and_names():
-    model = torchvision.models.vgg11(num_classes=4)
+    with torch.device("meta"):
+        model = torchvision.models.vgg11(num_classes=4)
     with pytest.warns(UserWarning, match=r"7 of 11 ENC layers .*: features.0, .*, \.\.\..*post_norm=True") as said:
         report = to_enc(model)
     assert len(said) == 1

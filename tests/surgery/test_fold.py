@@ -111,27 +111,27 @@ def test_a_folded_linear_layer_is_the_literal_equation_and_its_batch_norm(bias, 
     torch.testing.assert_close(fold(layer)(x).reshape(-1, 5), expected, rtol=1e-10, atol=1e-10)
 
 
-MMPRETRAIN = {
-    "resnet50": "resnet/resnet50_8xb32_in1k.py",
-    "seresnet50": "seresnet/seresnet50_8xb32_in1k.py",
-    "densenet121": "densenet/densenet121_4xb256_in1k.py",
-}
-
-
-@pytest.fixture(scope="module", params=[*MMPRETRAIN, "timm resnet18"])
-def network(request):
-    torch.manual_seed(0)
-    if request.param.startswith("timm "):
-        return timm.create_model(request.param.removeprefix("timm "), num_classes=10)
-    cfg = get_config(f"mmpretrain::{MMPRETRAIN[request.param]}").model
+def of_mmpretrain(config: str) -> nn.Module:
+    cfg = get_config(f"mmpretrain::{config}").model
     cfg.head.num_classes = 10
     cfg.head.topk = (1,)
     return MODELS.build(cfg)
 
 
-@pytest.mark.parametrize("variant", ALL)
-def test_real_networks_fold_into_stock_ones_after_training_steps(network, variant):
-    model, stock = copy.deepcopy(network), copy.deepcopy(network).double().eval()
+@pytest.mark.parametrize(
+    ("make", "variant"),
+    [
+        (lambda: timm.create_model("resnet18", num_classes=10), "fro"),
+        (lambda: of_mmpretrain("resnet/resnet50_8xb32_in1k.py"), "wn"),
+        (lambda: of_mmpretrain("seresnet/seresnet50_8xb32_in1k.py"), "ws"),
+        (lambda: of_mmpretrain("densenet/densenet121_4xb256_in1k.py"), "centered_fro"),
+    ],
+    ids=["timm resnet18", "resnet50", "seresnet50", "densenet121"],
+)
+def test_real_networks_fold_into_stock_ones_after_training_steps(make, variant):
+    torch.manual_seed(0)
+    model = make()
+    stock = copy.deepcopy(model).double().eval()
     to_enc(model, variant)
     train(model).double()  # a network after two steps multiplies the rounding of float32 by up to a thousand
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)

@@ -48,15 +48,14 @@ def densenet() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("variant", NORM_ONLY)
 @pytest.mark.parametrize(
-    "make",
+    ("make", "variant"),
     [
-        lambda: timm.create_model("seresnet50", num_classes=5, layers=(1, 1, 1, 1)),
+        (lambda: timm.create_model("seresnet50", num_classes=5, layers=(1, 1, 1, 1)), "fro"),
         # Kernels reach their batch norms through concatenation and pooling, many each.
-        densenet,
-        lambda: timm.create_model("repvgg_a0", num_classes=5),
-        lambda: timm.create_model("tf_efficientnet_b0", num_classes=5),
+        (densenet, "wn"),
+        (lambda: timm.create_model("repvgg_a0", num_classes=5), "fro"),
+        (lambda: timm.create_model("tf_efficientnet_b0", num_classes=5), "wn"),
     ],
     ids=["seresnet", "densenet121", "repvgg", "efficientnet"],
 )

@@ -189,10 +189,16 @@ def compiled_enc_weight():
 
 
 @pytest.mark.parametrize("variant", ALL)
-@pytest.mark.parametrize("shape", [(6, 5), (4, 3, 3, 2)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("alpha", [2.0, "tensor"])
-def test_compiled_equals_eager_with_its_gradients(variant, shape, dtype, alpha):
+@pytest.mark.parametrize(
+    ("dtype", "shape", "alpha"),
+    [
+        (torch.float64, (6, 5), "tensor"),
+        (torch.float64, (4, 3, 3, 2), 2.0),
+        (torch.float32, (4, 3, 3, 2), "tensor"),
+        (torch.bfloat16, (4, 3, 3, 2), 2.0),
+    ],
+)
+def test_compiled_equals_eager_with_its_gradients(variant, dtype, shape, alpha):
     compiled = compiled_enc_weight()
     upstream = random_weight(shape, seed=1).to(dtype)
     found = []
@@ -209,12 +215,13 @@ def test_compiled_equals_eager_with_its_gradients(variant, shape, dtype, alpha):
 
 
 @pytest.mark.parametrize("variant", ALL)
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
-def test_compiled_holds_the_norm_at_any_scale(variant, scale):
-    weight = (scale * random_weight((8, 64, 3, 3), seed=0)).float().requires_grad_()
-    what = compiled_enc_weight()(weight, variant)
-    assert what.double().square().sum().item() == pytest.approx(1.0, rel=1e-5)
-    assert torch.autograd.grad(what, weight, torch.ones_like(what))[0].isfinite().all()
+def test_compiled_holds_the_norm_at_any_scale(variant):
+    compiled = compiled_enc_weight()
+    for scale in (1e-15, 1e15):
+        weight = (scale * random_weight((8, 64, 3, 3), seed=0)).float().requires_grad_()
+        what = compiled(weight, variant)
+        assert what.double().square().sum().item() == pytest.approx(1.0, rel=1e-5)
+        assert torch.autograd.grad(what, weight, torch.ones_like(what))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "pruned"])

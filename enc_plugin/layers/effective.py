@@ -118,9 +118,10 @@ class EffectiveWeightLayer(nn.Module):
 
         In a pruned layer (``torch.nn.utils.prune``), pruned elements are 0, and the variant normalises the others.
         """
+        weight, kept = self.enc_free_weight, self.enc_kept
         if self.enc_is_projected:
-            return self.enc_free_weight
-        return enc_weight(self.enc_free_weight, self.enc_variant, self.enc_alpha, self.enc_kept)
+            return weight if kept is None else weight * kept
+        return enc_weight(weight, self.enc_variant, self.enc_alpha, kept)
 
     def _weight(self) -> Tensor:
         """The effective weight for this call. It may have been computed in advance, together with other layers."""

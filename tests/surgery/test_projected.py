@@ -127,6 +127,15 @@ def test_a_weight_that_is_pruned_after_the_optimizer_was_made_is_projected_as_a_
     assert audit(model).max_deviation == pytest.approx(missing, rel=1e-3)
 
 
+def test_a_pruned_layer_with_a_post_norm_computes_without_the_pruned_elements():
+    model = nn.Sequential(nn.Linear(12, 4))
+    to_enc(model, how="project")
+    layer, x = prune.l1_unstructured(model.eval()[0], "weight", 0.5), torch.randn(3, 12)
+    expected = layer.norm(nn.functional.linear(x, layer.weight_orig * layer.weight_mask, layer.bias))
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(fold(model)(x), expected)
+
+
 def test_a_weight_that_is_pruned_during_a_run_stops_it_at_the_next_epoch(tmp_path):
     cfg = digits_config(
         tmp_path, "resnet8_1xb64", epochs=2, model__type="ENCImageClassifier", model__enc=dict(how="project")

@@ -166,15 +166,14 @@ def test_adversarial_images_stay_within_eps_and_the_bounds(eps, steps, seed, bou
         assert (adversarial - images).abs().max() <= eps * span + 4 * torch.finfo(dtype).eps * span
 
 
-@given(eps=st.lists(st.floats(0, 1), min_size=1, max_size=4), seed=st.integers(0, 2**16))
-def test_sequence_of_eps_equals_single_attacks(eps, seed):
-    torch.manual_seed(seed)
-    weight, images, labels = torch.randn(6, 3), torch.rand(4, 6), torch.randint(0, 3, (4,))
-    for attack in (fgsm, pgd):
-        many = attack(lambda x: x @ weight, images, labels, eps)
-        assert isinstance(many, list)
-        for budget, one in zip(eps, many, strict=True):
-            assert torch.equal(one, attack(lambda x: x @ weight, images, labels, budget))
+@pytest.mark.parametrize("eps", [[0.3], [0.0, 0.1, 1.0, 0.1]])
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_sequence_of_eps_equals_single_attacks(attack, eps):
+    weight, images, labels = torch.randn(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 1])
+    many = attack(lambda x: x @ weight, images, labels, eps)
+    assert isinstance(many, list)
+    for budget, one in zip(eps, many, strict=True):
+        assert torch.equal(one, attack(lambda x: x @ weight, images, labels, budget))
 
 
 def test_any_number_of_eps_costs_one_gradient():

@@ -119,7 +119,7 @@ def pgd(
     lower, upper = float(lower), float(upper)
     check_integer("steps", steps, 1, below=MAX_STEPS)
     if step_size is not None:
-        check_number("step_size", step_size, "a positive finite number or None", lambda value: 0 < value < float("inf"))
+        check_number("step_size", step_size, "a positive finite number or None", lambda value: 0 < value < math.inf)
     check_type("random_start", random_start, bool, "True or False")
     check_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator or None")
 

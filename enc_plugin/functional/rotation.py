@@ -108,8 +108,8 @@ def equilibrium_angle(
     Args:
         lr: Learning rate eta, a number or a tensor of one element.
         weight_decay: Lambda, not negative.
-        momentum: Mu, 0 to 1.
-        dampening: Of the momentum, 0 to 1.
+        momentum: Mu, in [0, 1).
+        dampening: Of the momentum, in [0, 1).
         nesterov: Whether the momentum is Nesterov's.
 
     Returns:

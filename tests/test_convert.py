@@ -61,7 +61,7 @@ def test_mmpretrain_models_are_converted_whole(config, layers, post_norms):
 
 
 def test_post_norms_go_to_the_classifier_and_the_squeeze_excitation_layers():
-    report = to_enc(stock_classifier("seresnet/seresnet50_8xb32_in1k.py"))
+    report = to_enc(stock_classifier("seresnet/seresnet50_8xb32_in1k.py").to("meta"))
     with_norm = [layer.name for layer in report.layers if layer.post_norm]
     assert all(".se_layer.conv" in name for name in with_norm[:-1])
     assert with_norm[-1] == "head.fc"
@@ -79,7 +79,8 @@ def test_timm_models_are_converted_whole(name):
 
 
 def test_torchvision_squeeze_excitation_gets_post_norms():
-    report = to_enc(torchvision.models.mobilenet_v3_small(num_classes=5), variant="wn")
+    with torch.device("meta"):
+        report = to_enc(torchvision.models.mobilenet_v3_small(num_classes=5), variant="wn")
     with_norm = {layer.name.rsplit(".", 1)[1] for layer in report.layers if layer.post_norm}
     assert with_norm == {"fc1", "fc2", "0", "3"}  # of SqueezeExcitation, and the two linear layers of the classifier
 
@@ -143,7 +144,8 @@ def test_a_shared_layer_is_converted_once():
 
 def test_include_and_exclude_take_names_and_globs():
     def names(**kwargs):
-        return [x.name for x in to_enc(torchvision.models.resnet18(), **kwargs).layers]
+        with torch.device("meta"):
+            return [x.name for x in to_enc(torchvision.models.resnet18(), **kwargs).layers]
 
     assert names(include="fc") == ["fc"]
     assert names(include=["layer1", "conv1"])[:2] == ["conv1", "layer1.0.conv1"]
@@ -483,8 +485,9 @@ def test_a_decoder_that_is_tied_to_an_embedding_stays_plain_even_if_the_network_
 
 
 def test_layers_that_run_in_train_mode_alone_are_seen_and_unused_ones_named():
-    model = torchvision.models.googlenet(num_classes=4, init_weights=False)
-    model.unused = nn.Linear(3, 2)
+    with torch.device("meta"):
+        model = torchvision.models.googlenet(num_classes=4, init_weights=False)
+        model.unused = nn.Linear(3, 2)
     report = to_enc(model)
     assert list(report.guessed) == ["unused"]
     assert {layer.name for layer in report.layers if layer.post_norm} == {

@@ -91,7 +91,7 @@ def fold_checkpoint(
         checkpoint: As for :func:`enc_plugin.checkpoint.read_checkpoint`.
         out: File to write; an existing one is replaced.
         safetensors: Write safetensors (``out`` ends in ``.safetensors``) instead of an mmengine checkpoint.
-        images: Image files for the check; none: samples of the config's test (else validation) dataset.
+        images: Image files for the check; None or empty: samples of the config's test (else validation) dataset.
         num_samples: Number of samples of the dataset, evenly spaced.
         tolerance: Largest relative difference of the outputs that is accepted.
         trust: Load arbitrary objects from the checkpoint, which can run any code that it contains.

@@ -44,7 +44,7 @@ class UsedWeight:
 
 
 @torch.no_grad()
-def used_weight(layer: StockLayer, shape: torch.Size, with_map: bool = True) -> UsedWeight:
+def used_weight(layer: StockLayer, shape: torch.Size, with_map: bool) -> UsedWeight:
     """Measure the weight that a convolution or linear layer, ENC or plain, computes with.
 
     The layer runs a few times on inputs of one sample. It does not change.

@@ -125,25 +125,11 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
         """Do nothing. A layer keeps its settings; loading compares them with those of the checkpoint."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        entry, weights = f"{prefix}{KEY}", [state_dict.get(f"{prefix}{key}") for key in WEIGHT_KEYS]
+        weights = (state_dict.get(f"{prefix}{key}") for key in WEIGHT_KEYS)
         has_weight = any(weight is not None and weight.shape == self.weight.shape for weight in weights)
         if has_weight:
-            own = self._norm_state(prefix)
-            has_norm = any(key in state_dict for key in own)
-            unsaved = UNKNOWN if has_norm else Settings()
-            saved = read_settings(state_dict[entry]) if entry in state_dict else unsaved
-            warn_of_origin(saved, self.enc_settings, self.keeps_function)
-            self.loaded_settings = saved
-            # If the checkpoint has no post-norm or learnable alpha, the layer keeps its own, and no key is missing.
-            if not has_norm and not saved.get("post_norm"):
-                state_dict.update(own)
-            alpha = saved.get("alpha")
-            if self.enc_log_alpha is not None and alpha != "learnable":
-                start = self.enc_log_alpha.detach()
-                start = torch.zeros_like(start, device="cpu") if start.is_meta else start
-                start = start if alpha is None else torch.full_like(start, math.log(alpha))
-                state_dict.setdefault(f"{prefix}log_alpha", start)
-        state_dict.setdefault(entry, None)
+            self._compare_and_complete(state_dict, prefix)
+        state_dict.setdefault(f"{prefix}{KEY}", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if has_weight:
             errors = args[-1]  # torch raises these after all layers are loaded
@@ -151,6 +137,23 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
                 check_normalizable(prefix[:-1], self.enc_free_weight, self.enc_variant, self.enc_kept)
             except ValueError as error:
                 errors.append(str(error))
+
+    def _compare_and_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Warn of other settings in a checkpoint, and add the layer's post-norm and learnable alpha if it has none."""
+        own = self._norm_state(prefix)
+        has_norm = any(key in state_dict for key in own)
+        unsaved = UNKNOWN if has_norm else Settings()
+        saved = read_settings(state_dict[f"{prefix}{KEY}"]) if f"{prefix}{KEY}" in state_dict else unsaved
+        warn_of_origin(saved, self.enc_settings, self.keeps_function)
+        self.loaded_settings = saved
+        if not has_norm and not saved.get("post_norm"):
+            state_dict.update(own)
+        alpha = saved.get("alpha")
+        if self.enc_log_alpha is not None and alpha != "learnable":
+            start = self.enc_log_alpha.detach()
+            start = torch.zeros_like(start, device="cpu") if start.is_meta else start
+            start = start if alpha is None else torch.full_like(start, math.log(alpha))
+            state_dict.setdefault(f"{prefix}log_alpha", start)
 
     def _norm_state(self, prefix: str) -> dict[str, Tensor]:
         """State of the post-norm with its keys in a checkpoint; its initial state if it is on the meta device."""

@@ -88,7 +88,7 @@ def warn_of_origin(saved: Settings, own: Settings, keeps_function: bool) -> None
             "network is trained; to keep the outputs, use to_enc(model, preserve=True), or enc=dict(preserve=True) in "
             "a config",
             CheckpointWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     differ = differing_settings(saved, own)
     if differ:
@@ -96,5 +96,5 @@ def warn_of_origin(saved: Settings, own: Settings, keeps_function: bool) -> None
             f"the checkpoint is of an ENC network with {settings_text(saved, differ)}, this one has "
             f"{settings_text(own, differ)}: the free weights load, but the outputs differ",
             CheckpointWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -33,7 +33,7 @@ def _chain(trace: Trace, layer: StockLayer, value: Value | None) -> list[_BatchN
     labels = along_dim(channels, dim, value)
     while value not in trace.outputs:
         readers = [op for op in value.readers if op.reads_values]
-        if len(readers) != 1 or len(readers[0].outputs) == 0:
+        if len(readers) != 1:
             break
         op = readers[0]
         norm = trace.norm_of(op)

@@ -6,7 +6,6 @@ keys ``enc_variant`` and ``shift_eps``, which copies and state dicts of optimize
 
 from __future__ import annotations
 
-import gc
 import warnings
 import weakref
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .functional.checks import check_type
-from .layers import ENCLayer
+from .layers import living_layers
 from .steps.carried_hooks import carry_load_hook, register_carried_hook
 from .steps.decay_kinds import decay_kind
 from .steps.running_step import (
@@ -108,8 +107,7 @@ def warn_of_plain_decay(optimizer: Optimizer, warn: Callable[[str], None] = _war
     _asked.add(optimizer)
     plain = [g for g in optimizer.param_groups if g.get("weight_decay") and "enc_variant" not in g]
     decaying = {id(p) for group in plain for p in group["params"]}
-    live = gc.get_objects() if decaying else []
-    layers = [x for x in live if issubclass(type(x), ENCLayer) and not x.enc_is_projected]
+    layers = [layer for layer in living_layers() if not layer.enc_is_projected] if decaying else []
     count = sum(any(id(p) in decaying for p in layer.free_weights()) for layer in layers)
     if count:
         warn(

@@ -824,8 +824,9 @@ def test_weights_that_decay_without_a_shift_are_pointed_out_once(recwarn):
     for optimizer in stock:
         with pytest.warns(UserWarning, match="the weights of 2 ENC layers decay without the epsilon shift"):
             add_shift(optimizer)
-    with pytest.warns(UserWarning, match="the weights of 2 ENC layers decay without the epsilon shift"):
-        optim.SGD(model.parameters(), lr=LR, weight_decay=0.1).step()
+    for network in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.warns(UserWarning, match="the weights of 2 ENC layers decay without the epsilon shift"):
+            optim.SGD(network.parameters(), lr=LR, weight_decay=0.1).step()
     recwarn.clear()
     for optimizer in stock:
         optimizer.step()

@@ -13,7 +13,7 @@ A *stock* layer or class is torch's own, or a subclass of it from another librar
 
 from .attributes import lacks_attribute
 from .effective import POST_NORM_KEYS
-from .enc_layer import ENCLayer, enc_layers
+from .enc_layer import ENCLayer, enc_layers, living_layers
 from .merged_norms import RefusesRescaledRows, batch_norm_affine, running_statistics
 from .stock import ENC_LAYERS, ENCConv1d, ENCConv2d, ENCConv3d, ENCLinear, StockLayer
 from .subclasses import enc_class, reserved_attributes
@@ -32,6 +32,7 @@ __all__ = [
     "enc_class",
     "enc_layers",
     "lacks_attribute",
+    "living_layers",
     "reserved_attributes",
     "running_statistics",
 ]

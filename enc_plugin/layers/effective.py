@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +22,8 @@ torch.fx.wrap("enc_weight")
 
 # Possible names of the post-norm among the submodules; the first one that a subclass does not use is taken.
 POST_NORM_KEYS = ("norm", "post_norm")
+
+living: weakref.WeakSet[EffectiveWeightLayer] = weakref.WeakSet()  # of all networks; also layers folded in place
 
 
 class EffectiveWeightLayer(nn.Module):
@@ -61,6 +64,7 @@ class EffectiveWeightLayer(nn.Module):
         check_type("post_norm", post_norm, bool, "True or False")
         check_row_length(self.weight, variant)
         self.enc_variant = variant
+        living.add(self)
         self._enc_alpha = None if alpha == "learnable" else float(alpha)
         if alpha == "learnable":
             start = self.weight.new_zeros((), dtype=self._stat_dtype())
@@ -68,6 +72,10 @@ class EffectiveWeightLayer(nn.Module):
             self._parameters["log_alpha"] = nn.Parameter(start, requires_grad=self._is_trained())
         if post_norm:
             self.add_post_norm()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        living.add(self)
 
     def reset_parameters(self) -> None:
         """Initialise the parameters of the stock layer as it does, and a learnable alpha to 1."""

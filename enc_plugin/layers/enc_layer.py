@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..functional.normalizable import check_normalizable
 from ..functional.weights import enc_weight
 from .attributes import YieldingAttribute, lacks_attribute
-from .effective import EffectiveWeightLayer
+from .effective import EffectiveWeightLayer, living
 from .merged_norms import RefusesRescaledRows, batch_norm_affine
 from .origin import KEY, UNKNOWN, Settings, read_settings, warn_of_origin, write_settings
 from .reparametrized import WEIGHT_KEYS, deep_copy, remove_reparametrizations
@@ -199,6 +199,11 @@ class ENCLayer(EffectiveWeightLayer, RefusesRescaledRows):
 def enc_layers(model: nn.Module) -> Iterator[tuple[str, ENCLayer]]:
     """Iterate over the ENC layers of ``model`` with their qualified names, each once, in module order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ENCLayer))
+
+
+def living_layers() -> list[ENCLayer]:
+    """The ENC layers of all networks of this process."""
+    return [layer for layer in living if isinstance(layer, ENCLayer)]
 
 
 def _is_meta(owner: nn.Module | Tensor | None) -> bool:

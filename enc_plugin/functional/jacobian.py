@@ -12,7 +12,7 @@ from .checks import check_class_numbers, check_floating_tensor, check_integer, c
 from .directions import seeded_directions
 from .eval_mode import module_of, undistributed
 from .precision import at_least_float32
-from .reading import gradient_of, reading, refuse_random
+from .reading import gradient_of, reading, refuse_random, single_output
 
 OUTPUTS = {
     "logits": "the output of forward",
@@ -191,10 +191,6 @@ def _graph(
     ``check`` reads the outputs, which waits for the device.
     """
     x, out = _leaf_and_output(forward, inputs)
-    if len(x) == 1 and isinstance(out, Tensor) and (out.ndim == 0 or len(out) != 1):
-        # A network that calls squeeze() loses the batch dimension of a batch of one.
-        x, out = _leaf_and_output(forward, inputs, copies=2)
-        out = out[:1] if out.ndim and len(out) == 2 else out
     if not isinstance(out, Tensor) or out.is_complex():
         got = out.dtype if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(f"forward: expected a callable that returns a tensor (N, C) of real numbers, got {got}")
@@ -220,13 +216,10 @@ def _graph(
     return x, out
 
 
-def _leaf_and_output(forward: Callable[[Tensor], Tensor], inputs: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
-    """A leaf with the values of ``inputs``, and the output of ``forward`` for ``copies`` of it, concatenated."""
-
-    def feed(x: Tensor) -> Tensor:
-        return forward(torch.cat([x] * copies) if copies > 1 else x.clone())
-
-    # feed() copies once more, because some networks start with an in-place operation, which a leaf does not allow.
+def _leaf_and_output(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf with the values of ``inputs``, and the output of ``forward`` for it."""
+    # A copy, because some networks start with an in-place operation, which a leaf does not allow.
+    feed = (lambda x: single_output(forward, x)) if len(inputs) == 1 else (lambda x: forward(x.clone()))
     x = inputs.clone()
     channels_last = x.ndim == 4 and x.device.type == "cpu"
     if channels_last:

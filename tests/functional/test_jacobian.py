@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from enc_plugin import to_enc
-from enc_plugin.functional import gbr
+from enc_plugin.functional import fgsm, gbr
 
 
 class _DenseTail(nn.Module):
@@ -343,6 +343,24 @@ def test_sums_scalar_samples_and_networks_that_squeeze_are_valid_functions(forwa
     jacobians = [torch.autograd.functional.jacobian(lambda two: forward(two)[0], two) for two in batched]
     expected = torch.stack([jacobian.square().sum() for jacobian in jacobians])
     torch.testing.assert_close(gbr(forward, x, batch_size=3), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_batch_norm_on_maps_made_of_tokens_is_differentiated_alike_in_batches_of_one(count):
+    # torch's own gradient of a batch of one was wrong by a factor of ten on the CPU.
+    norm = nn.BatchNorm2d(16).double().eval()
+    norm.running_var.uniform_(0.1, 2)
+    x = torch.randn(count, 49, 16, dtype=torch.float64)
+
+    def forward(tokens):
+        return norm(tokens.transpose(1, 2).reshape(-1, 16, 7, 7)).mean((2, 3))
+
+    expected = (1 / (norm.running_var + norm.eps) / 49).sum().expand(count)
+    torch.testing.assert_close(gbr(forward, x), expected, rtol=1e-10, atol=0)
+    labels = torch.zeros(count, dtype=torch.int64)
+    step = fgsm(forward, x, labels, 0.5, lower=-9.0, upper=9.0) - x
+    signs = -torch.eye(16, dtype=torch.float64)[0] * 2 + 1  # of the true class it goes down, of the others up
+    torch.testing.assert_close(step, 0.5 * signs.expand(count, 49, 16))
 
 
 @pytest.mark.parametrize("count", [3, 8])

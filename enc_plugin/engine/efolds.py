@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..build import part_class
 from ..functional import decay_efolds
+from .preflight import check_schedules
 
 _COUNTED = (torch.optim.SGD, torch.optim.AdamW)
 _SETTINGS = ("lr", "weight_decay", "momentum", "dampening")  # on which the e-folds of a step depend
@@ -111,11 +112,13 @@ def scheduled_settings(cfg: Config, iterations: int) -> Iterator[dict[str, Any]]
     if scaling.get("enable"):  # mmengine scales before it builds the schedulers
         group["lr"] *= cfg.train_dataloader.batch_size / scaling["base_batch_size"]
     configs = cfg.get("param_scheduler") or []
+    epochs = loop.get("max_epochs") or 1  # as mmengine counts those of runs by iterations
+    check_schedules(configs, {"epochs": epochs, "iters": steps})
     schedulers = []
     with DefaultScope.overwrite_default_scope("mmengine"):
         for scheduler in [configs] if isinstance(configs, dict) else configs:
             scheduler = dict(scheduler)
-            scheduler.setdefault("end", steps // iterations if scheduler.get("by_epoch", True) else steps)
+            scheduler.setdefault("end", epochs if scheduler.get("by_epoch", True) else steps)
             built_for = dict(optimizer=optimizer, epoch_length=iterations)
             schedulers.append(PARAM_SCHEDULERS.build(scheduler, default_args=built_for))
     optimizer.step()  # torch's schedulers warn if the optimizer has not stepped before them

@@ -67,28 +67,28 @@ def check_loop(train_cfg: Mapping | None) -> None:
                 check_integer(f"train_cfg.{name}", train_cfg[name], 1)
 
 
-def check_schedules(param_scheduler: Any, train_cfg: Mapping | None) -> None:
+def check_schedules(param_scheduler: Any, lengths: Mapping[str, int]) -> None:
     """Raise for a schedule that begins when training ends, because mmengine's error names neither of them.
 
     Args:
         param_scheduler: Argument of the runner: one schedule or a list; not checked unless they are mappings.
-        train_cfg: Argument of the runner; not checked unless it is a mapping.
+        lengths: ``epochs`` and ``iters`` of the training.
 
     Raises:
         ValueError: If a schedule without an end begins after the last epoch (or iteration).
     """
     schedules = param_scheduler if isinstance(param_scheduler, Sequence) else [param_scheduler]
     for number, schedule in enumerate(schedules):
-        if not isinstance(schedule, Mapping) or not isinstance(train_cfg, Mapping) or "end" in schedule:
+        if not isinstance(schedule, Mapping) or "end" in schedule:
             continue
         unit = "epochs" if schedule.get("by_epoch", True) else "iters"
-        begin, length = schedule.get("begin", 0), train_cfg.get(f"max_{unit}")
-        if isinstance(length, int) and begin >= length:
+        begin, length = schedule.get("begin", 0), lengths[unit]
+        if begin >= length:
             kind = getattr(schedule.get("type"), "__name__", schedule.get("type"))
             raise Refused(
-                f"param_scheduler: {kind} begins after {begin} {unit}, but training ends after {length} "
-                f"(train_cfg.max_{unit})",
-                f"let it begin earlier (param_scheduler.{number}.begin), and end the warmup before it there, too",
+                f"param_scheduler: {kind} begins after {begin} {unit}, but training ends after {length}",
+                f"train longer, or let it begin earlier (param_scheduler.{number}.begin), and end the warmup before it "
+                "there, too",
             )
 
 

@@ -130,7 +130,7 @@ class ENCRunner(Runner):
 
     def build_param_scheduler(self, scheduler):
         """Build the schedules as mmengine does; one that begins when training ends is an error that names it."""
-        check_schedules(scheduler, self.cfg.get("train_cfg"))
+        check_schedules(scheduler, {"epochs": self.max_epochs, "iters": self.max_iters})
         return super().build_param_scheduler(scheduler)
 
     def train(self) -> nn.Module:

@@ -39,7 +39,11 @@ REFUSED = {
     "an interval of 0": ('custom_hooks = [dict(type="GBRHook", interval=0)]', "interval: expected at least 1, got 0"),
     "a schedule after a warmup as long as the run": (
         'train_cfg = dict(max_epochs=5)\nparam_scheduler = [dict(type="CosineAnnealingLR", begin=5)]',
-        "param_scheduler: CosineAnnealingLR begins after 5 epochs, but training ends after 5 (train_cfg.max_epochs)",
+        "param_scheduler: CosineAnnealingLR begins after 5 epochs, but training ends after 5",
+    ),
+    "a schedule after a warmup by iterations that is longer than the run": (
+        'param_scheduler = [dict(type="PolyLR", begin=5000, by_epoch=False)]',
+        "param_scheduler: PolyLR begins after 5000 iters, but training ends after",
     ),
     "a schedule of decay that reaches biases": (
         'param_scheduler = [dict(type="PolyParamScheduler", param_name="weight_decay", eta_min=1e-3)]',

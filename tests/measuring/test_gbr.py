@@ -189,7 +189,7 @@ class _Many(Noise):
 def test_a_measurement_checks_its_network_once_and_on_a_few_samples():
     model = _Counting()
     measure_gbr(model, FixedSamples(_Many(), [], range(40), 10))
-    assert model.sizes == [8, 1, 10, 10, 10, 10]  # eight samples, one of which is taken alone too
+    assert model.sizes == [8, 2, 10, 10, 10, 10]  # eight samples, one of which is taken with its copy too
     with pytest.raises(ValueError, match="depends on other samples"):
         measure_gbr(_Counting(mix=True), FixedSamples(_Many(), [], range(40), 10))
 

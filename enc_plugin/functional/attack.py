@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import check_class_numbers, check_floating_tensor, check_integer, check_number, check_type, holds_integers
 from .eval_mode import require_eval_mode, undistributed
-from .reading import gradient_of, reading, single_output
+from .reading import gradient_of, output_of, reading
 
 MAX_STEPS = 10_000  # exclusive; a typing error in the number of steps would otherwise run for days
 LEAST_EPS = 0.5  # in grey levels; below it, eps was probably given in another unit
@@ -168,8 +168,7 @@ def input_gradient(
     with require_eval_mode(forward), undistributed(forward), reading(images):
         # Clones, because inference tensors cannot be saved for backward; int64, because torch's losses require it.
         x, labels = images.detach().clone().requires_grad_(), labels.to(torch.int64, copy=True)
-        # Some networks start with an in-place operation, which a leaf does not allow.
-        logits = single_output(forward, x) if len(x) == 1 else forward(x.clone())
+        logits = output_of(forward, x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"forward: expected logits of shape ({len(images)}, C), got {got}")

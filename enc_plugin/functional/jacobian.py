@@ -12,7 +12,7 @@ from .checks import check_class_numbers, check_floating_tensor, check_integer, c
 from .directions import seeded_directions
 from .eval_mode import module_of, undistributed
 from .precision import at_least_float32
-from .reading import gradient_of, reading, refuse_random, single_output
+from .reading import gradient_of, output_of, reading, refuse_random
 
 OUTPUTS = {
     "logits": "the output of forward",
@@ -218,20 +218,18 @@ def _graph(
 
 def _leaf_and_output(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
     """A leaf with the values of ``inputs``, and the output of ``forward`` for it."""
-    # A copy, because some networks start with an in-place operation, which a leaf does not allow.
-    feed = (lambda x: single_output(forward, x)) if len(inputs) == 1 else (lambda x: forward(x.clone()))
     x = inputs.clone()
     channels_last = x.ndim == 4 and x.device.type == "cpu"
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)  # makes convolutions 5 to 25 % faster
     x.requires_grad_()
     try:
-        return x, feed(x)
+        return x, output_of(forward, x)
     except RuntimeError as error:
         if not channels_last or "view size is not compatible" not in str(error):
             raise
     x = inputs.clone(memory_format=torch.contiguous_format).requires_grad_()  # forward calls view() on its input
-    return x, feed(x)
+    return x, output_of(forward, x)
 
 
 def _check_samples(inputs: Tensor, output: str, labels: Tensor | None, seeds: Tensor | None) -> None:

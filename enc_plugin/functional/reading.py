@@ -127,12 +127,15 @@ def _uncompiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def single_output(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Output of ``forward`` for a batch of one, computed for two copies of it if ``forward`` takes two.
+def output_of(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Output of ``forward`` for a copy of ``x``, of a batch of one for two copies if ``forward`` takes them.
 
-    Of a batch of one whose tokens were turned into maps (TinyViT, MViT, VAN), torch 2.14 computes wrong gradients of
-    batch norms in eval mode on the CPU. And a network that calls ``squeeze()`` loses the dimension of such a batch.
+    Some networks start with an in-place operation, which a leaf does not allow. Of a batch of one whose tokens were
+    turned into maps (TinyViT, MViT, VAN), torch 2.14 computes wrong gradients of batch norms in eval mode on the CPU.
+    And a network that calls ``squeeze()`` loses the dimension of such a batch.
     """
+    if len(x) != 1:
+        return forward(x.clone())
     try:
         out = forward(torch.cat([x, x]))
     except Exception:  # of a program that was exported for a batch of one, or an error that comes again

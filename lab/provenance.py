@@ -1,4 +1,4 @@
-"""Provenance of a reported number: commit, versions, processor, threads, and the GPU with its settings."""
+"""Provenance of a reported number: commit, versions, processor with its settings, and the GPU with its settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CODE = (".py", ".toml", ".txt", ".sh")
 
 
 def provenance(root: str | Path) -> dict[str, object]:
-    """Commit of the checkout at ``root`` (``-dirty`` if its code differs), versions, processor, threads, and GPU."""
+    """Commit of the checkout at ``root`` (``-dirty`` if its code differs), versions, processor, settings, GPU."""
     # A copy of a checkout may have no git history.
     commit = _git(root, "rev-parse", "--short=12", "HEAD") or os.environ.get("ENC_COMMIT", "")[:12]
     # Only code counts as dirty; changed results and pages do not.
@@ -31,6 +31,7 @@ def provenance(root: str | Path) -> dict[str, object]:
         "versions": {package: found for package in _PACKAGES if (found := version_of(package))},
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "denormals": "flushed" if torch.tensor(1e-40).mul(1).item() == 0 else "kept",
         **gpu(),
     }
 

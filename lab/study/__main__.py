@@ -8,6 +8,8 @@ from tools._bootstrap import one_line
 
 if __name__ == "__main__":
     with one_line("study"):
+        import torch
+
         from lab import study
         from lab.study.plan import own_command
 
@@ -20,6 +22,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--workers", type=int, default=2, help="runs side by side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each (default: %(default)s)")
+    parser.add_argument("--flush-denormals", action="store_true", help="numbers below 1e-38 are 0; the results say so")
     parser.add_argument("--retry-failed", action="store_true", help="do failed runs again")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and stop")
     parser.add_argument("--run", metavar="ID", help="carry out this one run, in this process")
@@ -38,10 +41,12 @@ if __name__ == "__main__":
         chosen = [run for run in grid.runs() if run.id == args.run]
         if not chosen:
             sys.exit(f"study: the grid has no run {args.run!r}")
+        if args.flush_denormals and not torch.set_flush_denormal(True):
+            sys.exit("study: this processor cannot flush denormals; leave --flush-denormals out")
         sys.exit(study.execute(chosen[0], folder, args.work_dir, ROOT)["status"] == "failed")
     print(study.describe_plan(runs, folder), flush=True)
     if args.dry_run:
         sys.exit()
-    command = own_command(args.grid, args.results, args.work_dir)
+    command = own_command(args.grid, args.results, args.work_dir, args.flush_denormals)
     options = dict(workers=args.workers, threads=args.threads, retry_failed=args.retry_failed)
     sys.exit(bool(study.run_all(runs, folder, command, args.work_dir, **options)))

@@ -127,7 +127,10 @@ def run_all(
     return failed
 
 
-def own_command(grid: str | Path, results: str | Path, work: str | Path) -> Callable[[PlannedRun], list[str]]:
+def own_command(
+    grid: str | Path, results: str | Path, work: str | Path, flush_denormals: bool = False
+) -> Callable[[PlannedRun], list[str]]:
     """The command that carries out one run, to be run in the project's folder."""
     arguments = ["--results", str(results), "--work-dir", str(work)]
+    arguments += ["--flush-denormals"] * flush_denormals
     return lambda run: [sys.executable, "-m", "lab.study", str(grid), *arguments, "--run", run.id]

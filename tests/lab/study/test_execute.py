@@ -48,7 +48,7 @@ def done(grid, tmp_path_factory):
     for run in load_grid(grid).runs():
         if run.id in ("digits/enc-seed0", "digits/plain-seed1"):
             execute(run, folder / "runs", folder / "work", ROOT)
-    options = [grid, "--results", folder, "--work-dir", folder / "work", "--workers", 2]
+    options = [grid, "--results", folder, "--work-dir", folder / "work", "--workers", 2, "--flush-denormals"]
     return folder, options, *study(*options)
 
 
@@ -85,7 +85,7 @@ def test_a_result_says_what_was_run_and_measured(done):
     found = results_of(done[0], "digits/enc-seed0")
     assert found["overrides"]["model.type"] == "ENCImageClassifier"
     assert found["overrides"]["randomness"] == {"seed": 0}
-    assert set(found["provenance"]) == {"commit", "python", "versions", "processor", "threads"}
+    assert set(found["provenance"]) == {"commit", "python", "versions", "processor", "threads", "denormals"}
     assert [epoch for epoch, _ in found["by_epoch"]["accuracy/top1"]] == [1, 2]
     assert [epoch for epoch, _ in found["by_epoch"]["gbr/logits"]] == [0, 1, 2]
     final = found["final"]
@@ -100,6 +100,11 @@ def test_a_result_says_what_was_run_and_measured(done):
     assert final["pgd2/top1_eps8"] <= final["fgsm/top1_eps8"] + 2
     assert (final["train_margin"] > 0) == (final["train_top1"] > 50)
     assert found["seconds"]["cpu"] > 0
+
+
+def test_a_result_says_whether_denormals_were_flushed(done):
+    found = [results_of(done[0], f"digits/plain-seed{seed}")["provenance"]["denormals"] for seed in (0, 1)]
+    assert found == ["flushed", "kept"]  # the first was carried out by the command line
 
 
 def test_other_seeds_start_from_other_weights(done):

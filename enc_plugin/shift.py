@@ -101,13 +101,15 @@ def add_shift(optimizer: Optimizer, decoupled: bool | None = None, *, warn: Call
 
 
 def warn_of_plain_decay(optimizer: Optimizer, warn: Callable[[str], None] = _warn) -> None:
-    """Warn if ``optimizer`` decays weights of ENC layers in groups without a shift; only in the first call for it."""
+    """Warn if ``optimizer`` decays weights of ENC layers in groups without a shift; once, when such groups decay."""
     if optimizer in _asked:
         return
-    _asked.add(optimizer)
     plain = [g for g in optimizer.param_groups if g.get("weight_decay") and "enc_variant" not in g]
+    if not plain:  # a schedule may begin at a decay of 0
+        return
+    _asked.add(optimizer)
     decaying = {id(p) for group in plain for p in group["params"]}
-    layers = [layer for layer in living_layers() if not layer.enc_is_projected] if decaying else []
+    layers = [layer for layer in living_layers() if not layer.enc_is_projected]
     count = sum(any(id(p) in decaying for p in layer.free_weights()) for layer in layers)
     if count:
         warn(

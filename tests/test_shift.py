@@ -827,6 +827,11 @@ def test_weights_that_decay_without_a_shift_are_pointed_out_once(recwarn):
     for network in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.warns(UserWarning, match="the weights of 2 ENC layers decay without the epsilon shift"):
             optim.SGD(network.parameters(), lr=LR, weight_decay=0.1).step()
+    optimizer = optim.SGD(param_groups_enc(model, 0.0), lr=LR)
+    optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.1  # as a schedule does that begins at 0
+    with pytest.warns(UserWarning, match="the weights of 2 ENC layers decay without the epsilon shift"):
+        optimizer.step()
     recwarn.clear()
     for optimizer in stock:
         optimizer.step()

@@ -148,7 +148,7 @@ def _about_runs(found: Results) -> list[str]:
     if flushed:
         lines.append(
             f"Run with numbers below 1e-38 flushed to zero: {', '.join(flushed)}. Decay drives layers of these runs to "
-            "zero, and some processors compute with such numbers up to 30 times slower. All other runs kept them."
+            "zero, and some processors compute with such numbers up to 30 times slower. Others on a CPU kept them."
         )
     left = [run for run in found.missing if not run.cell.arena.for_gpu]
     for_gpu = Counter(run.cell.arena.name for run in found.missing if run.cell.arena.for_gpu)

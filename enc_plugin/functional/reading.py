@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from .buffers import kept_buffers
 from .eval_mode import module_of
 from .precision import full_float32
 from .rng import kept_random_states
@@ -31,16 +32,14 @@ def reading(inputs: Tensor, model: nn.Module | None = None) -> Iterator[None]:
         model: Network whose buffers are restored. (In train mode, a forward pass changes those of spectral norm.)
     """
     handle = register_module_forward_pre_hook(_refuse_module)
-    own = [] if model is None else [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         rng = kept_random_states([inputs.device], model)
+        buffers = nullcontext() if model is None else kept_buffers(model)
         precision = full_float32() if inputs.element_size() >= 4 else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), rng, _uncompiled(), precision:
+        with buffers, torch.inference_mode(False), torch.enable_grad(), rng, _uncompiled(), precision:
             yield
     finally:
         handle.remove()
-        for buffer, value in own:
-            buffer.data.copy_(value)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import nn
 
+from ..functional.buffers import kept_buffers
 from ..functional.rng import kept_random_states
 from ..surgery.startup_average import unfit_statistics
 
@@ -36,10 +37,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if isinstance(getattr(module, flag, None), bool)
     ]
     forwards = [(module, module.forward) for module in model.modules() if _is_wrapped(module.__dict__.get("forward"))]
-    own = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
     try:
-        with kept_random_states(devices, model), torch.no_grad():
+        with kept_buffers(model), kept_random_states(devices, model), torch.no_grad():
             model.train()  # networks that keep values of their weights in eval mode (LeViT, ...) drop them
             model.eval()
             for module, flag, _ in flags:
@@ -49,7 +49,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     forward = forward.__wrapped__
                 module.forward = forward
             if get_dist_info()[1] > 1:
-                for buffer, _ in own:
+                for buffer in model.buffers():
                     broadcast(buffer, src=0)
             yield
     finally:
@@ -57,9 +57,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
             setattr(module, flag, value)
         for module, forward in forwards:
             module.forward = forward
-        with torch.no_grad():
-            for buffer, value in own:
-                buffer.copy_(value)
         for module, mode in modes:  # parents come first
             module.train(mode)
         for module, mode in modes:  # some networks overrule train() in their frozen parts

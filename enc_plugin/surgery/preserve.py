@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..functional.buffers import kept_buffers
 from ..functional.weights import is_centered, num_rows
 from ..layers import ENCLayer, StockLayer, running_statistics
 from ..table import first_few
@@ -75,14 +76,10 @@ class Plan:
 
     def _run(self) -> Tensor:
         args, kwargs = self.example
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        try:
-            with restored(self.model, all_hooks=True), torch.no_grad():  # a hook may change an output
-                tensors = tensors_in(self.model(*args, **kwargs))
-                return torch.cat([t.double().flatten() for t in tensors if t.is_floating_point()])
-        finally:
-            for buffer, values in buffers:
-                buffer.data.copy_(values)
+        # All hooks, because one may change an output.
+        with kept_buffers(self.model), restored(self.model, all_hooks=True), torch.no_grad():
+            tensors = tensors_in(self.model(*args, **kwargs))
+            return torch.cat([t.double().flatten() for t in tensors if t.is_floating_point()])
 
     @torch.no_grad()
     def apply(self) -> Preservation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.registry import DATASETS
@@ -15,7 +16,7 @@ class ImageFolder(CustomDataset):
     Args:
         data_root: Folder that contains the splits.
         split: Folder below it, such as ``'train'`` or ``'val'``; None: ``data_prefix``, or else ``'train'``.
-        data_prefix: As ``split``: some stock configs of ImageNet give the folder so.
+        data_prefix: As ``split``, or ``dict(img_path=split)``: some stock configs of ImageNet give the folder so.
         ann_file: Not read, because the folders tell the classes; for stock configs that name one.
         **kwargs: As for mmpretrain's ``CustomDataset``: ``pipeline``, ``indices``, ...
 
@@ -24,8 +25,16 @@ class ImageFolder(CustomDataset):
         ValueError: If its class folders differ from those of ``<data_root>/train``, so that labels would differ.
     """
 
-    def __init__(self, data_root: str, split: str | None = None, data_prefix: str = "", ann_file: str = "", **kwargs):
-        split = split or data_prefix or "train"
+    def __init__(
+        self,
+        data_root: str,
+        split: str | None = None,
+        data_prefix: str | Mapping[str, str] = "",
+        ann_file: str = "",
+        **kwargs,
+    ):
+        prefix = data_prefix.get("img_path", "") if isinstance(data_prefix, Mapping) else data_prefix
+        split = split or prefix or "train"
         folder, train = Path(data_root, split), Path(data_root, "train")
         if not folder.is_dir():
             raise FileNotFoundError(f"data_root: there is no folder {folder} with a sub-folder for each class")

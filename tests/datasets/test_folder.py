@@ -33,8 +33,9 @@ def test_splits_have_the_folders_pictures_and_classes(pictures):
     assert [val.get_data_info(i)["gt_label"] for i in range(2)] == [0, 1]
 
 
-def test_a_stock_config_may_name_the_folder_by_its_prefix_and_a_file_of_labels(pictures):
-    stock = dict(type="ImageNet", data_root="data/imagenet", ann_file="meta/val.txt", data_prefix="val")
+@pytest.mark.parametrize("prefix", ["val", dict(img_path="val/")])
+def test_a_stock_config_may_name_the_folder_by_its_prefix_and_a_file_of_labels(pictures, prefix):
+    stock = dict(type="ImageNet", data_root="data/imagenet", ann_file="meta/val.txt", data_prefix=prefix)
     assert len(DATASETS.build(stock | dict(type="ImageFolder", data_root=str(pictures)))) == 2
 
 

@@ -10,6 +10,7 @@ from .figures import Figure
 from .grid import cell_efolds
 from .results import Results
 from .sections import Section
+from .statistics import two_digits
 from .verdicts import MEANING, MIN_SEEDS
 
 WORDS = (
@@ -69,7 +70,7 @@ def arena_lines(found: Results) -> list[str]:
     for name, arena in found.grid.arenas.items():
         efolds = cell_efolds(found.grid.cells[name][0])
         none = "" if found.of_arena(name) else "; not run yet"
-        lines.append(f"{name}: {arena.title}; {efolds:.2g} e-folds of decay (the paper: 33){none}")
+        lines.append(f"{name}: {arena.title}; {two_digits(efolds)} e-folds of decay (the paper: 33){none}")
     return lines
 
 

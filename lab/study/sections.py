@@ -11,7 +11,7 @@ from .claims import CLAIMS, DECAY_PAPER, DECAY_TITLE, DECAYS, NEEDED_EFOLDS, Cla
 from .figures import Figure, claim_curves, decay_curves
 from .grid import cell_efolds
 from .results import Metric, Results
-from .statistics import contrast, rank_correlation
+from .statistics import contrast, rank_correlation, two_digits
 from .verdicts import (
     HOLDS,
     MIN_SEEDS,
@@ -87,7 +87,7 @@ def _decay(results: Results) -> Section:
             if values:
                 columns = [metrics.GBR_LOGITS, metrics.GBR_MARGIN, metrics.FREE_NORM, metrics.TOP1, metrics.TRAIN_LOSS]
                 means = _means(results, arena, cell, columns)
-                rows.append([f"{decay:g}", f"{efolds[cell]:.2g}", str(len(values)), *means])
+                rows.append([f"{decay:g}", two_digits(efolds[cell]), str(len(values)), *means])
         rho, p = rank_correlation(*zip(*points, strict=True)) if points else (math.nan, math.nan)
         to_go = arena in results.unfinished
         section.verdicts[arena] = _trend(rho, p, len(points), largest, to_go)
@@ -112,7 +112,7 @@ def _trend(rho: float, p: float, runs: int, efolds: float, to_go: bool) -> Verdi
     word = UNDECIDED if p >= 0.05 else HOLDS if rho < 0 else OPPOSITE
     if efolds < NEEDED_EFOLDS:
         word = NOT_TESTABLE
-    return Verdict(word, f"rho {rho:+.2f} (p {p:.2g}, {runs} runs, e-folds up to {efolds:.2g})", to_go)
+    return Verdict(word, f"rho {rho:+.2f} (p {p:.2g}, {runs} runs, e-folds up to {two_digits(efolds)})", to_go)
 
 
 def found_contrasts(results: Results, wanted: Sequence[tuple[Terms, Metric]]) -> list[Comparison]:

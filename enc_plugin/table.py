@@ -1,4 +1,4 @@
-"""Plain-text tables and shortened lists."""
+"""Plain-text tables, shortened lists and rounded numbers."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def first_few(names: Sequence[str], most: int = 5) -> str:
     """The first ``most`` names, separated by commas, and ``...`` if there are more."""
     return ", ".join([*names[:most], *["..."] * (len(names) > most)])
+
+
+def two_digits(value: float) -> str:
+    """The number with two significant digits, and without an exponent from 0.0001 to a million: 0.39, 33, 120."""
+    return f"{float(f'{value:.2g}'):g}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from mmengine.config import Config
 
 from ..engine.efolds import config_efolds
+from ..table import two_digits
 from .finding import NOTE, OK, Result
 
 PAPERS = 33  # e-folds of the paper's ImageNet recipe
@@ -26,7 +27,7 @@ def examine_decay(cfg: Config, samples: int) -> Iterator[Result]:
     if efolds is None:
         return
     efolds /= optim_wrapper.get("accumulative_counts", 1)
-    found = f"{efolds:.2g} e-folds of the squared norm of W on one process (the paper's recipe: {PAPERS})"
+    found = f"{two_digits(efolds)} e-folds of the squared norm of W on one process (the paper's recipe: {PAPERS})"
     if not efolds:
         yield OK, "no weight decay"
     elif efolds < 1:
@@ -34,7 +35,7 @@ def examine_decay(cfg: Config, samples: int) -> Iterator[Result]:
             NOTE,
             found,
             "weight decay has little effect: the norms stay near their initial values; for 1 e-fold, use "
-            f"weight_decay x {1 / efolds:.2g} or more epochs",
+            f"weight_decay x {two_digits(1 / efolds)} or more epochs",
         )
     else:
         yield OK, found

@@ -13,7 +13,7 @@ from torch import nn
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """On exit, restore the values of all buffers, put back those that modules have replaced, and drop new ones."""
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    scripted = torch.jit.ScriptModule  # replaces no buffer
+    scripted = torch.jit.ScriptModule  # holds its buffers outside of Python
     registered = [(m._buffers, dict(m._buffers)) for m in model.modules() if not isinstance(m, scripted)]
     try:
         yield

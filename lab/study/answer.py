@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from enc_plugin.table import two_digits
+
 from .agreement import agree
 from .claims import NOT_TESTED
 from .figures import Figure
 from .grid import cell_efolds
 from .results import Results
 from .sections import Section
-from .statistics import two_digits
 from .verdicts import MEANING, MIN_SEEDS
 
 WORDS = (

@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from enc_plugin.table import two_digits
+
 from . import results as metrics
 from .claims import CLAIMS, DECAY_PAPER, DECAY_TITLE, DECAYS, NEEDED_EFOLDS, Claim
 from .figures import Figure, claim_curves, decay_curves
 from .grid import cell_efolds
 from .results import Metric, Results
-from .statistics import contrast, rank_correlation, two_digits
+from .statistics import contrast, rank_correlation
 from .verdicts import (
     HOLDS,
     MIN_SEEDS,

@@ -142,8 +142,3 @@ def _permutation_test(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     permutations = stats.PermutationMethod(n_resamples=9999, rng=np.random.default_rng(0))
     found = stats.pearsonr(x, y, method=permutations)
     return float(found.statistic), float(found.pvalue)
-
-
-def two_digits(value: float) -> str:
-    """The number with two significant digits, and without an exponent from 0.0001 to a million: 0.39, 33, 120."""
-    return f"{float(f'{value:.2g}'):g}"
